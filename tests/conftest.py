@@ -1,0 +1,34 @@
+"""Shared fixtures: a random two-layer model that every module can be tested on in milliseconds."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a broken test
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build_tiny_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
+    """Return a random fp32 Qwen2 in eval mode whose head (300) is wider than its tokenizer (290), as Qwen's are."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
+        "initializer_range": 0.3,  # ten times the usual: logits far enough apart that a wrong position shows
+    }  # fmt: skip
+    return Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides})).eval()
+
+
+@pytest.fixture
+def tiny_model() -> Qwen2ForCausalLM:
+    return build_tiny_model()
+
+
+@pytest.fixture
+def lab_folder() -> Path:
+    return ROOT / "lab" / "tiny"
