@@ -1,0 +1,173 @@
+"""What people look at: the live view of a run, progress of long sampling, and tables for a terminal or for Markdown."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+Summary = dict[str, dict[str, float]]  # metric -> {"value", "low", "high"}, the ends of its 95 % interval
+SHOWN_STEPS = 12  # rows of the live table
+COLUMNS = {  # column title -> (metric, format)
+    "step": ("step", "{:.0f}"),
+    "loss": ("loss/objective_nats_per_token", "{:+.4f}"),
+    "KL": ("loss/kl_nats_per_token", "{:.4f}"),
+    "clipped": ("loss/clipped_token_frac", "{:.0%}"),
+    "teacher H": ("loss/teacher_entropy_nats_per_token", "{:.3f}"),
+    "student H": ("loss/student_entropy_nats_per_token", "{:.3f}"),
+    "|grad|": ("update/grad_norm", "{:.3f}"),
+    "tokens": ("rollout/completion_tokens_mean", "{:.0f}"),
+    "cut": ("rollout/clipped_frac", "{:.0%}"),
+    "s": ("time_s", "{:.1f}"),
+}
+
+
+class StepView:
+    """Show a line of metrics per step: a live table with a bar on a terminal, plain short lines elsewhere."""
+
+    def __init__(self, console: Console, steps: int):
+        self.console, self.steps = console, steps
+        self.rows: list[dict[str, Any]] = []
+        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> "StepView":
+        if self.live:
+            self.live.__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live:
+            self.live.__exit__(kind, error, trace)
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Add one step."""
+        self.rows = [*self.rows, metrics][-SHOWN_STEPS:]
+        if self.live:
+            self.live.update(Group(self._table(), self._bar(metrics["step"])), refresh=True)
+        else:
+            cells = [
+                f"{title} {form.format(metrics[name])}" for title, (name, form) in COLUMNS.items() if title != "step"
+            ]
+            self.console.print(
+                f"step {metrics['step']}/{self.steps}  {'  '.join(cells)}", highlight=False, soft_wrap=True
+            )
+
+    def _table(self) -> Table:
+        table = Table(box=None, header_style="bold")
+        for title in COLUMNS:
+            table.add_column(title, justify="right")
+        for row in self.rows:
+            table.add_row(*(form.format(row[name]) for name, form in COLUMNS.values()))
+        return table
+
+    def _bar(self, step: int) -> Table:
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(f"step {step}/{self.steps}", ProgressBar(total=self.steps, completed=step, width=60))
+        return bar
+
+
+class SamplingProgress:
+    """Show how far a long sampling is: a line rewritten on a terminal, elsewhere one every half minute and a last."""
+
+    EVERY_S = 30.0
+
+    def __init__(self, console: Console, title: str):
+        self.console, self.title = console, title
+        self.started = self.printed = time.monotonic()
+        self.state = (0, 0, 0)
+
+    def __enter__(self) -> "SamplingProgress":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._print(end="\n")
+
+    def update(self, finished: int, rows: int, tokens: int) -> None:
+        """Take the sampler's progress: finished rows, all rows, tokens generated."""
+        self.state = (finished, rows, tokens)
+        if time.monotonic() - self.printed > (0.2 if self.console.is_terminal else self.EVERY_S):
+            self.printed = time.monotonic()
+            self._print(end="\r" if self.console.is_terminal else "\n")
+
+    def _print(self, end: str) -> None:
+        finished, rows, tokens = self.state
+        seconds = time.monotonic() - self.started
+        line = f"{self.title}: {finished}/{rows} completions, {tokens} tokens, {seconds:.0f} s"
+        self.console.print(line, end=end, highlight=False, soft_wrap=True)
+
+
+def cell(name: str, estimate: dict[str, float]) -> str:
+    """Return "0.31 [0.25, 0.37]", with the digits that suit the metric; "-" where there is nothing to estimate."""
+    if estimate["value"] != estimate["value"]:
+        return "-"
+    digits = 1 if "tokens" in name else 3
+    return f"{estimate['value']:.{digits}f} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+
+
+def estimates_table(title: str, columns: dict[str, Summary]) -> Table:
+    """Return a table with a row per metric and a column per summary."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("95 % intervals in brackets")
+    for column in columns:
+        table.add_column(column, justify="right")
+    names = list(dict.fromkeys(name for summary in columns.values() for name in summary))
+    for name in names:
+        table.add_row(name, *(cell(name, summary[name]) if name in summary else "-" for summary in columns.values()))
+    return table
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell_of_seeds(name: str, estimates: list[dict[str, float]]) -> str:
+    """Return the mean over seeds with the smallest and largest seed: "0.31 (0.29, 0.33)"."""
+    values = [estimate["value"] for estimate in estimates]
+    digits = 1 if "tokens" in name else 3
+    mean, low, high = sum(values) / len(values), min(values), max(values)
+    return f"{mean:.{digits}f} ({low:.{digits}f}, {high:.{digits}f})"
+
+
+def gap_figure(found: dict[str, dict[str, list[dict[str, Summary]]]], paths: list[Path]) -> None:
+    """Draw accuracy before and after training, per language and in English, a mark per seed with its 95 % interval.
+
+    found  language -> "before" or "after" -> an evaluation per seed: language code -> metric -> estimate
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metric = "greedy accuracy"
+    looks = {
+        ("before", False): ("before", "o", "white", "#1b4f72"), ("after", False): ("after", "o", "#1b4f72", "#1b4f72"),
+        ("before", True): ("English before", "s", "white", "#b9770e"), ("after", True): ("English after", "s", "#e5a73b", "#b9770e"),
+    }  # fmt: skip
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for place, (language, ends) in enumerate(found.items()):
+        for column, ((end, english), (label, marker, face, edge)) in enumerate(looks.items()):
+            for seed, evaluation in enumerate(ends[end]):
+                estimate = evaluation["eng" if english else language][metric]
+                reach = [[estimate["value"] - estimate["low"]], [estimate["high"] - estimate["value"]]]
+                axes.errorbar(
+                    place + 0.2 * (column - 1.5) + 0.045 * (seed - (len(ends[end]) - 1) / 2), estimate["value"], yerr=reach,
+                    marker=marker, markersize=6, markerfacecolor=face, color=edge, capsize=2, linewidth=1,
+                    label=label if place == seed == 0 else None,
+                )  # fmt: skip
+    axes.set_xticks(range(len(found)), list(found))
+    axes.set_xlabel("language trained on")
+    axes.set_ylabel("greedy accuracy, held-out problems")
+    axes.set_ylim(0, 1)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)
+    for path in paths:
+        figure.savefig(path, dpi=160)
+    pyplot.close(figure)

@@ -1,0 +1,226 @@
+"""The run folder: settings, metrics, completions, adapters, and the state from which a stopped run goes on exactly.
+
+config.json        settings, identity (hashes of weights, prompts and data), versions, git commit
+metrics.jsonl      one line a step
+completions.jsonl  some rollouts of every step, whole
+adapters/step_N/   adapter_model.safetensors and adapter_config.json, as peft writes them
+resume.safetensors adapter, moving average and optimiser state of the last save, written whole or not at all
+before.json, after.json   the evaluations at both ends
+"""
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; ValueError names the file, line and column where it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_recipe(model_folder: Path) -> dict[str, Any]:
+    """Return the settings that the folder's recipe.json has for this model, {} where there is none.
+
+    Each entry is {"value": ..., "why": ...}. Files in it are relative to the folder; "{lang}" stands for the language.
+    """
+    path = model_folder / "recipe.json"
+    if not path.is_file():
+        return {}
+    recipe = {name: entry["value"] for name, entry in read_json(path).items()}
+    for name in ("data", "eval_data"):
+        if name in recipe:
+            recipe[name] = os.path.normpath(model_folder / recipe[name])
+    return recipe
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a result may depend on beside its settings: versions, platform, git commit (None outside a clone)."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    commit = subprocess.run(
+        [*git, "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True, check=False
+    )
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return {
+        "command": sys.argv,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "git_commit": commit.stdout.strip() or None,
+        "git_uncommitted_changes": bool(changed.stdout.strip()),
+    }
+
+
+def adapter_folder(path: Path) -> Path:
+    """Return the adapter that `path` stands for: itself, or the last one of a run folder. FileNotFoundError if none."""
+    if (path / "adapter_config.json").is_file():
+        return path
+    saved = sorted((path / "adapters").glob("step_*"))
+    if not saved:
+        raise FileNotFoundError(f"{path} is neither an adapter folder nor a run folder with a saved adapter")
+    return saved[-1]
+
+
+def recorded_fingerprint(path: Path) -> str | None:
+    """Return the fingerprint of the base weights under a run or adapter folder, None where none was recorded."""
+    for folder in (path, path.parent.parent):
+        if (folder / "config.json").is_file():
+            return read_json(folder / "config.json").get("identity", {}).get("base_weights")
+    return None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    folder: Path
+
+    def check(self, config: Mapping[str, Any], identity: Mapping[str, Any] | None = None) -> None:
+        """Raise ValueError if the folder is in use by anything but a run of this config and identity; touch nothing."""
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return
+        if not (self.folder / "config.json").is_file():
+            raise ValueError(f"{self.folder} exists and is not a run folder; choose another with --out")
+        stored = read_json(self.folder / "config.json")
+        for name, wanted in (("config", config), ("identity", identity or {})):
+            differing = [key for key, value in wanted.items() if stored.get(name, {}).get(key) != value]
+            if differing:
+                raise ValueError(
+                    f"{self.folder} holds a run that differs in {', '.join(differing)}; choose another --out"
+                )
+
+    def create(self, config: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """Make the folder and write config.json, unless a run of this config already has."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "config.json").is_file():
+            write_json(self.folder / "config.json", {"config": config, "identity": identity, **provenance()})
+
+    def append(self, file: str, rows: list[dict[str, Any]]) -> None:
+        """Append rows to a .jsonl file and flush them."""
+        with (self.folder / file).open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def cut_back(self, step: int) -> None:
+        """Drop what was logged after `step`, and a torn last line: those steps will be taken again."""
+        for file in ("metrics.jsonl", "completions.jsonl"):
+            path = self.folder / file
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+                partial = path.with_name(file + ".partial")
+                partial.write_text("".join(whole), encoding="utf-8")
+                os.replace(partial, path)
+
+    def save_state(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the resumable state after `step`, whole or not at all."""
+        partial = self.folder / "resume.partial"
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, partial, metadata={"step": str(step)})
+        os.replace(partial, self.folder / "resume.safetensors")
+
+    def load_state(self) -> tuple[int, dict[str, Tensor]]:
+        """Return the last saved step and its tensors; (0, {}) for a new run."""
+        path = self.folder / "resume.safetensors"
+        if not path.is_file():
+            return 0, {}
+        with safe_open(path, framework="pt") as file:
+            return int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state as flat named tensors: "optimizer/3/exp_avg"."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer/{index}/{name}": tensor for index, entry in state.items() for name, tensor in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what optimizer_tensors returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        prefix, *place = key.split("/")
+        if prefix == "optimizer":
+            index, name = place
+            state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc to keep freed memory for the next request; nothing is done for another C library.
+
+    Every step frees and asks for the same large tensors. By default each goes back to the system and costs a page fault
+    per 4 KiB when it returns: LOG.md has what that costs.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: never by mmap, whose memory always goes back
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by phase; on a GPU each lap waits for the work in flight, so a phase pays for what it started."""
+
+    device: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap to `phase`."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+
+def peak_memory_gib(device: str) -> float:
+    """Return the peak memory so far in GiB: the GPU's allocations, or on a CPU the whole process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in the yielded list, so that a step can be finished; a second one acts at once."""
+    received: list[int] = []
+
+    def remember(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {n: signal.signal(n, remember) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
