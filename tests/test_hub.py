@@ -1,0 +1,63 @@
+"""The command on a real model's name, against a local folder in the layout of the hub's cache."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from parts.data import load_problems
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fill_cache(cache: Path, lab_folder: Path) -> None:
+    """Lay out the lab model as Qwen/Qwen2.5-1.5B and its problems as COPSD's training set, as the hub's cache does."""
+    model = cache / "models--Qwen--Qwen2.5-1.5B"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("abc123")
+    ignored = shutil.ignore_patterns("recipe.json")  # a recipe is for local folders
+    shutil.copytree(lab_folder, model / "snapshots" / "abc123", ignore=ignored)
+    data = cache / "datasets--yihongLiu--COPSD-AfriMGSM-TrainDataset"
+    (data / "refs").mkdir(parents=True)
+    (data / "refs" / "main").write_text("def456")
+    (data / "snapshots" / "def456" / "data").mkdir(parents=True)
+    problems = load_problems(ROOT / "lab" / "problems" / "hau" / "train.jsonl", language="hau")[:60]
+    columns = {
+        "source": ["lab"] * len(problems),
+        "problem": [p.problem_en for p in problems],
+        "solution": [p.solution_en for p in problems],
+        "Answer": [p.answer for p in problems],
+        "problem_translated": [p.problem for p in problems],
+        "language": ["Hausa"] * len(problems),
+        "language_short": ["ha"] * len(problems),
+    }
+    pq.write_table(pa.table(columns), data / "snapshots" / "def456" / "data" / "hausa-00000-of-00001.parquet")
+
+
+def test_the_readme_command_on_a_hub_model_runs_from_the_hub_cache(tmp_path, lab_folder):
+    fill_cache(tmp_path / "cache", lab_folder)
+    command = "copsd.py train --model Qwen2.5-1.5B --lang hau"  # as in the README
+    small = f"--steps 1 --batch-size 4 --eval-problems 4 --eval-samples 2 --max-new-tokens 24 --out {tmp_path / 'run'}"
+    result = subprocess.run(
+        [sys.executable, *command.split(), *small.split()],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "COPSD on Qwen2.5-1.5B, Hausa: 56 problems to train on, 4 held out" in result.stdout
+    assert (tmp_path / "run" / "adapters" / "step_00001" / "adapter_model.safetensors").is_file()
+
+
+def test_without_network_or_cache_the_hub_command_is_one_line(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "copsd.py", "train", "--model", "Qwen2.5-1.5B", "--out", str(tmp_path / "run")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: model Qwen2.5-1.5B") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
