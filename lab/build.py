@@ -1,0 +1,226 @@
+"""Make the lab again from a seed: problems, tokenizer and a tiny Qwen3 that can calculate but reads only English well.
+
+    python lab/build.py            # everything, about half an hour on two cores
+
+The training mix is what makes the gap honest (lab/README.md gives the numbers it led to): the model learns arithmetic
+from English problems and learns to use a privileged prompt in every language, but it sees almost no target-language
+problem on its own. What COPSD then has to add is the reading of the language, not the arithmetic.
+"""
+
+import math
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lab.problems import (
+    KNOWN_WORDING,
+    LANGUAGES,
+    TARGETS,
+    Drawn,
+    draw_set,
+    draw_training,
+    solution,
+    words,
+    write_problems,
+)
+from parts.data import Problem, build_prompt, find_language
+from parts.runs import keep_freed_memory
+
+HERE = Path(__file__).resolve().parent
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+IGNORED = -100  # F.cross_entropy's default ignore_index
+REPORT_EVERY = 200  # steps
+Row = tuple[list[int], list[int]]  # prompt ids, completion ids
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The training mix and its schedule; shares are of all rows."""
+
+    steps: int = 1800
+    rows: int = 64  # rows per optimiser step
+    privileged: float = 0.3  # share of rows that read the teacher's prompt, in one of the languages
+    whole: float = 0.7  # of those, the share that read both the English problem and the English solution; the rest
+    # lack one of the two, half each, so that the ablations of the teacher's context mean something here
+    target_alone: float = 0.0002  # share of rows that read a target-language problem with no help
+    lr: float = 2e-3  # peak, after a linear warm-up, before a cosine to zero
+    warmup: int = 100
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+def build_tokenizer(rng: random.Random, vocabulary: int = 1024) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with single digits on problems, prompts and solutions of all four languages."""
+    raw = Tokenizer(models.BPE())
+    raw.normalizer = normalizers.NFC()
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    texts = ["user\n", "assistant\n"] * 2000
+    for code in LANGUAGES:
+        texts += [str(value) for key, value in asdict(find_language(code)).items() if key != "benchmarks"] * 2000
+    for _ in range(4000):
+        drawn = draw_training(rng)
+        texts += [text for code in LANGUAGES for text in (words(drawn, code), solution(drawn, code))]
+    raw.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False, model_max_length=512,
+    )  # fmt: skip
+
+
+def build_model(vocabulary: int, seed: int) -> Qwen3ForCausalLM:
+    """Return an untrained Qwen3 of about one million parameters."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            pad_token_id=0,
+            eos_token_id=2,
+            bos_token_id=None,
+        )
+    )
+
+
+def make_row(drawn: Drawn, code: str, tokenizer: PreTrainedTokenizerFast, **prompt: Any) -> Row:
+    """Return (prompt ids, completion ids with EOS) of a problem in the language `code`."""
+    problem = Problem("", words(drawn, code), words(drawn, "eng"), solution(drawn, "eng"), None, code)
+    completion_ids = tokenizer.encode(solution(drawn, code), add_special_tokens=False)
+    return build_prompt(problem, code, tokenizer, **prompt), [*completion_ids, tokenizer.eos_token_id]
+
+
+def draw_row(rng: random.Random, mix: Mix, tokenizer: PreTrainedTokenizerFast) -> Row:
+    """Draw one training row from the mix."""
+    drawn, kind = draw_training(rng), rng.random()
+    if kind >= mix.privileged:
+        code = rng.choice(TARGETS) if kind < mix.privileged + mix.target_alone else "eng"
+        return make_row(drawn, code, tokenizer)
+    code, context = rng.choice(LANGUAGES), rng.random()
+    english_problem = context < (1 + mix.whole) / 2
+    english_solution = context < mix.whole or not english_problem
+    return make_row(
+        drawn, code, tokenizer, role="teacher", english_problem=english_problem, english_solution=english_solution
+    )
+
+
+def collate(rows: list[Row]) -> tuple[Tensor, Tensor]:
+    """Pad rows on the right; labels are the completion's ids, shifted so that label t belongs to hidden state t."""
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    labels_BT = torch.full((len(rows), width), IGNORED)
+    for row, (prompt, completion) in enumerate(rows):
+        end = len(prompt) + len(completion)
+        ids_BT[row, :end] = torch.tensor(prompt + completion)
+        labels_BT[row, len(prompt) - 1 : end - 1] = torch.tensor(completion)
+    return ids_BT, labels_BT
+
+
+@torch.no_grad()
+def exact_share(model: Qwen3ForCausalLM, rows: list[Row]) -> float:
+    """Return the share of rows whose greedy completion is the reference, token for token, in one forward pass each."""
+    right = 0
+    for start in range(0, len(rows), 50):
+        ids_BT, labels_BT = collate(rows[start : start + 50])
+        wrong_BT = (model(input_ids=ids_BT, use_cache=False).logits.argmax(-1) != labels_BT) & (labels_BT != IGNORED)
+        right += int((~wrong_BT.any(dim=1)).sum())
+    return right / len(rows)
+
+
+def report(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
+    """Return greedy exact-match shares on held-out problems: each language alone, then with the teacher's prompt."""
+    drawns = draw_set(random.Random(seed + 1), 100, KNOWN_WORDING, held_out=True)
+    shares = [
+        " ".join(f"{c} {exact_share(model, [make_row(d, c, tokenizer, role=role) for d in drawns]):.2f}" for c in codes)
+        for role, codes in (("student", LANGUAGES), ("teacher", TARGETS))
+    ]
+    return f"alone: {shares[0]}  privileged: {shares[1]}"
+
+
+def lr_at(step: int, mix: Mix) -> float:
+    """Return the learning rate of `step`: linear warm-up, then half a cosine down to zero."""
+    if step < mix.warmup:
+        return mix.lr * (step + 1) / mix.warmup
+    return mix.lr * 0.5 * (1 + math.cos(math.pi * (step - mix.warmup) / (mix.steps - mix.warmup)))
+
+
+def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, mix: Mix, out: Path) -> None:
+    """Train on rows drawn from the mix and save to `out` at every report; rows are sorted, so little is padding."""
+    rng = random.Random(mix.seed)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": mix.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.98), fused=True,
+    )  # fmt: skip
+    started = time.monotonic()
+    for step in range(mix.steps):
+        rows = sorted((draw_row(rng, mix, tokenizer) for _ in range(mix.rows)), key=lambda row: len(row[0]))
+        tokens = sum(len(completion) for _, completion in rows)
+        total = 0.0
+        for start in range(0, len(rows), 32):
+            ids_BT, labels_BT = collate(rows[start : start + 32])
+            hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+            scored_BT = labels_BT != IGNORED
+            logits_NV = model.lm_head(hidden_BTD[scored_BT])
+            loss = F.cross_entropy(logits_NV, labels_BT[scored_BT], reduction="sum") / tokens
+            loss.backward()
+            total += loss.item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, mix)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % REPORT_EVERY == 0 or step == mix.steps - 1:
+            print(f"step {step + 1}  {time.monotonic() - started:.0f} s  loss {total:.4f} nats/token  "
+                  f"{report(model, tokenizer, mix.seed)}", flush=True)  # fmt: skip
+            model.save_pretrained(out)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder to write the model and the problems into")] = HERE,
+    steps: Annotated[int, typer.Option(help="optimiser steps")] = Mix.steps,
+    target_alone: Annotated[float, typer.Option(help="share of unaided target-language problems")] = Mix.target_alone,
+    seed: int = Mix.seed,
+) -> None:
+    """Write problems/, then train and write tiny/."""
+    keep_freed_memory()
+    mix = Mix(steps=steps, target_alone=target_alone, seed=seed)
+    write_problems(out / "problems", seed)
+    tokenizer = build_tokenizer(random.Random(seed))
+    model = build_model(len(tokenizer), seed)
+    print(f"{model.num_parameters() / 1e6:.2f}M parameters, {len(tokenizer)} tokens")
+    tokenizer.save_pretrained(out / "tiny")
+    train(model, tokenizer, mix, out / "tiny")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,131 @@
+"""Parallel word problems in English, Hausa, Swahili and Yoruba, made from templates.json and a seed.
+
+A problem is a template plus its numbers; the names and things only dress it. Whether a (template, numbers) pair may be
+trained on is decided by its hash alone, so no list of used problems has to be kept and no two programs can disagree.
+"""
+
+import hashlib
+import json
+import operator
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LANGUAGES = ("eng", "hau", "swa", "yor")
+TARGETS = LANGUAGES[1:]
+TEST_SHARE = 5  # one pair in five is never trained on
+SPECIFICATION = json.loads((HERE / "templates.json").read_text(encoding="utf-8"))
+TEMPLATES = {template["id"]: template for template in SPECIFICATION["templates"]}
+NEW_WORDING = tuple(name for name in TEMPLATES if name.startswith("new_"))  # nothing trains on these
+KNOWN_WORDING = tuple(name for name in TEMPLATES if not name.startswith("new_"))
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One problem before it is put into words: its template's id, its numbers, its dressing."""
+
+    template: str
+    numbers: tuple[int, ...]
+    name: str
+    friend: str
+    thing: int
+
+    @property
+    def held_out(self) -> bool:
+        """Say whether this (template, numbers) pair belongs to the test side of the split."""
+        digest = hashlib.sha256(f"{self.template} {self.numbers}".encode()).digest()
+        return digest[0] % TEST_SHARE == 0
+
+
+def equations(drawn: Drawn) -> list[tuple[str, int]]:
+    """Return the worked steps as (text, value): [("3 * 4 = 12", 12), ("12 + 5 = 17", 17)]."""
+    template = TEMPLATES[drawn.template]
+    known = dict(zip("abc", drawn.numbers, strict=False))
+    steps = []
+    for step in template["steps"]:
+        left, symbol, right = step.split()
+        value = OPERATORS[symbol](known[left], known[right])
+        steps.append((f"{known[left]} {symbol} {known[right]} = {value}", value))
+        known["first"] = value
+    return steps
+
+
+def words(drawn: Drawn, language: str) -> str:
+    """Return the problem's text in `language`."""
+    text = TEMPLATES[drawn.template][language].format(
+        name=drawn.name,
+        friend=drawn.friend,
+        thing=SPECIFICATION["things"][drawn.thing][language],
+        **dict(zip("abc", drawn.numbers, strict=False)),
+    )
+    return text[0].upper() + text[1:]
+
+
+def solution(drawn: Drawn, language: str) -> str:
+    r"""Return the worked solution in `language`: "First 3 * 4 = 12. Then 12 + 5 = 17. The answer is \boxed{17}."."""
+    steps = equations(drawn)
+    form = SPECIFICATION["solutions"][language]["one" if len(steps) == 1 else "two"]
+    return form.format(first=steps[0][0], second=steps[-1][0], answer=steps[-1][1])
+
+
+def draw(rng: random.Random, templates: tuple[str, ...]) -> Drawn:
+    """Draw a problem whose every intermediate value is at least 1."""
+    while True:
+        template = TEMPLATES[rng.choice(templates)]
+        numbers = tuple(rng.randint(low, high) for low, high in template["ranges"].values())
+        name, friend = rng.choice(SPECIFICATION["names"]), rng.choice(SPECIFICATION["friends"])
+        drawn = Drawn(template["id"], numbers, name, friend, rng.randrange(len(SPECIFICATION["things"])))
+        if all(value >= 1 for _, value in equations(drawn)):
+            return drawn
+
+
+def draw_training(rng: random.Random) -> Drawn:
+    """Draw a problem that may be trained on: a known wording and a pair outside the test side."""
+    while True:
+        drawn = draw(rng, KNOWN_WORDING)
+        if not drawn.held_out:
+            return drawn
+
+
+def draw_set(rng: random.Random, count: int, templates: tuple[str, ...], *, held_out: bool) -> list[Drawn]:
+    """Draw `count` problems with distinct (template, numbers) pairs on one side of the split, templates in turn."""
+    found: dict[tuple[str, tuple[int, ...]], Drawn] = {}
+    while len(found) < count:
+        drawn = draw(rng, (templates[len(found) % len(templates)],))
+        if drawn.held_out == held_out:
+            found.setdefault((drawn.template, drawn.numbers), drawn)
+    return list(found.values())
+
+
+def write_problems(folder: Path, seed: int) -> None:
+    """Write train, test and new-wording problems, one file a language, row-aligned across languages.
+
+    The columns are those of the COPSD training sets (English problem and solution, translated problem), plus the
+    template and its numbers, which the tests of the split read.
+    """
+    rng = random.Random(seed)
+    sets = {
+        "train": draw_set(rng, 500, KNOWN_WORDING, held_out=False),  # 500, as the paper has for an AfriMGSM language
+        "test": draw_set(rng, 250, KNOWN_WORDING, held_out=True),  # 250, as AfriMGSM has
+        "new_wording": draw_set(rng, 60, NEW_WORDING, held_out=True),
+    }
+    for name, drawns in sets.items():
+        for language in LANGUAGES:
+            path = folder / language / f"{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [
+                {
+                    "id": str(row),
+                    "problem": words(drawn, "eng"),
+                    "solution": solution(drawn, "eng"),
+                    "answer": str(equations(drawn)[-1][1]),
+                    "problem_translated": words(drawn, language),
+                    "language": language,
+                    "template": drawn.template,
+                    "numbers": drawn.numbers,
+                }
+                for row, drawn in enumerate(drawns)
+            ]
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
