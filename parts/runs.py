@@ -9,6 +9,7 @@ before.json, after.json   the evaluations at both ends
 """
 
 import ctypes
+import hashlib
 import json
 import os
 import platform
@@ -29,6 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16 would need a loss scaler
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -60,6 +62,39 @@ def read_recipe(model_folder: Path) -> dict[str, Any]:
         if name in recipe:
             recipe[name] = os.path.normpath(model_folder / recipe[name])
     return recipe
+
+
+def pick_device(device: str) -> str:
+    """Return device, or for "auto" the first GPU, else the CPU; ValueError unless this machine has it."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if device == "auto":
+        return "cuda" if gpus else "cpu"
+    present = ["cpu", *(["cuda"] if gpus else []), *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+    if device not in present:
+        raise ValueError(f"no device {device!r} here: valid on this machine are auto, {', '.join(present)}")
+    return device
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """Return the base weights' dtype; "auto" is bfloat16 on a GPU that has it, else float32. ValueError if unknown."""
+    if dtype == "auto":
+        native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: valid are auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return 16 hex digits of SHA-256 over names, shapes, dtypes and bytes; copies one tensor at a time to the CPU.
+
+    tensors  dict(model.named_parameters()) before an adapter is attached, or an adapter's state_dict()
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def provenance() -> dict[str, Any]:

@@ -1,0 +1,401 @@
+"""parts/model.py: finding and loading models, the adapter, the teacher's view of it, and its files."""
+
+import copy
+import doctest
+import json
+from pathlib import Path
+
+import huggingface_hub.constants as hub_constants
+import pytest
+import torch
+import transformers
+from huggingface_hub.utils import filter_repo_objects
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from parts import model as ours
+from parts import runs
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHA = "a" * 40
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CPU = {"device": "cpu", "dtype": torch.float32}
+
+
+def attach(model, *, targets=TARGETS, seed=0, ema=False):
+    return ours.attach_lora(model, rank=4, alpha=8, targets=targets, seed=seed, ema=ema)
+
+
+def some_ids(rows=2):
+    return torch.randint(0, 290, (rows, 7), generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model, ids_BT):
+    logits_BTV = ours.final_hidden(model, ids_BT) @ ours.head_weight(model).T
+    return torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
+
+
+def train(lora, steps=1):
+    optimiser = torch.optim.AdamW(lora.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss_of(lora.model, some_ids()).backward()
+        optimiser.step()
+
+
+def logits_as(lora, kind):
+    with ours.teacher_view(lora, kind):
+        return lora.model(some_ids()).logits
+
+
+def fake_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Return a function that puts a repo into an empty hub cache, laid out as huggingface_hub does."""
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+    def put(repo: str) -> Path:
+        root = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text(SHA)
+        return fake_folder(root / "snapshots" / SHA)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    "repo", ["Qwen/Qwen2.5-1.5B", "Qwen/Qwen3-1.7B", "meta-llama/Llama-3.2-1B", "google/gemma-3-1b-it"]
+)
+def test_full_and_bare_names_find_the_snapshot_and_a_local_folder_wins(hub_cache, tmp_path, repo):
+    bare, snapshot = repo.split("/")[1], hub_cache(repo)
+    assert ours.resolve_model(repo) == ours.resolve_model(bare) == ours.resolve_model(bare, revision=SHA) == snapshot
+    with pytest.raises(FileNotFoundError):
+        ours.resolve_model(bare, revision="b" * 40)
+    fake_folder(tmp_path / bare)
+    assert ours.resolve_model(bare) == Path(bare)
+
+
+def test_cache_serves_when_the_hub_cannot_be_reached(hub_cache, monkeypatch):
+    snapshot = hub_cache("HuggingFaceTB/SmolLM2-135M")
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    assert ours.resolve_model("SmolLM2-135M") == snapshot
+
+
+def test_only_safetensors_json_and_text_of_the_top_level_are_downloaded(tmp_path, monkeypatch):
+    wanted = ["model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja"]
+    others = ["pytorch_model.bin", "consolidated.pth", "model.pt", "modeling_x.py", "onnx/config.json"]
+
+    def download(repo_id, *, revision, **patterns):
+        assert (repo_id, revision) == ("org/name", "v2")
+        assert list(filter_repo_objects(wanted + others, **patterns)) == wanted
+        return str(fake_folder(tmp_path / "model"))
+
+    monkeypatch.setattr(ours, "snapshot_download", download)
+    assert ours.resolve_model("org/name", revision="v2") == tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-1.5B", "no/such", "./no/such/folder", "/no/such/folder"])
+def test_absent_model_is_one_line_of_file_not_found(hub_cache, name):
+    with pytest.raises(FileNotFoundError, match=name) as error:
+        ours.resolve_model(name)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_bare_name_lists_what_is_valid(hub_cache):
+    with pytest.raises(ValueError, match=r"local folder, org/name, and Qwen\*, Llama-\*, SmolLM2-\*, gemma-\*"):
+        ours.resolve_model("mystery-7b")
+
+
+@pytest.mark.parametrize(("gone", "named"), [("config.json", "config.json"), ("model.safetensors", r"\*.safetensors")])
+def test_incomplete_folder_names_what_is_missing(tmp_path, gone, named):
+    folder = fake_folder(tmp_path / "model")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    (folder / gone).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no {named} in"):
+        ours.resolve_model(str(folder))
+
+
+@pytest.mark.parametrize(("count", "auto"), [(0, "cpu"), (2, "cuda")])
+def test_only_devices_that_are_here_are_valid(monkeypatch, count, auto):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert runs.pick_device("auto") == auto and runs.pick_device("cpu") == "cpu"
+    present, absent = (["cuda", "cuda:1"], []) if count else ([], ["cuda", "cuda:0"])
+    assert [runs.pick_device(device) for device in present] == present
+    for device in (*absent, "cuda:2", "tpu"):
+        with pytest.raises(ValueError, match="valid on this machine are auto, cpu"):
+            runs.pick_device(device)
+
+
+@pytest.mark.parametrize(("native", "auto"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_dtype_is_bfloat16_only_on_a_gpu_that_computes_in_it(monkeypatch, native, auto):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native)
+    assert runs.pick_dtype("auto", "cuda:0") is auto and runs.pick_dtype("auto", "cpu") is torch.float32
+    assert runs.pick_dtype("bfloat16", "cpu") is torch.bfloat16
+    with pytest.raises(ValueError, match=r"valid are auto, float32, bfloat16$"):
+        runs.pick_dtype("int8", "cpu")
+
+
+def test_loaded_model_is_the_saved_one_frozen_and_in_eval_mode(tiny_model, tmp_path):
+    tiny_model.config.update({"final_logit_softcapping": None, "logit_scale": 1.0})  # heads that are plain all the same
+    tiny_model.save_pretrained(tmp_path)
+    model = ours.load_model(tmp_path, **CPU)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(some_ids()).logits, tiny_model(some_ids()).logits)
+    assert ours.load_model(tmp_path, device="cpu", dtype=torch.bfloat16).dtype is torch.bfloat16
+
+
+def test_weights_that_the_safetensors_lack_are_neither_unpickled_nor_made_up(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    torch.save(tiny_model.state_dict(), tmp_path / "pytorch_model.bin")
+    change_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(ValueError, match=r"lacks weights, such as model\.norm\.weight"):
+        ours.load_model(tmp_path, **CPU)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError):
+        ours.load_model(tmp_path, **CPU)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "refusal"),
+    [
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ("cohere", {"logit_scale": 0.0625}, "logit_scale=0.0625"),
+        ("granite", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
+        ("phi", {}, "bias in its head"),
+    ],
+)
+def test_heads_that_are_more_than_a_matrix_are_refused(tmp_path, family, settings, refusal):
+    sizes = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
+    config = transformers.AutoConfig.for_model(family, **sizes, **settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=refusal):
+        ours.load_model(tmp_path, **CPU)
+
+
+def save_tokenizer(folder: Path, template: str | None) -> Path:
+    words = {"[UNK]": 0, "MARK": 1, "<|close|>": 2, "<eos>": 3, "stop": 4}
+    base = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    base.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=base, unk_token="[UNK]", eos_token="<eos>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|close|>"]})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_eos_ids_are_those_of_tokenizer_configs_and_template(tiny_model, tmp_path):
+    turns = "{{% for m in messages %}}{{{{ m['content'] }}}}{}\n{{% endfor %}}"
+    closed = ours.load_tokenizer(save_tokenizer(tmp_path / "closed", turns.format("<|close|>")))
+    bare = ours.load_tokenizer(save_tokenizer(tmp_path / "bare", turns.format(" stop")))
+    assert ours.valid_ids(closed) == 5
+    tiny_model.config.eos_token_id, tiny_model.generation_config.eos_token_id = None, None
+    assert ours.eos_ids(tiny_model, closed) == {2, 3}
+    tiny_model.config.eos_token_id, tiny_model.generation_config.eos_token_id = 11, [12, 13]
+    assert ours.eos_ids(tiny_model, closed) == {2, 3, 11, 12, 13}
+    assert ours.eos_ids(tiny_model, bare) == {3, 11, 12, 13}
+    with pytest.raises(ValueError, match="has no chat template"):
+        ours.load_tokenizer(save_tokenizer(tmp_path / "without", None))
+
+
+def test_hidden_states_times_head_are_the_logits_and_right_pads_change_nothing(tiny_model):
+    ids_BT = some_ids(rows=1)
+    hidden_BTD = ours.final_hidden(tiny_model, ids_BT)
+    torch.testing.assert_close(hidden_BTD @ ours.head_weight(tiny_model).T, tiny_model(ids_BT).logits)
+    padded_BT = torch.nn.functional.pad(ids_BT, (0, 5))
+    torch.testing.assert_close(ours.final_hidden(tiny_model, padded_BT)[:, :7], hidden_BTD)
+
+
+def test_checkpointing_gives_the_adapter_the_same_gradients(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    gradients = []
+    for checkpointing in (False, True):
+        lora = attach(ours.load_model(tmp_path, gradient_checkpointing=checkpointing, **CPU))
+        assert lora.model.model.layers[0].gradient_checkpointing is checkpointing
+        train(lora)  # B = 0 would leave A without a gradient
+        lora.model.train().zero_grad()
+        loss = loss_of(lora.model, some_ids())
+        logits_as(lora, "fixed")  # a teacher between forward and backward must not leak into the recomputation
+        loss.backward()
+        gradients.append([p.grad for p in lora.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain.any()
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_adapter_changes_no_bit(tiny_model, dtype):
+    before = tiny_model.to(dtype)(some_ids()).logits
+    attach(tiny_model)
+    assert torch.equal(tiny_model(some_ids()).logits, before)
+
+
+def test_seed_fixes_the_adapter_in_every_dtype(tiny_model):
+    seeded = attach(copy.deepcopy(tiny_model), seed=3).state_dict()
+    half = attach(copy.deepcopy(tiny_model).to(torch.bfloat16), seed=3).state_dict()
+    assert seeded.keys() == half.keys() and all(torch.equal(seeded[name], half[name]) for name in seeded)
+    A = seeded["current.model.layers.1.mlp.down_proj.lora_A"]
+    assert not torch.equal(A, attach(tiny_model, seed=4).state_dict()["current.model.layers.1.mlp.down_proj.lora_A"])
+    assert 0.9 * 64**-0.5 < A.abs().max() <= 64**-0.5  # uniform within 1 / sqrt(in)
+
+
+def test_fp32_adapter_on_a_bf16_base_rounds_once(tiny_model):
+    lora = attach(tiny_model.to(torch.bfloat16))
+    train(lora)
+    assert {p.dtype for p in lora.parameters()} == {torch.float32}
+    layer = lora.layers["model.layers.0.mlp.up_proj"]
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    base, A, B = (x @ layer.weight.T).double(), layer.lora_A.double(), layer.lora_B.double()
+    exact = base + 8 / 4 * x.double() @ (B @ A).T
+    assert torch.equal(layer(x), exact.to(torch.bfloat16))
+
+
+def test_targets_choose_the_layers_and_the_head_is_never_one(tiny_model):
+    lora = attach(copy.deepcopy(tiny_model), targets=("q_proj", "mlp.up_proj"))
+    assert sorted(lora.layers) == [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("mlp.up_proj", "self_attn.q_proj")]
+    assert [id(p) for p in lora.parameters()] == [id(p) for p in lora.model.parameters() if p.requires_grad]
+    for target in ("query", "proj", "lm_head"):
+        with pytest.raises(ValueError, match=r"are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj$"):
+            attach(tiny_model, targets=("q_proj", target))
+
+
+def test_training_leaves_every_base_weight_as_it_was(tiny_model):
+    fingerprint = runs.weights_fingerprint(dict(tiny_model.named_parameters()))
+    train(attach(tiny_model), steps=2)
+    base = {name: p for name, p in tiny_model.named_parameters() if "lora_" not in name}
+    assert runs.weights_fingerprint(base) == fingerprint
+    assert all(p.grad is None and not p.requires_grad for p in base.values())
+
+
+def test_fixed_teacher_is_the_base_bit_for_bit_while_current_moves(tiny_model):
+    base = tiny_model(some_ids()).logits
+    lora = attach(tiny_model)
+    assert torch.equal(logits_as(lora, "fixed"), base)
+    train(lora)
+    assert torch.equal(logits_as(lora, "fixed"), base)
+    assert torch.equal(logits_as(lora, "current"), tiny_model(some_ids()).logits)
+    assert not torch.allclose(logits_as(lora, "current"), base, atol=1e-2)
+
+
+def test_ema_teacher_is_the_closed_form_after_three_updates(tiny_model):
+    lora, decay = attach(tiny_model, ema=True), 0.75
+    history = [copy.deepcopy(lora.sets["current"])]
+    for _ in range(3):
+        train(lora)
+        lora.update_ema(decay)
+        history.append(copy.deepcopy(lora.sets["current"]))
+    shares = [decay**3, decay**2 * (1 - decay), decay * (1 - decay), 1 - decay]
+    for name, average in lora.sets["ema"].items():
+        expected = sum(share * tensors[name].double() for share, tensors in zip(shares, history, strict=True))
+        torch.testing.assert_close(average.double(), expected, rtol=0, atol=1e-6)
+    seen = logits_as(lora, "ema")
+    lora.load_state_dict({name: lora.state_dict()[name.replace("current.", "ema.")] for name in lora.state_dict()})
+    assert torch.equal(tiny_model(some_ids()).logits, seen)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "current", "ema"])
+def test_view_is_eval_without_gradient_and_undone_after_an_exception(tiny_model, kind):
+    lora = attach(tiny_model, ema=True)
+    tiny_model.train()
+    tiny_model.model.layers[1].eval()
+    modes = [module.training for module in tiny_model.modules()]
+    with pytest.raises(RuntimeError, match="inside"), ours.teacher_view(lora, kind):
+        assert not any(module.training for module in tiny_model.modules()) and not torch.is_grad_enabled()
+        with ours.teacher_view(lora, "fixed"):
+            pass
+        assert all((layer.active is None) == (kind == "fixed") for layer in lora.layers.values())
+        raise RuntimeError("inside")
+    assert [module.training for module in tiny_model.modules()] == modes and torch.is_grad_enabled()
+    assert all(layer.active == (layer.lora_A, layer.lora_B) for layer in lora.layers.values())
+
+
+@pytest.mark.parametrize("kind", ["frozen", "ema"])
+def test_teacher_that_is_not_there_lists_the_valid_ones(tiny_model, kind):
+    with pytest.raises(ValueError, match="valid are fixed, current, and ema"):
+        logits_as(attach(tiny_model), kind)
+
+
+def test_adapter_files_give_the_same_logits_here_and_in_peft_both_ways(tiny_model, tmp_path, monkeypatch):
+    lora = attach(copy.deepcopy(tiny_model), ema=True)
+    train(lora, steps=2)
+    logits = lora.model(some_ids()).logits
+    replaced = []
+    monkeypatch.setattr(ours.os, "replace", lambda old, new: replaced.append(old.rename(new).name))
+    ours.save_adapter(lora, tmp_path / "ours", base_model="org/base")
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == replaced == [CONFIG, WEIGHTS]
+    again = ours.load_adapter(copy.deepcopy(tiny_model), tmp_path / "ours")
+    assert torch.equal(again.model(some_ids()).logits, logits)
+    assert (again.rank, again.alpha, again.targets) == (4, 8, TARGETS)
+    peft = PeftModel.from_pretrained(copy.deepcopy(tiny_model), str(tmp_path / "ours"))
+    torch.testing.assert_close(peft(some_ids()).logits, logits)
+    assert peft.peft_config["default"].base_model_name_or_path == "org/base"
+    peft.save_pretrained(tmp_path / "peft", save_embedding_layers=False)  # "auto" would ask the hub
+    ours.load_adapter(tiny_model, tmp_path / "peft")
+    assert torch.equal(tiny_model(some_ids()).logits, logits)
+
+
+def change_config(folder, **fields):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **fields}))
+
+
+def change_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "message"),
+    [
+        (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, f"{WEIGHTS} is missing"),
+        (lambda f: (f / CONFIG).unlink(), FileNotFoundError, f"{CONFIG} is missing"),
+        (lambda f: change_config(f, use_rslora=True), ValueError, "use_rslora=True"),
+        (lambda f: change_config(f, peft_type="IA3"), ValueError, "peft_type='IA3'"),
+        (lambda f: change_config(f, alpha_pattern={"q_proj": 1}), ValueError, "alpha_pattern"),
+        (lambda f: change_config(f, target_modules=["q_proj"]), ValueError, "24 adapter tensors are missing, unknown"),
+        (lambda f: change_config(f, target_modules=["c_attn"]), ValueError, "'c_attn' matches no layer"),
+        (lambda f: change_config(f, r=8), ValueError, "28 adapter tensors are .* misshapen"),
+        (lambda f: change_tensors(f / WEIGHTS, lambda t: t.popitem()), ValueError, "1 adapter tensors"),
+        (lambda f: change_tensors(f / WEIGHTS, lambda t: t.update(x=torch.ones(1))), ValueError, "such as x"),
+    ],
+)
+def test_adapter_that_does_not_fit_is_refused_in_one_line(tiny_model, tmp_path, damage, kind, message):
+    ours.save_adapter(attach(copy.deepcopy(tiny_model)), tmp_path, base_model="base")
+    damage(tmp_path)
+    with pytest.raises(kind, match=message) as error:
+        ours.load_adapter(tiny_model, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_state_restores_adapter_and_average_exactly(tiny_model):
+    lora = attach(copy.deepcopy(tiny_model), ema=True)
+    train(lora)
+    lora.update_ema(0.5)
+    other = attach(tiny_model, ema=True, seed=9)
+    other.load_state_dict(lora.state_dict())
+    assert all(torch.equal(logits_as(other, kind), logits_as(lora, kind)) for kind in lora.sets)
+
+
+def test_fingerprint_sees_names_shapes_dtypes_and_bytes_but_not_order():
+    a, b = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(5.0)
+    assert runs.weights_fingerprint({"a": a, "b": b}) == runs.weights_fingerprint({"b": b, "a": a})
+    variants = [{"a": v, "b": b} for v in (a, a + torch.tensor([0, 0, 0, 2**-20]), a.view(2, 2), a.view(torch.int32))]
+    fingerprints = {runs.weights_fingerprint(tensors) for tensors in [*variants, {"a": a, "c": b}]}
+    assert len(fingerprints) == 5 and all(len(fingerprint) == 16 for fingerprint in fingerprints)
+
+
+def test_docstring_examples_hold():
+    results = doctest.testmod(ours)
+    assert results.attempted > 0 and results.failed == 0

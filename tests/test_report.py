@@ -1,0 +1,72 @@
+"""What people look at: the numbers survive the layout."""
+
+import io
+
+from rich.console import Console
+
+from parts.report import (
+    COLUMNS,
+    SamplingProgress,
+    StepView,
+    cell,
+    cell_of_seeds,
+    estimates_table,
+    gap_figure,
+    markdown_table,
+)
+
+METRICS = {name: 0.25 for name, _ in COLUMNS.values()}
+
+
+def estimate(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+
+def test_without_a_terminal_a_step_is_one_line():
+    stream = io.StringIO()
+    with StepView(Console(file=stream, width=40), steps=3) as view:
+        view.show({**METRICS, "step": 1})
+        view.show({**METRICS, "step": 2})
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2 and lines[1].startswith("step 2/3  loss +0.2500  KL 0.2500  clipped 25%")
+
+
+def test_on_a_terminal_the_last_steps_and_the_bar_are_shown():
+    stream = io.StringIO()
+    with StepView(Console(file=stream, width=120, force_terminal=True), steps=40) as view:
+        for step in range(1, 31):
+            view.show({**METRICS, "step": step})
+    last = stream.getvalue().rsplit("student H", 1)[1]
+    assert "step 30/40" in last and "19" in last and " 18 " not in last
+
+
+def test_progress_says_how_much_was_sampled():
+    stream = io.StringIO()
+    with SamplingProgress(Console(file=stream), "before") as progress:
+        progress.update(3, 8, 99)
+    assert stream.getvalue().startswith("before: 3/8 completions, 99 tokens")
+
+
+def test_cells_show_value_and_interval_and_nothing_where_there_is_nothing():
+    assert cell("pass@1", {"value": 0.3, "low": 0.25, "high": 0.351}) == "0.300 [0.250, 0.351]"
+    assert cell("mean tokens", {"value": 26.04, "low": 25.0, "high": 27.0}) == "26.0 [25.0, 27.0]"
+    assert cell("pass@1", dict.fromkeys(("value", "low", "high"), float("nan"))) == "-"
+    assert cell_of_seeds("pass@1", [estimate(0.2), estimate(0.4)]) == "0.300 (0.200, 0.400)"
+
+
+def test_a_table_of_two_columns_fits_a_narrow_terminal():
+    stream = io.StringIO()
+    summary = {"KL to the teacher, nats/token": estimate(0.5), "accuracy given a box": estimate(0.25)}
+    Console(file=stream, width=80).print(estimates_table("Hausa", {"before": summary, "after": summary}))
+    assert stream.getvalue().count("0.500 [0.400, 0.600]") == 2 and "KL to the teacher, nats/token" in stream.getvalue()
+
+
+def test_markdown_has_a_header_and_a_row_each():
+    assert markdown_table(["a", "b"], [["1", "2"]]).splitlines() == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+
+
+def test_the_figure_is_written_in_both_formats(tmp_path):
+    evaluation = {code: {"greedy accuracy": estimate(0.5)} for code in ("hau", "eng")}
+    paths = [tmp_path / "gap.png", tmp_path / "gap.svg"]
+    gap_figure({"hau": {"before": [evaluation], "after": [evaluation]}}, paths)
+    assert paths[0].read_bytes().startswith(b"\x89PNG") and "<svg" in paths[1].read_text()
