@@ -50,13 +50,10 @@ from parts.model import (
     head_weight,
     load_model,
     load_tokenizer,
-    pick_device,
-    pick_dtype,
     resolve_model,
     save_adapter,
     teacher_view,
     valid_ids,
-    weights_fingerprint,
 )
 from parts.report import SamplingProgress, StepView, estimates_table
 from parts.runs import (
@@ -64,10 +61,13 @@ from parts.runs import (
     Stopwatch,
     optimizer_tensors,
     peak_memory_gib,
+    pick_device,
+    pick_dtype,
     read_json,
     read_recipe,
     restore_optimizer,
     stop_signals,
+    weights_fingerprint,
     write_json,
 )
 from parts.sampler import Rollout, SamplingParams, sample
@@ -529,8 +529,12 @@ def train_command(given: dict[str, Any]) -> None:
     )
     if setup.heldout and not (run.folder / "before.json").is_file():
         write_json(run.folder / "before.json", measure(setup, console, "before"))
-    with StepView(console, config.steps) as view:
-        finished = train_copsd(setup, run, view)
+    try:
+        with StepView(console, config.steps) as view:
+            finished = train_copsd(setup, run, view)
+    except FloatingPointError as error:
+        say(f"error: {error}; {run.folder} keeps the last save")
+        raise typer.Exit(1) from error
     if not finished:
         say(f"stopped; everything is saved in {run.folder}, and the same command goes on from here")
         raise typer.Exit(130)

@@ -23,19 +23,17 @@ from transformers.utils import logging as transformers_logging
 
 from parts.data import Problem, build_prompt, find_language, load_problems, prompt_opens_think
 from parts.grading import extract_answer, is_correct, normalise
-from parts.model import (
-    eos_ids,
-    load_adapter,
-    load_model,
-    load_tokenizer,
+from parts.model import eos_ids, load_adapter, load_model, load_tokenizer, resolve_model, valid_ids
+from parts.report import SamplingProgress, estimates_table
+from parts.runs import (
+    adapter_folder,
+    keep_freed_memory,
     pick_device,
     pick_dtype,
-    resolve_model,
-    valid_ids,
+    read_recipe,
+    recorded_fingerprint,
     weights_fingerprint,
 )
-from parts.report import SamplingProgress, estimates_table
-from parts.runs import adapter_folder, keep_freed_memory, read_recipe, recorded_fingerprint
 from parts.sampler import SamplingParams, sample
 
 RESAMPLES = 2000  # of the bootstrap; the interval's ends then move by less than 0.3 points from seed to seed

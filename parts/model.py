@@ -92,8 +92,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return all ids that end a completion: the tokenizer's, the model's (Qwen lists several), the chat template's.
 
-    The template's is the special token that closes an assistant turn. A base model names it nowhere else, and without
-    it would go on to write the user's next turn.
+    The template's closes an assistant turn; a base model names it nowhere else and would write the user's next turn.
     """
     turns = [{"role": "user", "content": "MARK"}, {"role": "assistant", "content": "MARK"}]
     closing = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("MARK")[2].strip()
@@ -140,12 +139,12 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, *, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
+        self.scale = alpha / rank
         self.weight, self.bias = base.weight, base.bias  # the base's own names, so its keys do not change
         # Drawn on the CPU in fp32, so that a seed means the same adapter on every device.
         lora_A = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=math.sqrt(5), generator=generator)
         self.lora_A = nn.Parameter(lora_A.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
-        self.scale = alpha / rank
         self.active: tuple[Tensor, Tensor] | None = (self.lora_A, self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,8 +152,8 @@ class LoRALinear(nn.Module):
         base = nn.functional.linear(x, self.weight, self.bias)
         if self.active is None:
             return base
-        A, B = self.active
-        return (base + nn.functional.linear(nn.functional.linear(x.float(), A) * self.scale, B)).to(base.dtype)
+        low = nn.functional.linear(x.float(), self.active[0]) * self.scale
+        return (base + nn.functional.linear(low, self.active[1])).to(base.dtype)
 
 
 @dataclass(eq=False)
@@ -274,9 +273,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:
     for field, plain in PLAIN_LORA.items():
         if saved.get(field, plain) != plain:
             raise ValueError(f"adapter {folder} has {field}={saved[field]!r}: valid is {plain!r}")
-    lora = attach_lora(
-        model, rank=saved["r"], alpha=saved["lora_alpha"], targets=tuple(saved["target_modules"]), seed=0
-    )
+    targets = tuple(saved["target_modules"])
+    lora = attach_lora(model, rank=saved["r"], alpha=saved["lora_alpha"], targets=targets, seed=0)
     tensors = load_file(folder / TENSORS_FILE).items()
     lora.load_state_dict({n.replace("base_model.model", "current", 1).removesuffix(".weight"): t for n, t in tensors})
     return lora

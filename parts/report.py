@@ -146,20 +146,22 @@ def gap_figure(found: dict[str, dict[str, list[dict[str, Summary]]]], paths: lis
     from matplotlib import pyplot
 
     metric = "greedy accuracy"
-    looks = {
-        ("before", False): ("before", "o", "white", "#1b4f72"), ("after", False): ("after", "o", "#1b4f72", "#1b4f72"),
-        ("before", True): ("English before", "s", "white", "#b9770e"), ("after", True): ("English after", "s", "#e5a73b", "#b9770e"),
-    }  # fmt: skip
+    looks = {  # (evaluation, in English): label, marker, fill, edge
+        ("before", False): ("before", "o", "white", "#1b4f72"),
+        ("after", False): ("after", "o", "#1b4f72", "#1b4f72"),
+        ("before", True): ("English before", "s", "white", "#b9770e"),
+        ("after", True): ("English after", "s", "#e5a73b", "#b9770e"),
+    }
     figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     for place, (language, ends) in enumerate(found.items()):
         for column, ((end, english), (label, marker, face, edge)) in enumerate(looks.items()):
             for seed, evaluation in enumerate(ends[end]):
                 estimate = evaluation["eng" if english else language][metric]
                 reach = [[estimate["value"] - estimate["low"]], [estimate["high"] - estimate["value"]]]
+                across = place + 0.2 * (column - 1.5) + 0.045 * (seed - (len(ends[end]) - 1) / 2)
                 axes.errorbar(
-                    place + 0.2 * (column - 1.5) + 0.045 * (seed - (len(ends[end]) - 1) / 2), estimate["value"], yerr=reach,
-                    marker=marker, markersize=6, markerfacecolor=face, color=edge, capsize=2, linewidth=1,
-                    label=label if place == seed == 0 else None,
+                    across, estimate["value"], yerr=reach, marker=marker, markersize=6, markerfacecolor=face,
+                    color=edge, capsize=2, linewidth=1, label=label if place == seed == 0 else None,
                 )  # fmt: skip
     axes.set_xticks(range(len(found)), list(found))
     axes.set_xlabel("language trained on")

@@ -3,11 +3,12 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a broken test; read at import
+
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a broken test
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -288,7 +288,10 @@ def run_cli(*arguments: str):
 
 
 def test_train_prints_the_table_and_a_second_call_finds_the_finished_run(tmp_path):
-    flags = "--steps 1 --batch-size 4 --eval-problems 6 --eval-samples 2".split() + ["--out", str(tmp_path / "r")]
+    flags = ["--steps", "1", "--batch-size", "4", "--eval-problems", "6", "--eval-samples", "2"] + [
+        "--out",
+        str(tmp_path / "r"),
+    ]
     result = run_cli("train", *flags)
     assert result.exit_code == 0, result.output
     tables = ("Hausa", "English", "before", "after", "greedy accuracy", "pass@2", "format rate", "KL to the teacher")
