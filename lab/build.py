@@ -11,7 +11,7 @@ import math
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,7 @@ from lab.problems import (
     Drawn,
     draw_set,
     draw_training,
+    slipped,
     solution,
     words,
     write_problems,
@@ -44,7 +45,7 @@ CHAT_TEMPLATE = (
 )
 IGNORED = -100  # F.cross_entropy's default ignore_index
 REPORT_EVERY = 200  # steps
-Row = tuple[list[int], list[int]]  # prompt ids, completion ids
+Row = tuple[list[int], list[int], list[bool]]  # prompt ids, completion ids, which of them are learned
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,15 @@ class Mix:
     whole: float = 0.7  # of those, the share that read both the English problem and the English solution; the rest
     # lack one of the two, half each, so that the ablations of the teacher's context mean something here
     target_alone: float = 0.0002  # share of rows that read a target-language problem with no help
+    slips: float = 0.0  # of the privileged rows, the share whose solution slips and goes on consistently
     lr: float = 2e-3  # peak, after a linear warm-up, before a cosine to zero
     warmup: int = 100
     weight_decay: float = 0.05
     seed: int = 0
+
+
+# First to calculate and to read; then to go on from a slip.
+STAGES = (Mix(), Mix(steps=400, privileged=0.5, slips=0.5, lr=1e-3, warmup=20, seed=1000))
 
 
 def build_tokenizer(rng: random.Random, vocabulary: int = 1024) -> PreTrainedTokenizerFast:
@@ -111,11 +117,18 @@ def build_model(vocabulary: int, seed: int) -> Qwen3ForCausalLM:
     )
 
 
-def make_row(drawn: Drawn, code: str, tokenizer: PreTrainedTokenizerFast, **prompt: Any) -> Row:
-    """Return (prompt ids, completion ids with EOS) of a problem in the language `code`."""
+def make_row(
+    drawn: Drawn, code: str, tokenizer: PreTrainedTokenizerFast, pieces: list[tuple[str, bool]], **prompt: Any
+) -> Row:
+    """Return the row of a problem in the language `code` whose completion is `pieces` and EOS.
+
+    Pieces begin with a space or with the completion, so tokenising them one by one is tokenising them together.
+    """
     problem = Problem("", words(drawn, code), words(drawn, "eng"), solution(drawn, "eng"), None, code)
-    completion_ids = tokenizer.encode(solution(drawn, code), add_special_tokens=False)
-    return build_prompt(problem, code, tokenizer, **prompt), [*completion_ids, tokenizer.eos_token_id]
+    encoded = [(tokenizer.encode(text, add_special_tokens=False), learned) for text, learned in pieces]
+    completion_ids = [token for ids, _ in encoded for token in ids]
+    learned = [learned for ids, learned in encoded for _ in ids]
+    return build_prompt(problem, code, tokenizer, **prompt), [*completion_ids, tokenizer.eos_token_id], [*learned, True]
 
 
 def draw_row(rng: random.Random, mix: Mix, tokenizer: PreTrainedTokenizerFast) -> Row:
@@ -123,24 +136,27 @@ def draw_row(rng: random.Random, mix: Mix, tokenizer: PreTrainedTokenizerFast) -
     drawn, kind = draw_training(rng), rng.random()
     if kind >= mix.privileged:
         code = rng.choice(TARGETS) if kind < mix.privileged + mix.target_alone else "eng"
-        return make_row(drawn, code, tokenizer)
+        return make_row(drawn, code, tokenizer, [(solution(drawn, code), True)])
     code, context = rng.choice(LANGUAGES), rng.random()
     english_problem = context < (1 + mix.whole) / 2
     english_solution = context < mix.whole or not english_problem
-    return make_row(
-        drawn, code, tokenizer, role="teacher", english_problem=english_problem, english_solution=english_solution
-    )
+    pieces = [(solution(drawn, code), True)]
+    if mix.slips and rng.random() < mix.slips:
+        pieces = slipped(drawn, code, rng)
+    shown = {"english_problem": english_problem, "english_solution": english_solution}
+    return make_row(drawn, code, tokenizer, pieces, role="teacher", **shown)
 
 
 def collate(rows: list[Row]) -> tuple[Tensor, Tensor]:
     """Pad rows on the right; labels are the completion's ids, shifted so that label t belongs to hidden state t."""
-    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    width = max(len(prompt) + len(completion) for prompt, completion, _ in rows)
     ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
     labels_BT = torch.full((len(rows), width), IGNORED)
-    for row, (prompt, completion) in enumerate(rows):
+    for row, (prompt, completion, learned) in enumerate(rows):
         end = len(prompt) + len(completion)
         ids_BT[row, :end] = torch.tensor(prompt + completion)
-        labels_BT[row, len(prompt) - 1 : end - 1] = torch.tensor(completion)
+        labels = torch.tensor(completion).masked_fill(~torch.tensor(learned), IGNORED)
+        labels_BT[row, len(prompt) - 1 : end - 1] = labels
     return ids_BT, labels_BT
 
 
@@ -158,11 +174,13 @@ def exact_share(model: Qwen3ForCausalLM, rows: list[Row]) -> float:
 def report(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
     """Return greedy exact-match shares on held-out problems: each language alone, then with the teacher's prompt."""
     drawns = draw_set(random.Random(seed + 1), 100, KNOWN_WORDING, held_out=True)
-    shares = [
-        " ".join(f"{c} {exact_share(model, [make_row(d, c, tokenizer, role=role) for d in drawns]):.2f}" for c in codes)
-        for role, codes in (("student", LANGUAGES), ("teacher", TARGETS))
-    ]
-    return f"alone: {shares[0]}  privileged: {shares[1]}"
+    lines = []
+    for role, codes in (("student", LANGUAGES), ("teacher", TARGETS)):
+        lines.append(f"{role}:")
+        for code in codes:
+            rows = [make_row(d, code, tokenizer, [(solution(d, code), True)], role=role) for d in drawns]
+            lines.append(f"{code} {exact_share(model, rows):.2f}")
+    return " ".join(lines)
 
 
 def lr_at(step: int, mix: Mix) -> float:
@@ -184,7 +202,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, mix: Mix,
     started = time.monotonic()
     for step in range(mix.steps):
         rows = sorted((draw_row(rng, mix, tokenizer) for _ in range(mix.rows)), key=lambda row: len(row[0]))
-        tokens = sum(len(completion) for _, completion in rows)
+        tokens = sum(sum(learned) for _, _, learned in rows)
         total = 0.0
         for start in range(0, len(rows), 32):
             ids_BT, labels_BT = collate(rows[start : start + 32])
@@ -207,19 +225,17 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, mix: Mix,
 
 def main(
     out: Annotated[Path, typer.Option(help="folder to write the model and the problems into")] = HERE,
-    steps: Annotated[int, typer.Option(help="optimiser steps")] = Mix.steps,
-    target_alone: Annotated[float, typer.Option(help="share of unaided target-language problems")] = Mix.target_alone,
-    seed: int = Mix.seed,
+    seed: Annotated[int, typer.Option(help="of everything")] = 0,
 ) -> None:
     """Write problems/, then train and write tiny/."""
     keep_freed_memory()
-    mix = Mix(steps=steps, target_alone=target_alone, seed=seed)
     write_problems(out / "problems", seed)
     tokenizer = build_tokenizer(random.Random(seed))
     model = build_model(len(tokenizer), seed)
     print(f"{model.num_parameters() / 1e6:.2f}M parameters, {len(tokenizer)} tokens")
     tokenizer.save_pretrained(out / "tiny")
-    train(model, tokenizer, mix, out / "tiny")
+    for stage in STAGES:
+        train(model, tokenizer, replace(stage, seed=stage.seed + seed), out / "tiny")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ SPECIFICATION = json.loads((HERE / "templates.json").read_text(encoding="utf-8")
 TEMPLATES = {template["id"]: template for template in SPECIFICATION["templates"]}
 NEW_WORDING = tuple(name for name in TEMPLATES if name.startswith("new_"))  # nothing trains on these
 KNOWN_WORDING = tuple(name for name in TEMPLATES if not name.startswith("new_"))
+# In one step, "+" and "*" can be guessed from the numbers' size: in the sets the other templates come three times.
+SET_WORDING = tuple(
+    name for name in KNOWN_WORDING for _ in range(1 if TEMPLATES[name]["steps"] in (["a + b"], ["a * b"]) else 3)
+)
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
@@ -70,6 +74,42 @@ def solution(drawn: Drawn, language: str) -> str:
     return form.format(first=steps[0][0], second=steps[-1][0], answer=steps[-1][1])
 
 
+def slipped(drawn: Drawn, language: str, rng: random.Random) -> list[tuple[str, bool]]:
+    r"""Return a solution that slips, as pieces of text and whether a piece is worth learning.
+
+    A student that misreads a problem writes a wrong sum. A teacher that has only ever copied right solutions would then
+    write the right result behind the wrong sum, and so unteach arithmetic. These pieces let it learn to go on as any
+    calculator does: 24 - 4 read as 24 + 4 gives 28. The choice of a wrong sum itself is never worth learning.
+    """
+    steps, plan = rng.choice((1, 2)), TEMPLATES[drawn.template]["steps"]
+    form = SPECIFICATION["solutions"][language]["one" if steps == 1 else "two"]
+    opening, _, rest = form.partition("{first}")
+    first, value = _any_sum(rng, drawn.numbers)
+    if steps == 1:
+        return [(f"{opening}{first}", False), (f" = {value}{rest.format(answer=value)}", True)]
+    joint, _, rest = rest.partition(" {second}")
+    if len(plan) == 2:  # the plan still holds: its second step goes on from the slipped value
+        known = {**dict(zip("abc", drawn.numbers, strict=False)), "first": value}
+        left, symbol, right = plan[1].split()
+        second, result = f" {known[left]} {symbol} {known[right]}", OPERATORS[symbol](known[left], known[right])
+    else:
+        second, result = _any_sum(rng, (value, *drawn.numbers))
+        second = f" {second}"
+    if result < 0:
+        return slipped(drawn, language, rng)
+    ending = f" = {result}{rest.format(answer=result)}"
+    return [(f"{opening}{first}", False), (f" = {value}{joint}", True), (second, len(plan) == 2), (ending, True)]
+
+
+def _any_sum(rng: random.Random, numbers: tuple[int, ...]) -> tuple[str, int]:
+    """Return a sum of any two of the numbers, as text and value, from 0 to 150 as far as the templates go."""
+    while True:
+        left, symbol, right = rng.choice(numbers), rng.choice("+-*"), rng.choice(numbers)
+        value = OPERATORS[symbol](left, right)
+        if 0 <= value <= 150:
+            return f"{left} {symbol} {right}", value
+
+
 def draw(rng: random.Random, templates: tuple[str, ...]) -> Drawn:
     """Draw a problem whose every intermediate value is at least 1."""
     while True:
@@ -90,7 +130,7 @@ def draw_training(rng: random.Random) -> Drawn:
 
 
 def draw_set(rng: random.Random, count: int, templates: tuple[str, ...], *, held_out: bool) -> list[Drawn]:
-    """Draw `count` problems with distinct (template, numbers) pairs on one side of the split, templates in turn."""
+    """Draw `count` problems with distinct (template, numbers) pairs on one side of the split, the templates in turn."""
     found: dict[tuple[str, tuple[int, ...]], Drawn] = {}
     while len(found) < count:
         drawn = draw(rng, (templates[len(found) % len(templates)],))
@@ -107,8 +147,8 @@ def write_problems(folder: Path, seed: int) -> None:
     """
     rng = random.Random(seed)
     sets = {
-        "train": draw_set(rng, 500, KNOWN_WORDING, held_out=False),  # 500, as the paper has for an AfriMGSM language
-        "test": draw_set(rng, 250, KNOWN_WORDING, held_out=True),  # 250, as AfriMGSM has
+        "train": draw_set(rng, 500, SET_WORDING, held_out=False),  # 500, as the paper has for an AfriMGSM language
+        "test": draw_set(rng, 250, SET_WORDING, held_out=True),  # 250, as AfriMGSM has
         "new_wording": draw_set(rng, 60, NEW_WORDING, held_out=True),
     }
     for name, drawns in sets.items():
