@@ -108,6 +108,7 @@ class Config:
     thinking: str = setting("auto", "auto, on or off: whether the prompt opens a think block")
 
     batch_size: int = setting(32, "problems per step, one rollout each")
+    english_share: float = setting(0.0, "share of them posed in English, against forgetting it; from 0 to 1 (ours)")
     temperature: float = setting(1.1, "of the rollouts, and of both distributions in the loss; above 0")
     top_p: float = setting(0.95, "nucleus of the rollouts, up to 1")
     top_k: int = setting(20, "most likely tokens kept in the rollouts, 0 is off")
@@ -206,6 +207,13 @@ def roll_out(setup: Setup, problems: list[Problem], *, seed: int) -> list[Rollou
     return [group[0] for group in groups]
 
 
+def pose_in_english(problems: list[Problem], share: float) -> list[Problem]:
+    """Return the problems with the first `share` of them in English; one that has no English side stays as it is."""
+    count = round(share * len(problems))
+    english = [replace(p, problem=p.problem_en, language="eng") if p.problem_en else p for p in problems[:count]]
+    return english + problems[count:]
+
+
 def micro_batches(rollouts: list[Rollout], size: int) -> list[list[int]]:
     """Return the rows of each micro-batch, rows of like length together so that little is padding."""
     order = sorted(
@@ -227,7 +235,7 @@ def train_copsd(setup: Setup, run: Run, view: StepView) -> bool:
 
             # Problems of this step, and one completion of each from the current student.
             order = pick_order(len(setup.train), seed=config.seed, step=step - 1, batch=config.batch_size)
-            problems = [setup.train[index] for index in order]
+            problems = pose_in_english([setup.train[index] for index in order], config.english_share)
             rollouts = roll_out(setup, problems, seed=config.seed * 1_000_003 + step)
             step_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
             watch.lap("rollout")
@@ -372,7 +380,7 @@ def measure(setup: Setup, console: Console, when: str) -> dict[str, dict[str, An
     config, columns = setup.config, {}
     sampled = SamplingParams(config.max_new_tokens, config.eval_temperature, config.top_p, seed=config.seed)
     greedy = replace(sampled, temperature=0.0)
-    english = [replace(p, problem=p.problem_en, language="eng") for p in setup.heldout if p.problem_en]
+    english = pose_in_english([p for p in setup.heldout if p.problem_en], 1.0)
     for problems in [setup.heldout, english] if setup.heldout[0].language != "eng" and english else [setup.heldout]:
         language = find_language(problems[0].language)
         summary: dict[str, Estimate] = {}
@@ -399,8 +407,10 @@ def validate(config: Config) -> None:
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; valid: {least} or more")
-    if not config.max_grad_norm > 0 or not config.lora_alpha > 0 or config.ema_decay > 1:
-        raise ValueError("--max-grad-norm and --lora-alpha must be above 0, --ema-decay at most 1")
+    if not config.max_grad_norm > 0 or not config.lora_alpha > 0 or not 0 <= config.english_share <= 1:
+        raise ValueError("--max-grad-norm and --lora-alpha must be above 0, --english-share from 0 to 1")
+    if config.ema_decay > 1:
+        raise ValueError(f"--ema-decay is {config.ema_decay}; valid: from 0 to 1")
     if config.teacher not in TEACHERS:
         raise ValueError(f"unknown teacher {config.teacher!r}; valid: {', '.join(TEACHERS)}")
     SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
@@ -442,16 +452,10 @@ def load_data(
         train, heldout = split_heldout(train, config.eval_problems, config.seed)
     check_answers(heldout)
     kept = []
-    for name, problems in (("training", train), ("held-out", heldout)):
-        prompts = [
-            max(student_prompt(config, p, tokenizer), teacher_prompt(config, p, tokenizer), key=len) for p in problems
-        ]
-        kept.append(keep_fitting(problems, prompts, context - config.max_new_tokens))
-        if len(kept[-1]) < len(problems):
-            console.print(f"skipped {len(problems) - len(kept[-1])} of {len(problems)} {name} problems: prompt and "
-                          f"{config.max_new_tokens} new tokens exceed the context of {context}")  # fmt: skip
-    if not kept[0]:
-        raise ValueError("no training problem fits the model's context: lower --max-new-tokens")
+    for problems in (train, heldout):
+        pairs = [(student_prompt(config, p, tokenizer), teacher_prompt(config, p, tokenizer)) for p in problems]
+        longer = [max(pair, key=len) for pair in pairs]
+        kept.append(keep_fitting(problems, longer, console, context=context, max_new_tokens=config.max_new_tokens))
     return kept[0], kept[1]
 
 

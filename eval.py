@@ -128,9 +128,23 @@ def evaluate(
     return results
 
 
-def keep_fitting(problems: list[Problem], prompts: list[list[int]], room: int) -> list[Problem]:
-    """Return the problems whose prompts have at most `room` tokens; a longer one is left out whole, never cut."""
-    return [problem for problem, prompt in zip(problems, prompts, strict=True) if len(prompt) <= room]
+def keep_fitting(
+    problems: list[Problem], prompts: list[list[int]], console: Console, *, context: int, max_new_tokens: int
+) -> list[Problem]:
+    """Return the problems whose prompts leave room for max_new_tokens; the others are left out whole, never cut.
+
+    Says how many were left out. Raises ValueError if that is all of them.
+    """
+    kept = [p for p, prompt in zip(problems, prompts, strict=True) if len(prompt) + max_new_tokens <= context]
+    if problems and not kept:
+        raise ValueError(f"no problem fits the model's context of {context} tokens: lower --max-new-tokens")
+    if len(kept) < len(problems):
+        console.print(
+            f"skipped {len(problems) - len(kept)} of {len(problems)} problems: their prompts and {max_new_tokens} new "
+            f"tokens exceed the model's context of {context}",
+            soft_wrap=True,
+        )
+    return kept
 
 
 def bootstrap(numerators: list[float], denominators: list[float], *, seed: int = 0) -> Estimate:
@@ -243,6 +257,9 @@ def main(
             if expected not in (None, weights_fingerprint(dict(network.named_parameters()))):
                 raise ValueError(f"adapter {adapter} was trained on other base weights than those of {model}")
             load_adapter(network, found)
+        prompts = [build_prompt(problem, language, tokenizer, thinking=thinking) for problem in problems]
+        context = network.config.max_position_embeddings
+        problems = keep_fitting(problems, prompts, console, context=context, max_new_tokens=tokens)
         with SamplingProgress(console, f"{language.english}, {samples} samples a problem") as progress:
             results = evaluate(
                 network, tokenizer, problems, params, samples=samples, thinking=thinking, max_rows=rows,

@@ -127,12 +127,16 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def mean_of_seeds(name: str, estimates: list[dict[str, float]]) -> str:
+    """Return the mean over seeds: "0.310"."""
+    return f"{sum(estimate['value'] for estimate in estimates) / len(estimates):.{1 if 'tokens' in name else 3}f}"
+
+
 def cell_of_seeds(name: str, estimates: list[dict[str, float]]) -> str:
-    """Return the mean over seeds with the smallest and largest seed: "0.31 (0.29, 0.33)"."""
-    values = [estimate["value"] for estimate in estimates]
-    digits = 1 if "tokens" in name else 3
-    mean, low, high = sum(values) / len(values), min(values), max(values)
-    return f"{mean:.{digits}f} ({low:.{digits}f}, {high:.{digits}f})"
+    """Return the mean over seeds with the smallest and the largest seed: "0.310 (0.290, 0.330)"."""
+    ends = [min(estimates, key=lambda e: e["value"]), max(estimates, key=lambda e: e["value"])]
+    low, high = (mean_of_seeds(name, [end]) for end in ends)
+    return f"{mean_of_seeds(name, estimates)} ({low}, {high})"
 
 
 def gap_figure(found: dict[str, dict[str, list[dict[str, Summary]]]], paths: list[Path]) -> None:

@@ -1,10 +1,12 @@
 """The evaluator: estimates that match their definitions, and one-line errors."""
 
+import io
 import math
 from fractions import Fraction
 from itertools import combinations
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import eval as evaluation
@@ -75,9 +77,15 @@ def test_a_gold_that_cannot_be_graded_is_an_error_naming_the_problem(answer):
         check_answers([Problem("p7", "?", None, None, answer, "hau")])
 
 
-def test_long_prompts_are_left_out_whole():
+def test_long_prompts_are_left_out_whole_and_counted():
+    stream = io.StringIO()
+    console = Console(file=stream)
     problems = [Problem(str(i), "?", None, None, "1", "hau") for i in range(3)]
-    assert [p.id for p in keep_fitting(problems, [[0] * 3, [0] * 5, [0] * 4], 4)] == ["0", "2"]
+    prompts = [[0] * 3, [0] * 5, [0] * 4]
+    kept = keep_fitting(problems, prompts, console, context=10, max_new_tokens=6)
+    assert [p.id for p in kept] == ["0", "2"] and stream.getvalue().startswith("skipped 1 of 3 problems")
+    with pytest.raises(ValueError, match="no problem fits"):
+        keep_fitting(problems, prompts, console, context=10, max_new_tokens=8)
 
 
 def run_cli(*arguments: str):

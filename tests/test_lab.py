@@ -17,13 +17,15 @@ from lab.problems import (
     Drawn,
     draw_training,
     equations,
+    slipped,
     solution,
     words,
     write_problems,
 )
-from parts.data import load_problems
+from parts.data import build_prompt, load_problems
+from parts.grading import is_correct
 from parts.model import load_model, load_tokenizer
-from parts.sampler import SamplingParams
+from parts.sampler import SamplingParams, sample
 
 PROBLEMS = Path(__file__).resolve().parent.parent / "lab" / "problems"
 
@@ -66,6 +68,18 @@ def test_languages_are_aligned_row_by_row(name):
             assert row["problem_translated"] != other["problem_translated"]
 
 
+def test_a_slip_goes_on_consistently_and_its_wrong_sum_is_not_learned():
+    rng = random.Random(2)
+    for _ in range(500):
+        drawn = draw_training(rng)
+        pieces = slipped(drawn, "eng", rng)
+        text = "".join(piece for piece, _ in pieces)
+        sums = re.findall(r"(\d+ [-+*] \d+) = (\d+)", text)
+        assert all(eval(left) == int(right) for left, right in sums)
+        assert text.endswith(f"\\boxed{{{sums[-1][1]}}}.")
+        assert pieces[0][0].endswith(sums[0][0]) and not pieces[0][1] and pieces[-1][1]
+
+
 def test_solutions_are_right():
     rng = random.Random(1)
     for _ in range(500):
@@ -101,3 +115,15 @@ def test_the_gap_is_there(lab_folder):
         accuracy[language] = summarise(results, [1])["pass@1"].value
     assert accuracy["eng"] >= 0.8
     assert all(accuracy[language] <= 0.4 for language in TARGETS)
+
+
+@pytest.mark.parametrize("language", TARGETS)
+def test_with_the_teachers_prompt_the_gap_is_gone(lab_folder, language):
+    model = load_model(lab_folder, device="cpu", dtype=torch.float32)
+    tokenizer = load_tokenizer(lab_folder)
+    problems = load_problems(PROBLEMS / language / "test.jsonl", language=language)
+    prompts = [build_prompt(problem, language, tokenizer, role="teacher") for problem in problems]
+    groups = sample(model, prompts, SamplingParams(64, temperature=0.0), eos_ids={tokenizer.eos_token_id})
+    texts = [tokenizer.decode(rollouts[0].completion_ids) for rollouts in groups]
+    right = [is_correct(text, str(problem.answer)) for text, problem in zip(texts, problems, strict=True)]
+    assert sum(right) >= 0.95 * len(right)
