@@ -10,9 +10,11 @@ the student towards the teacher on the student's own words:
 Read top down: Config is the recipe, `distil` is the equation, `train_copsd` is the loop. The rest prepares and reports.
 
 Departures: a part of the data is held out, so that a run can measure itself (the released code trains on all of it);
-the mean is over the tokens of the whole step (the paper averages each completion first: --reduction trajectory).
+the mean is over the tokens of the whole step (the paper averages each completion first: --reduction trajectory); a
+share of the problems can be posed in English (--english-share, 0 by default).
 """
 
+import hashlib
 import inspect
 import time
 from collections.abc import Callable
@@ -433,7 +435,9 @@ def configure(given: dict[str, Any]) -> tuple[Config, Path]:
         recipe.pop("eval_data", None)  # the recipe's benchmark belongs to the recipe's data
     config = Config(**{**recipe, **given})
     lang = find_language(config.lang).iso3
-    files = {name: str(value).format(lang=lang) for name in ("data", "eval_data") if (value := getattr(config, name))}
+    files = {
+        name: str(value).replace("{lang}", lang) for name in ("data", "eval_data") if (value := getattr(config, name))
+    }
     out = config.out or f"runs/copsd-{Path(config.model).name}-{lang}-{config.seed}"
     config = replace(config, lang=lang, out=out, **files)
     validate(config)
@@ -453,10 +457,18 @@ def load_data(
     check_answers(heldout)
     kept = []
     for problems in (train, heldout):
-        pairs = [(student_prompt(config, p, tokenizer), teacher_prompt(config, p, tokenizer)) for p in problems]
-        longer = [max(pair, key=len) for pair in pairs]
-        kept.append(keep_fitting(problems, longer, console, context=context, max_new_tokens=config.max_new_tokens))
+        longest = []
+        for problem in problems:
+            posed = [problem, *pose_in_english([problem], 1.0)]
+            prompts = [build(config, p, tokenizer) for p in posed for build in (student_prompt, teacher_prompt)]
+            longest.append(max(prompts, key=len))
+        kept.append(keep_fitting(problems, longest, console, context=context, max_new_tokens=config.max_new_tokens))
     return kept[0], kept[1]
+
+
+def fingerprint(problems: list[Problem]) -> str:
+    """Return 16 hex digits that change with any field of any problem."""
+    return hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
 
 
 def prepare(config: Config, folder: Path, console: Console) -> tuple[Setup, Run]:
@@ -473,8 +485,8 @@ def prepare(config: Config, folder: Path, console: Console) -> tuple[Setup, Run]
         "base_weights": weights_fingerprint(dict(model.named_parameters())),
         "prompt_template": template_hash(tokenizer, config.lang, config.thinking),
         "dtype": str(dtype),
-        "training_problems": len(train),
-        "heldout_problems": len(heldout),
+        "training_data": fingerprint(train),
+        "heldout_data": fingerprint(heldout),
     }
     lora = attach_lora(
         model, rank=config.lora_rank, alpha=config.lora_alpha, targets=tuple(config.lora_targets.split(",")),

@@ -8,6 +8,7 @@ rewards GRPO. Every estimate carries a 95 % interval from a bootstrap over probl
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -120,7 +122,7 @@ def evaluate(
     for problem, rollouts in zip(problems, groups, strict=True):
         attempts = []
         for rollout in rollouts:
-            text = tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+            text = str(tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
             answer = extract_answer(text, think_open=think_open)
             correct = is_correct(text, str(problem.answer), think_open=think_open)
             attempts.append(Attempt(text, answer, correct, len(rollout.completion_ids), rollout.finish_reason))
@@ -153,13 +155,12 @@ def bootstrap(numerators: list[float], denominators: list[float], *, seed: int =
     nan where the denominators sum to zero. A mean over problems has denominators of 1.
     """
     pairs = np.array([numerators, denominators], dtype=float)
+    if not pairs[1].sum():
+        return Estimate(math.nan, math.nan, math.nan)
     drawn = np.random.default_rng(seed).integers(pairs.shape[1], size=(RESAMPLES, pairs.shape[1]))
-    with np.errstate(invalid="ignore"):
-        value = np.divide(*pairs.sum(axis=1))
-        low, high = (
-            np.nanpercentile(np.divide(*pairs[:, drawn].sum(axis=2)), [2.5, 97.5]) if value == value else (value,) * 2
-        )
-    return Estimate(float(value), float(low), float(high))
+    above, below = pairs[:, drawn].sum(axis=2)
+    low, high = np.percentile(above[below > 0] / below[below > 0], [2.5, 97.5])
+    return Estimate(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high))
 
 
 def summarise(results: list[Graded], ks: list[int]) -> dict[str, Estimate]:
@@ -196,10 +197,10 @@ def start_program() -> Console:
 
 @contextmanager
 def bad_input() -> Iterator[None]:
-    """Turn what the parts raise for a wrong value or a missing file into one line on stderr and exit code 2."""
+    """Turn a wrong value, and a file that is missing, torn or unwritable, into one line on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
 
@@ -211,7 +212,7 @@ def evaluation_problems(benchmark: str | None, model_folder: Path, language: str
         raise ValueError(f"{model_folder} has no recipe that names a benchmark; pass --benchmark FILE")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit is {limit}; valid: 1 or more")
-    problems = load_problems(Path(str(file).format(lang=language)), language=language)[:limit]
+    problems = load_problems(Path(str(file).replace("{lang}", language)), language=language)[:limit]
     check_answers(problems)
     return problems
 

@@ -43,6 +43,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+EOS_ID = 2  # the special tokens come first: <|endoftext|>, <|im_start|>, <|im_end|>
 IGNORED = -100  # F.cross_entropy's default ignore_index
 REPORT_EVERY = 200  # steps
 Row = tuple[list[int], list[int], list[bool]]  # prompt ids, completion ids, which of them are learned
@@ -111,7 +112,7 @@ def build_model(vocabulary: int, seed: int) -> Qwen3ForCausalLM:
             tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             pad_token_id=0,
-            eos_token_id=2,
+            eos_token_id=EOS_ID,
             bos_token_id=None,
         )
     )
@@ -128,7 +129,7 @@ def make_row(
     encoded = [(tokenizer.encode(text, add_special_tokens=False), learned) for text, learned in pieces]
     completion_ids = [token for ids, _ in encoded for token in ids]
     learned = [learned for ids, learned in encoded for _ in ids]
-    return build_prompt(problem, code, tokenizer, **prompt), [*completion_ids, tokenizer.eos_token_id], [*learned, True]
+    return build_prompt(problem, code, tokenizer, **prompt), [*completion_ids, EOS_ID], [*learned, True]
 
 
 def draw_row(rng: random.Random, mix: Mix, tokenizer: PreTrainedTokenizerFast) -> Row:

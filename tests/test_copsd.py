@@ -83,12 +83,11 @@ def test_every_completion_token_is_scored_once_and_eos_is_among_them(tmp_path):
 
 def test_student_and_teacher_prompts_end_in_the_same_tokens(tmp_path):
     setup, _ = make_setup(tmp_path)
+    start = setup.tokenizer.encode("<|im_start|>", add_special_tokens=False)[0]
     for problem in setup.train[:5]:
         student = copsd.student_prompt(setup.config, problem, setup.tokenizer)
         teacher = copsd.teacher_prompt(setup.config, problem, setup.tokenizer)
-        assistant = student[
-            len(student) - 1 - student[::-1].index(setup.tokenizer.convert_tokens_to_ids("<|im_start|>")) :
-        ]
+        assistant = student[len(student) - 1 - student[::-1].index(start) :]
         assert len(assistant) > 5 and teacher[-len(assistant) :] == assistant
 
 
@@ -143,6 +142,17 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batches(tmp_path, r
     scale = gradients[0].abs().max().item()
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], atol=1e-5 * scale, rtol=0)
+
+
+def test_a_share_of_the_problems_is_posed_in_english_to_both_roles(tmp_path):
+    setup, _ = make_setup(tmp_path)
+    problems = setup.train[:4]
+    posed = copsd.pose_in_english(problems, 0.5)
+    assert [p.language for p in posed] == ["eng", "eng", "hau", "hau"] and posed[2:] == problems[2:]
+    assert [p.problem for p in posed[:2]] == [p.problem_en for p in problems[:2]]
+    for role_prompt in (copsd.student_prompt, copsd.teacher_prompt):
+        assert "step by step" in setup.tokenizer.decode(role_prompt(setup.config, posed[0], setup.tokenizer))
+    assert copsd.pose_in_english(problems, 0.0) == problems
 
 
 def test_micro_batches_hold_every_row_once(tmp_path):
@@ -242,7 +252,7 @@ CHANGES = {
     "clip": 0.01, "reduction": "trajectory", "teacher": "current", "english_problem": False, "english_solution": False,
     "batch_size": 5, "temperature": 0.8, "top_p": 0.5, "top_k": 2, "max_new_tokens": 12, "lr": 1e-3,
     "weight_decay": 0.5, "max_grad_norm": 1e-3, "lora_rank": 4, "lora_alpha": 8.0, "lora_targets": "q_proj",
-    "steps": 3, "dtype": "bfloat16", "save_every": 1,
+    "steps": 3, "dtype": "bfloat16", "save_every": 1, "english_share": 0.0,
 }  # fmt: skip
 # These change memory, speed, place or the evaluation, and must not change what is learned, or are tested elsewhere.
 ELSEWHERE = {

@@ -123,7 +123,7 @@ def test_with_the_teachers_prompt_the_gap_is_gone(lab_folder, language):
     tokenizer = load_tokenizer(lab_folder)
     problems = load_problems(PROBLEMS / language / "test.jsonl", language=language)
     prompts = [build_prompt(problem, language, tokenizer, role="teacher") for problem in problems]
-    groups = sample(model, prompts, SamplingParams(64, temperature=0.0), eos_ids={tokenizer.eos_token_id})
-    texts = [tokenizer.decode(rollouts[0].completion_ids) for rollouts in groups]
+    groups = sample(model, prompts, SamplingParams(64, temperature=0.0), eos_ids={2})
+    texts = [str(tokenizer.decode(rollouts[0].completion_ids)) for rollouts in groups]
     right = [is_correct(text, str(problem.answer)) for text, problem in zip(texts, problems, strict=True)]
     assert sum(right) >= 0.95 * len(right)
