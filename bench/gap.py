@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from parts.data import find_language
 from parts.report import cell_of_seeds, gap_figure, markdown_table, mean_of_seeds
 from parts.runs import read_json
 
@@ -46,6 +47,11 @@ def run_all(languages: list[str], seeds: int, out: Path, flags: list[str]) -> di
     return found
 
 
+def names_of(found: dict[str, Ends]) -> list[str]:
+    """Return the English names of the languages."""
+    return [find_language(code).english for code in found]
+
+
 def table(found: dict[str, Ends]) -> str:
     """Return the Markdown table: a column per language trained on, a row per metric in it and then in English."""
     rows = []
@@ -59,7 +65,7 @@ def table(found: dict[str, Ends]) -> str:
                 apart = sum(a["low"] > b["high"] or a["high"] < b["low"] for a, b in zip(after, before, strict=True))
                 cells.append(f"{mean_of_seeds(metric, before)} to {cell_of_seeds(metric, after)}, {apart}/{len(after)}")
             rows.append([f"English: {metric}" if english else metric, *cells])
-    return markdown_table(["", *found], rows)
+    return markdown_table(["", *names_of(found)], rows)
 
 
 def main(
@@ -72,7 +78,7 @@ def main(
     found = run_all(lang.split(","), seeds, out.resolve(), context.args)
     text = table(found)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    gap_figure(found, [out / "gap.png", out / "gap.svg"])
+    gap_figure(found, names_of(found), [out / "gap.png", out / "gap.svg"])
     print(text)
 
 

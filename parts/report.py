@@ -139,10 +139,11 @@ def cell_of_seeds(name: str, estimates: list[dict[str, float]]) -> str:
     return f"{mean_of_seeds(name, estimates)} ({low}, {high})"
 
 
-def gap_figure(found: dict[str, dict[str, list[dict[str, Summary]]]], paths: list[Path]) -> None:
+def gap_figure(found: dict[str, dict[str, list[dict[str, Summary]]]], names: list[str], paths: list[Path]) -> None:
     """Draw accuracy before and after training, per language and in English, a mark per seed with its 95 % interval.
 
-    found  language -> "before" or "after" -> an evaluation per seed: language code -> metric -> estimate
+    found  language code -> "before" or "after" -> an evaluation per seed: language code -> metric -> estimate
+    names  what to call the languages, in the same order
     """
     import matplotlib
 
@@ -167,10 +168,10 @@ def gap_figure(found: dict[str, dict[str, list[dict[str, Summary]]]], paths: lis
                     across, estimate["value"], yerr=reach, marker=marker, markersize=6, markerfacecolor=face,
                     color=edge, capsize=2, linewidth=1, label=label if place == seed == 0 else None,
                 )  # fmt: skip
-    axes.set_xticks(range(len(found)), list(found))
+    axes.set_xticks(range(len(found)), names)
     axes.set_xlabel("language trained on")
     axes.set_ylabel("greedy accuracy, held-out problems")
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 1.04)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)

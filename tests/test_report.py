@@ -68,5 +68,5 @@ def test_markdown_has_a_header_and_a_row_each():
 def test_the_figure_is_written_in_both_formats(tmp_path):
     evaluation = {code: {"greedy accuracy": estimate(0.5)} for code in ("hau", "eng")}
     paths = [tmp_path / "gap.png", tmp_path / "gap.svg"]
-    gap_figure({"hau": {"before": [evaluation], "after": [evaluation]}}, paths)
+    gap_figure({"hau": {"before": [evaluation], "after": [evaluation]}}, ["Hausa"], paths)
     assert paths[0].read_bytes().startswith(b"\x89PNG") and "<svg" in paths[1].read_text()
