@@ -507,6 +507,7 @@ def with_config_flags(command: Callable[[dict[str, Any]], None]) -> Callable[...
     """Give a command one flag per field of Config; it receives those that were typed, so a recipe can fill the rest."""
 
     def wrapper(**flags: Any) -> None:
+        """Stand in for the command; its own docstring replaces this one."""
         command({name: value for name, value in flags.items() if value is not None})
 
     parameters = []

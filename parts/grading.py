@@ -222,7 +222,7 @@ def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
     numbers: list[Fraction | None] = []
     has_digit = re.search(r"\d", text) is not None
 
-    def fill_slot(match: re.Match[str]) -> str:
+    def _fill_slot(match: re.Match[str]) -> str:
         kind = str(match.lastgroup)  # the form's group closes last
         if has_digit and kind == "han" and not match["han"][0].isdigit():
             return match[0]  # beside figures 三 is a letter: "18个三明治" is 18 sandwiches
@@ -230,7 +230,7 @@ def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
         numbers.append(-value if value is not None and match["sign"] == "-" else value)
         return _SLOT
 
-    return numbers, _NUMBER.sub(fill_slot, _UNIT_POWER.sub(r"\1", text))
+    return numbers, _NUMBER.sub(_fill_slot, _UNIT_POWER.sub(r"\1", text))
 
 
 def _is_prose(skeleton: str) -> bool:

@@ -249,11 +249,11 @@ def stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in the yielded list, so that a step can be finished; a second one acts at once."""
     received: list[int] = []
 
-    def remember(number: int, frame: Any) -> None:
+    def _remember(number: int, frame: Any) -> None:
         received.append(number)
         signal.signal(number, before[number])
 
-    before: dict[int, Any] = {n: signal.signal(n, remember) for n in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {n: signal.signal(n, _remember) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

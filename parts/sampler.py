@@ -148,9 +148,9 @@ def _decode(
     # Longest first: neighbours need little padding and a lack of memory shows at once. Equal prompts become neighbours.
     waiting = deque(sorted(rows, key=lambda row: (-len(row.prompt_ids), row.prompt_ids)))
     generated = 0
-    while waiting or batch.unfinished:
+    while waiting or batch._unfinished:
         # An exchange copies the cache, about one step's time: it pays once an eighth of the rows have finished.
-        if 8 * batch.unfinished <= 7 * len(batch.rows):
+        if 8 * batch._unfinished <= 7 * len(batch.rows):
             batch.exchange(waiting, max_rows)
         logits_BV = batch.head(batch.hidden_BD).float()
         uniform_B = torch.tensor([row.stream.random() for row in batch.rows], dtype=torch.float64).to(logits_BV.device)
@@ -165,8 +165,8 @@ def _decode(
             row.logprobs.append(logprob)
             full = len(row.completion_ids) == params.max_new_tokens
             row.finish_reason = "stop" if token in eos_ids else "length" if full else ""
-        yield len(rows) - len(waiting) - batch.unfinished, generated
-        if batch.unfinished:
+        yield len(rows) - len(waiting) - batch._unfinished, generated
+        if batch._unfinished:
             batch.step(ids_B)
 
 
@@ -191,7 +191,7 @@ class _Batch:
         self.prompts: dict[tuple[int, ...], _History] = {}  # prefilled, and still needed by a waiting row
 
     @property
-    def unfinished(self) -> int:
+    def _unfinished(self) -> int:
         return sum(not row.finish_reason for row in self.rows)
 
     def exchange(self, waiting: deque[_Row], max_rows: int) -> None:
