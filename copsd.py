@@ -332,19 +332,20 @@ def work_metrics(setup: Setup, problems: list[Problem], rollouts: list[Rollout])
 def completion_rows(
     setup: Setup, step: int, problems: list[Problem], rollouts: list[Rollout], kl_by_row: dict[int, float]
 ) -> list[dict[str, Any]]:
-    """Return the step's first rollouts whole, as rows of completions.jsonl."""
+    """Return some of the step's rollouts whole, for completions.jsonl, evenly spread: English ones come first."""
+    spread = range(0, len(rollouts), max(1, len(rollouts) // LOGGED_ROLLOUTS))[:LOGGED_ROLLOUTS]
     return [
         {
             "step": step,
-            "problem_id": problem.id,
-            "prompt": setup.tokenizer.decode(rollout.prompt_ids),
-            "completion": setup.tokenizer.decode(rollout.completion_ids),
-            "answer": problem.answer,
-            "finish_reason": rollout.finish_reason,
-            "tokens": len(rollout.completion_ids),
+            "problem_id": problems[row].id,
+            "prompt": setup.tokenizer.decode(rollouts[row].prompt_ids),
+            "completion": setup.tokenizer.decode(rollouts[row].completion_ids),
+            "answer": problems[row].answer,
+            "finish_reason": rollouts[row].finish_reason,
+            "tokens": len(rollouts[row].completion_ids),
             "kl_nats_per_token": kl_by_row[row],
         }
-        for row, (problem, rollout) in enumerate(zip(problems[:LOGGED_ROLLOUTS], rollouts, strict=False))
+        for row in spread
     ]
 
 

@@ -57,9 +57,11 @@ def make_contestants(arguments: argparse.Namespace) -> dict[str, Callable[[Tenso
     """Return the two versions by name; each does one forward and one backward pass."""
 
     def naive(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> None:
+        """Keep the whole logits."""
         kernels.divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, **LOSS).sum().backward()
 
     def ours(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> None:
+        """Keep a chunk of them at a time."""
         chunk_tokens = arguments.chunk_tokens
         loss_N, _ = kernels.chunked_divergence(student_ND, teacher_ND, head_VD, chunk_tokens=chunk_tokens, **LOSS)
         loss_N.sum().backward()
@@ -74,6 +76,7 @@ def make_floor(student_ND: Tensor, head_VD: Tensor) -> Callable[[Tensor, Tensor,
 
     @torch.no_grad()
     def floor(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> None:
+        """Multiply three times, and nothing else."""
         torch.mm(student_ND, head_VD.T, out=logits_NV)
         torch.mm(teacher_ND, head_VD.T, out=logits_NV)
         torch.mm(logits_NV, head_VD, out=gradient_ND)

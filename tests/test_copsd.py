@@ -176,7 +176,7 @@ def test_training_brings_the_student_closer_and_leaves_base_and_teacher_alone(tm
 
 
 def test_a_step_logs_what_it_did(tmp_path):
-    folder = train(tmp_path)
+    folder = train(tmp_path, batch_size=16)
     rows = jsonl(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[0].keys() >= {
@@ -189,6 +189,8 @@ def test_a_step_logs_what_it_did(tmp_path):
     completions = jsonl(folder / "completions.jsonl")
     assert [row["step"] for row in completions] == [1] * copsd.LOGGED_ROLLOUTS + [2] * copsd.LOGGED_ROLLOUTS
     assert all(row["completion"] and row["prompt"] for row in completions)
+    languages = {"Hausa" in row["prompt"] for row in completions}
+    assert languages == {True, False}, "with half the problems in English, both languages are to be read"
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert stored["config"]["clip"] == 0.05 and stored["identity"]["base_weights"] and stored["versions"]["torch"]
     assert (folder / "adapters" / "step_00002" / "adapter_model.safetensors").is_file()
