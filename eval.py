@@ -25,13 +25,11 @@ from transformers.utils import logging as transformers_logging
 
 from parts.data import Problem, build_prompt, find_language, load_problems, prompt_opens_think
 from parts.grading import extract_answer, is_correct, normalise
+from parts.machine import keep_freed_memory, pick_device, pick_dtype
 from parts.model import eos_ids, load_adapter, load_model, load_tokenizer, resolve_model, valid_ids
 from parts.report import SamplingProgress, estimates_table
 from parts.runs import (
     adapter_folder,
-    keep_freed_memory,
-    pick_device,
-    pick_dtype,
     read_recipe,
     recorded_fingerprint,
     weights_fingerprint,

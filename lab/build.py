@@ -36,7 +36,7 @@ from lab.problems import (
     write_problems,
 )
 from parts.data import Problem, build_prompt, find_language
-from parts.runs import keep_freed_memory
+from parts.machine import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 CHAT_TEMPLATE = (

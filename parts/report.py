@@ -12,11 +12,15 @@ from rich.table import Table
 
 Summary = dict[str, dict[str, float]]  # metric -> {"value", "low", "high"}, the ends of its 95 % interval
 SHOWN_STEPS = 12  # rows of the live table
-COLUMNS = {  # column title -> (metric, format)
+COLUMNS = {  # column title -> (metric, format); a run shows those that its method logs
     "step": ("step", "{:.0f}"),
     "loss": ("loss/objective_nats_per_token", "{:+.4f}"),
+    "objective": ("loss/objective", "{:+.4f}"),
+    "reward": ("reward/mean", "{:.3f}"),
+    "dead": ("reward/dead_group_frac", "{:.0%}"),
     "KL": ("loss/kl_nats_per_token", "{:.4f}"),
     "clipped": ("loss/clipped_token_frac", "{:.0%}"),
+    "ratio max": ("ratio/max", "{:.2f}"),
     "teacher H": ("loss/teacher_entropy_nats_per_token", "{:.3f}"),
     "student H": ("loss/student_entropy_nats_per_token", "{:.3f}"),
     "|grad|": ("update/grad_norm", "{:.3f}"),
@@ -27,9 +31,12 @@ COLUMNS = {  # column title -> (metric, format)
 
 
 class StepView:
-    """Show a line of metrics per step: a live table with a bar on a terminal, plain short lines elsewhere."""
+    """Show a line of metrics per step: a live table with a bar on a terminal, plain short lines elsewhere.
 
-    def __init__(self, console: Console, steps: int):
+    steps  how many there will be; None where a budget of tokens decides, and then the share of it is shown
+    """
+
+    def __init__(self, console: Console, steps: int | None):
         self.console, self.steps = console, steps
         self.rows: list[dict[str, Any]] = []
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -46,28 +53,26 @@ class StepView:
     def show(self, metrics: dict[str, Any]) -> None:
         """Add one step."""
         self.rows = [*self.rows, metrics][-SHOWN_STEPS:]
+        place = f"step {metrics['step']}" + (f"/{self.steps}" if self.steps else f", {metrics['progress']:.0%}")
         if self.live:
-            self.live.update(Group(self._table(), self._bar(metrics["step"])), refresh=True)
+            bar = Table.grid(padding=(0, 1))
+            bar.add_row(place, ProgressBar(total=1.0, completed=metrics["progress"], width=60))
+            self.live.update(Group(self._table(), bar), refresh=True)
         else:
-            cells = [
-                f"{title} {form.format(metrics[name])}" for title, (name, form) in COLUMNS.items() if title != "step"
-            ]
-            self.console.print(
-                f"step {metrics['step']}/{self.steps}  {'  '.join(cells)}", highlight=False, soft_wrap=True
-            )
+            cells = [f"{title} {text}" for title, text in self._cells(metrics).items() if title != "step"]
+            self.console.print(f"{place}  {'  '.join(cells)}", highlight=False, soft_wrap=True)
+
+    def _cells(self, metrics: dict[str, Any]) -> dict[str, str]:
+        shown = {title: column for title, column in COLUMNS.items() if metrics.get(column[0]) is not None}
+        return {title: form.format(metrics[name]) for title, (name, form) in shown.items()}
 
     def _table(self) -> Table:
         table = Table(box=None, header_style="bold")
-        for title in COLUMNS:
+        for title in self._cells(self.rows[-1]):
             table.add_column(title, justify="right")
         for row in self.rows:
-            table.add_row(*(form.format(row[name]) for name, form in COLUMNS.values()))
+            table.add_row(*self._cells(row).values())
         return table
-
-    def _bar(self, step: int) -> Table:
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(f"step {step}/{self.steps}", ProgressBar(total=self.steps, completed=step, width=60))
-        return bar
 
 
 class SamplingProgress:

@@ -8,19 +8,16 @@ resume.safetensors adapter, moving average and optimiser state of the last save,
 before.json, after.json   the evaluations at both ends
 """
 
-import ctypes
 import hashlib
 import json
 import os
 import platform
-import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16 would need a loss scaler
+LOGGED_ROLLOUTS = 4  # completions of every step that are kept whole
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -49,40 +46,25 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(partial, path)
 
 
-def read_recipe(model_folder: Path) -> dict[str, Any]:
+def read_recipe(model_folder: Path, method: str = "copsd") -> dict[str, Any]:
     """Return the settings that the folder's recipe.json has for this model, {} where there is none.
 
-    Each entry is {"value": ..., "why": ...}. Files in it are relative to the folder; "{lang}" stands for the language.
+    Each entry is {"value": ..., "why": ...}, with another value under a method's name where that differs. Files in it
+    are relative to the folder; "{lang}" stands for the language.
     """
     path = model_folder / "recipe.json"
     if not path.is_file():
         return {}
-    recipe = {name: entry["value"] for name, entry in read_json(path).items()}
+    recipe = {name: entry.get(method, entry["value"]) for name, entry in read_json(path).items()}
     for name in ("data", "eval_data"):
         if name in recipe:
             recipe[name] = os.path.normpath(model_folder / recipe[name])
     return recipe
 
 
-def pick_device(device: str) -> str:
-    """Return device, or for "auto" the first GPU, else the CPU; ValueError unless this machine has it."""
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if device == "auto":
-        return "cuda" if gpus else "cpu"
-    present = ["cpu", *(["cuda"] if gpus else []), *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
-    if device not in present:
-        raise ValueError(f"no device {device!r} here: valid on this machine are auto, {', '.join(present)}")
-    return device
-
-
-def pick_dtype(dtype: str, device: str) -> torch.dtype:
-    """Return the base weights' dtype; "auto" is bfloat16 on a GPU that has it, else float32. ValueError if unknown."""
-    if dtype == "auto":
-        native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float32
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: valid are auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+def fingerprint(rows: list[Any]) -> str:
+    """Return 16 hex digits that change with any field of any row, such as a problem."""
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
 
 def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -163,6 +145,10 @@ class Run:
         with (self.folder / file).open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
+    def rows(self, file: str) -> list[dict[str, Any]]:
+        """Return the rows of a .jsonl file."""
+        return [json.loads(line) for line in (self.folder / file).read_text(encoding="utf-8").splitlines()]
+
     def cut_back(self, step: int) -> None:
         """Drop what was logged after `step`, and a torn last line: those steps will be taken again."""
         for file in ("metrics.jsonl", "completions.jsonl"):
@@ -190,6 +176,54 @@ class Run:
             return int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+class Tally:
+    """What a step's micro-batches leave behind: the loss, and each token's statistics by name, on the CPU."""
+
+    def __init__(self):
+        self.loss = 0.0
+        self.tokens: dict[str, list[Tensor]] = {}
+        self.rows: list[tuple[int, int]] = []  # row, tokens
+
+    def add(self, loss: Tensor, stats: dict[str, Tensor], rows: list[int], lengths: list[int]) -> None:
+        """Add a micro-batch: its share of the loss, its tokens' statistics, its rows and their lengths."""
+        self.loss += loss.item()
+        self.rows += zip(rows, lengths, strict=True)
+        for name, tensor_N in stats.items():
+            self.tokens.setdefault(name, []).append(tensor_N.float().cpu())
+
+    def mean(self, name: str) -> float | None:
+        """Return a statistic's mean over the step's tokens, None if there are none."""
+        return torch.cat(self.tokens[name]).mean().item() if name in self.tokens else None
+
+    def row_means(self, name: str) -> dict[int, float]:
+        """Return a statistic's mean over each row's tokens."""
+        by_row = torch.cat(self.tokens[name]).split([length for _, length in self.rows])
+        return {row: tokens_C.mean().item() for (row, _), tokens_C in zip(self.rows, by_row, strict=True)}
+
+
+def completion_rows(
+    step: int, problems: list[Any], rollouts: list[Any], scores: Mapping[str, Any], decode: Callable[..., Any]
+) -> list[dict[str, Any]]:
+    """Return some of the step's rollouts whole, for completions.jsonl, evenly spread: English ones come first.
+
+    scores  name -> each row's value, to stand beside it
+    """
+    spread = range(0, len(rollouts), max(1, len(rollouts) // LOGGED_ROLLOUTS))[:LOGGED_ROLLOUTS]
+    return [
+        {
+            "step": step,
+            "problem_id": problems[row].id,
+            "prompt": decode(rollouts[row].prompt_ids),
+            "completion": decode(rollouts[row].completion_ids),
+            "answer": problems[row].answer,
+            "finish_reason": rollouts[row].finish_reason,
+            "tokens": len(rollouts[row].completion_ids),
+            **{name: values[row] for name, values in scores.items()},
+        }
+        for row in spread
+    ]
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimiser's state as flat named tensors: "optimizer/3/exp_avg"."""
     state = optimizer.state_dict()["state"]
@@ -205,43 +239,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
             index, name = place
             state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc's malloc to keep freed memory for the next request; nothing is done for another C library.
-
-    Every step frees and asks for the same large tensors. By default each goes back to the system and costs a page fault
-    per 4 KiB when it returns: LOG.md has what that costs.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: never by mmap, whose memory always goes back
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by phase; on a GPU each lap waits for the work in flight, so a phase pays for what it started."""
-
-    device: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    last: float = field(default_factory=time.perf_counter)
-
-    def lap(self, phase: str) -> None:
-        """Add the time since the last lap to `phase`."""
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now
-
-
-def peak_memory_gib(device: str) -> float:
-    """Return the peak memory so far in GiB: the GPU's allocations, or on a CPU the whole process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import copsd
 from copsd import Config, completion_hidden, configure, distil, micro_batches, prepare, roll_out
 from kernels import chunked_logprob, divergence, reduce_loss
+from parts import runs
 from parts.model import head_weight, teacher_view
 from parts.report import StepView
 
@@ -144,6 +145,14 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batches(tmp_path, r
         torch.testing.assert_close(other, gradients[0], atol=1e-5 * scale, rtol=0)
 
 
+def test_with_swapped_solutions_the_teacher_reads_that_of_another_problem_and_the_held_out_keep_theirs(tmp_path):
+    plain, _ = make_setup(tmp_path / "plain", eval_problems=4)
+    swapped, _ = make_setup(tmp_path / "swapped", eval_problems=4, swap_solutions=True)
+    assert [p.solution_en for p in swapped.train[:-1]] == [p.solution_en for p in plain.train[1:]]
+    assert [p.problem_en for p in swapped.train] == [p.problem_en for p in plain.train]
+    assert swapped.heldout == plain.heldout
+
+
 def test_a_share_of_the_problems_is_posed_in_english_to_both_roles(tmp_path):
     setup, _ = make_setup(tmp_path)
     problems = setup.train[:4]
@@ -187,7 +196,7 @@ def test_a_step_logs_what_it_did(tmp_path):
     }  # fmt: skip
     assert rows[0]["update/lr"] == pytest.approx(1e-3) and rows[1]["update/lr"] == pytest.approx(5e-4)  # linear to 0
     completions = jsonl(folder / "completions.jsonl")
-    assert [row["step"] for row in completions] == [1] * copsd.LOGGED_ROLLOUTS + [2] * copsd.LOGGED_ROLLOUTS
+    assert [row["step"] for row in completions] == [1] * runs.LOGGED_ROLLOUTS + [2] * runs.LOGGED_ROLLOUTS
     assert all(row["completion"] and row["prompt"] for row in completions)
     languages = {"Hausa" in row["prompt"] for row in completions}
     assert languages == {True, False}, "with half the problems in English, both languages are to be read"
@@ -244,7 +253,7 @@ def test_gradients_that_are_not_finite_are_dropped_and_end_the_run_when_they_rep
     setup, run = make_setup(tmp_path, steps=5)
     start = [tensor.clone() for tensor in setup.lora.parameters()]
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.tensor(float("nan")))
-    with pytest.raises(FloatingPointError, match="no finite gradient in 3 steps"):
+    with pytest.raises(FloatingPointError, match="no finite gradient in 3 updates"):
         copsd.train_copsd(setup, run, StepView(QUIET, 5))
     assert all(torch.equal(tensor, before) for tensor, before in zip(setup.lora.parameters(), start, strict=True))
 
@@ -254,12 +263,15 @@ CHANGES = {
     "clip": 0.01, "reduction": "trajectory", "teacher": "current", "english_problem": False, "english_solution": False,
     "batch_size": 5, "temperature": 0.8, "max_new_tokens": 12, "lr": 2e-3,
     "weight_decay": 0.5, "max_grad_norm": 1e-3, "lora_rank": 4, "lora_alpha": 8.0, "lora_targets": "q_proj",
-    "steps": 3, "dtype": "bfloat16", "save_every": 1, "english_share": 0.0,
+    "steps": 3, "dtype": "bfloat16", "save_every": 1, "english_share": 0.0, "swap_solutions": True, "token_budget": 150,
 }  # fmt: skip
 # These change memory, speed, place or the evaluation, and must not change what is learned, or are tested elsewhere.
 ELSEWHERE = {
     "model", "top_p", "top_k", "eval_data", "out", "beta", "ema_decay", "thinking", "micro_batch", "chunk_tokens",
     "sample_rows", "gradient_checkpointing", "compile", "device", "eval_problems", "eval_samples", "eval_temperature",
+    # GRPO's, in test_grpo.py
+    "method", "group_size", "scale_rewards", "inner_epochs", "clip_low", "clip_high", "kl_coef", "loss_norm",
+    "mask_truncated", "resample_dead_groups",
 }  # fmt: skip
 
 
@@ -362,6 +374,16 @@ def write(path: Path, text: str) -> str:
         (["--dtype", "int3"], "int3"),
         (["--out", "tests"], "tests exists and is not a run folder"),
         (["--max-new-tokens", "512"], "no problem fits the model's context"),
+        (["--method", "ppo"], "unknown method 'ppo'; valid: copsd, grpo"),
+        (["--method", "grpo", "--group-size", "1"], "--group-size is 1; valid: 2 or more"),
+        (["--method", "grpo", "--batch-size", "20"], "valid: a multiple of --group-size 8"),
+        (["--method", "grpo", "--loss-norm", "mean"], "token, sequence, constant"),
+        (["--method", "grpo", "--scale-rewards", "batch"], "group, none"),
+        (["--method", "grpo", "--inner-epochs", "0"], "--inner-epochs is 0"),
+        (["--method", "grpo", "--clip-low", "2"], "--clip-low is 2.0; valid: from 0 to 1"),
+        (["--method", "grpo", "--kl-coef", "-1"], "--kl-coef is -1"),
+        (["--token-budget", "100"], "--token-budget is 100; valid: 4096 or more"),
+        (["--english-share", "2"], "--english-share is 2.0; valid: from 0 to 1"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, arguments, said):

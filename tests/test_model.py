@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from parts import machine, runs
 from parts import model as ours
-from parts import runs
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHA = "a" * 40
@@ -127,21 +127,21 @@ def test_incomplete_folder_names_what_is_missing(tmp_path, gone, named):
 @pytest.mark.parametrize(("count", "auto"), [(0, "cpu"), (2, "cuda")])
 def test_only_devices_that_are_here_are_valid(monkeypatch, count, auto):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    assert runs.pick_device("auto") == auto and runs.pick_device("cpu") == "cpu"
+    assert machine.pick_device("auto") == auto and machine.pick_device("cpu") == "cpu"
     present, absent = (["cuda", "cuda:1"], []) if count else ([], ["cuda", "cuda:0"])
-    assert [runs.pick_device(device) for device in present] == present
+    assert [machine.pick_device(device) for device in present] == present
     for device in (*absent, "cuda:2", "tpu"):
         with pytest.raises(ValueError, match="valid on this machine are auto, cpu"):
-            runs.pick_device(device)
+            machine.pick_device(device)
 
 
 @pytest.mark.parametrize(("native", "auto"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_dtype_is_bfloat16_only_on_a_gpu_that_computes_in_it(monkeypatch, native, auto):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native)
-    assert runs.pick_dtype("auto", "cuda:0") is auto and runs.pick_dtype("auto", "cpu") is torch.float32
-    assert runs.pick_dtype("bfloat16", "cpu") is torch.bfloat16
+    assert machine.pick_dtype("auto", "cuda:0") is auto and machine.pick_dtype("auto", "cpu") is torch.float32
+    assert machine.pick_dtype("bfloat16", "cpu") is torch.bfloat16
     with pytest.raises(ValueError, match=r"valid are auto, float32, bfloat16$"):
-        runs.pick_dtype("int8", "cpu")
+        machine.pick_dtype("int8", "cpu")
 
 
 def test_loaded_model_is_the_saved_one_frozen_and_in_eval_mode(tiny_model, tmp_path):

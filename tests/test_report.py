@@ -15,7 +15,9 @@ from parts.report import (
     markdown_table,
 )
 
-METRICS = {name: 0.25 for name, _ in COLUMNS.values()}
+METRICS = {
+    name: 0.25 for title, (name, _) in COLUMNS.items() if title not in ("objective", "reward", "dead", "ratio max")
+}
 
 
 def estimate(value: float) -> dict[str, float]:
@@ -25,17 +27,24 @@ def estimate(value: float) -> dict[str, float]:
 def test_without_a_terminal_a_step_is_one_line():
     stream = io.StringIO()
     with StepView(Console(file=stream, width=40), steps=3) as view:
-        view.show({**METRICS, "step": 1})
-        view.show({**METRICS, "step": 2})
+        view.show({**METRICS, "step": 1, "progress": 1 / 3})
+        view.show({**METRICS, "step": 2, "progress": 2 / 3})
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2 and lines[1].startswith("step 2/3  loss +0.2500  KL 0.2500  clipped 25%")
+
+
+def test_with_a_budget_of_tokens_the_share_of_it_is_shown():
+    stream = io.StringIO()
+    with StepView(Console(file=stream), steps=None) as view:
+        view.show({"step": 7, "progress": 0.31, "reward/mean": 0.5, "loss/kl_nats_per_token": None})
+    assert stream.getvalue() == "step 7, 31%  reward 0.500\n"
 
 
 def test_on_a_terminal_the_last_steps_and_the_bar_are_shown():
     stream = io.StringIO()
     with StepView(Console(file=stream, width=120, force_terminal=True), steps=40) as view:
         for step in range(1, 31):
-            view.show({**METRICS, "step": step})
+            view.show({**METRICS, "step": step, "progress": step / 40})
     last = stream.getvalue().rsplit("student H", 1)[1]
     assert "step 30/40" in last and "19" in last and " 18 " not in last
 

@@ -1,0 +1,70 @@
+"""What a program runs on: the device and its dtype, the C library's memory, the clock, the peak."""
+
+import ctypes
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16 would need a loss scaler
+
+
+def pick_device(device: str) -> str:
+    """Return device, or for "auto" the first GPU, else the CPU; ValueError unless this machine has it."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if device == "auto":
+        return "cuda" if gpus else "cpu"
+    present = ["cpu", *(["cuda"] if gpus else []), *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+    if device not in present:
+        raise ValueError(f"no device {device!r} here: valid on this machine are auto, {', '.join(present)}")
+    return device
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """Return the base weights' dtype; "auto" is bfloat16 on a GPU that has it, else float32. ValueError if unknown."""
+    if dtype == "auto":
+        native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: valid are auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc to keep freed memory for the next request; nothing is done for another C library.
+
+    Every step frees and asks for the same large tensors. By default each goes back to the system and costs a page fault
+    per 4 KiB when it returns: LOG.md has what that costs.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: never by mmap, whose memory always goes back
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by phase; on a GPU each lap waits for the work in flight, so a phase pays for what it started."""
+
+    device: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap to `phase`."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+
+def peak_memory_gib(device: str) -> float:
+    """Return the peak memory so far in GiB: the GPU's allocations, or on a CPU the whole process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,343 @@
+"""GRPO: advantages and surrogate by hand, what counts in the mean, and a loop that is COPSD's but for the method."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import copsd
+from copsd import Group, advantages, clipped_surrogate, configure, loss_mean, prepare, roll_out_groups, surrogate
+from kernels import reduce_loss
+from parts.report import StepView
+from parts.sampler import Rollout
+
+SMALL = {
+    "method": "grpo", "steps": 2, "batch_size": 8, "group_size": 4, "micro_batch": 3, "eval_problems": 0,
+    "max_new_tokens": 48, "lr": 1e-3, "english_share": 0.0,
+}  # fmt: skip
+QUIET = Console(quiet=True)
+ADAPTER = Path("adapters/step_00002/adapter_model.safetensors")
+
+
+def make_setup(tmp_path: Path, **given):
+    config, folder = configure({**SMALL, "out": str(tmp_path / "run"), **given})
+    return prepare(config, folder, QUIET)
+
+
+def train(tmp_path: Path, **given) -> Path:
+    setup, run = make_setup(tmp_path, **given)
+    assert copsd.train_grpo(setup, run, StepView(QUIET, setup.config.steps))
+    return run.folder
+
+
+def jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def nudge(setup, scale: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in setup.lora.parameters():
+            tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
+
+
+def live_groups(setup, count: int = 2) -> list[Group]:
+    """Return groups with rewards that differ, given by hand: the lab's own would depend on its weights."""
+    groups = roll_out_groups(setup, setup.train[:count], seed=0)
+    return [Group(group.problem, group.rollouts, [1.0, 0.0, 0.0, 1.0]) for group in groups]
+
+
+def step_gradient(setup, groups: list[Group], micro_batch: int, kept: list[int] | None = None) -> torch.Tensor:
+    """Return the gradient of one update, as the loop computes it."""
+    config = setup.config
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    kept = list(range(len(rollouts))) if kept is None else kept
+    advantage_B = advantages(torch.tensor([group.rewards for group in groups]), config.scale_rewards).flatten()
+    tokens = sum(len(rollouts[row].completion_ids) for row in kept)
+    reduction, denominator = loss_mean(config, tokens, len(kept))
+    for tensor in setup.lora.parameters():
+        tensor.grad = None
+    for rows in copsd.micro_batches(rollouts, micro_batch, kept):
+        lengths = [len(rollouts[row].completion_ids) for row in rows]
+        advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
+        loss_N, _ = surrogate(setup, [rollouts[row] for row in rows], advantage_N, None)
+        options = {"reduction": reduction, "step_tokens": denominator, "step_rows": len(kept)}
+        reduce_loss(loss_N, lengths, **options).backward()
+    return torch.cat([t.grad.flatten() for t in setup.lora.parameters() if t.grad is not None])
+
+
+# By hand
+
+
+def test_advantages_by_hand():
+    reward_BG = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+    first, second = 0.5 / (math.sqrt(1 / 3) + 1e-4), 1 / (0.5 + 1e-4)  # standard deviations of 3 degrees of freedom
+    expected = [[first, -first, -first, first], [0.75 * second, -0.25 * second, -0.25 * second, -0.25 * second]]
+    torch.testing.assert_close(advantages(reward_BG, "group"), torch.tensor(expected))
+    unscaled = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25]])
+    torch.testing.assert_close(advantages(reward_BG, "none"), unscaled)
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("size", [2, 3, 7, 8])
+def test_a_group_whose_rewards_agree_has_advantages_of_exactly_zero(scale, size):
+    for reward in (0.0, 1.0):
+        assert torch.equal(advantages(torch.full((1, size), reward), scale), torch.zeros(1, size))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [  # loss = -min(ratio A, clamp(ratio, 0.8, 1.3) A), gradient on the ratio
+        (0.5, 2.0, -1.0, -2.0),  # too low and A > 0: it may still rise
+        (1.5, 2.0, -2.6, 0.0),  # too high and A > 0: clipped at 1.3
+        (0.5, -2.0, 1.6, 0.0),  # too low and A < 0: clipped at 0.8
+        (1.5, -2.0, 3.0, 2.0),  # too high and A < 0: it may still fall
+        (1.0, 2.0, -2.0, -2.0),
+    ],
+)
+def test_the_corners_of_the_clipped_surrogate(ratio, advantage, loss, gradient):
+    ratio_N = torch.tensor([ratio], requires_grad=True)
+    loss_N = clipped_surrogate(ratio_N, torch.tensor([advantage]), low=0.2, high=0.3)
+    assert loss_N.item() == pytest.approx(loss)
+    assert torch.autograd.grad(loss_N.sum(), ratio_N)[0].item() == pytest.approx(gradient)
+
+
+@pytest.mark.parametrize(
+    ("norm", "weights"),
+    [  # what a token weighs in completions of 3 tokens and of 1, in a step of 2 completions of up to 10 tokens
+        ("token", [1 / 4, 1 / 4]),
+        ("sequence", [1 / 6, 1 / 2]),
+        ("constant", [1 / 20, 1 / 20]),
+    ],
+)
+def test_what_a_token_weighs_in_the_mean(norm, weights):
+    config = copsd.Config(method="grpo", loss_norm=norm, max_new_tokens=10)
+    reduction, denominator = loss_mean(config, 4, 2)
+    loss_N = torch.ones(4, requires_grad=True)
+    reduce_loss(loss_N, [3, 1], reduction=reduction, step_tokens=denominator, step_rows=2).backward()
+    torch.testing.assert_close(loss_N.grad, torch.tensor([weights[0]] * 3 + [weights[1]]))
+
+
+# On the model
+
+
+def test_the_ratio_is_one_on_the_first_inner_epoch_and_moves_on_the_next(tmp_path):
+    setup, _ = make_setup(tmp_path)
+    nudge(setup)
+    batch = [rollout for group in live_groups(setup) for rollout in group.rollouts]
+    advantage_N = torch.ones(sum(len(rollout.completion_ids) for rollout in batch))
+    _, first = surrogate(setup, batch, advantage_N, None)
+    _, again = surrogate(setup, batch, advantage_N, first["logprob_N"])
+    assert torch.equal(first["ratio_N"], torch.ones_like(advantage_N))
+    torch.testing.assert_close(again["ratio_N"], torch.ones_like(advantage_N), atol=1e-5, rtol=0)
+    nudge(setup)
+    _, moved = surrogate(setup, batch, advantage_N, first["logprob_N"])
+    assert (moved["ratio_N"] - 1).abs().max() > 0.01
+    torch.testing.assert_close(moved["ratio_N"], (moved["logprob_N"] - first["logprob_N"]).exp())
+    assert moved["clipped_high_N"].equal(moved["ratio_N"] > 1.2) and not moved["clipped_low_N"].any()
+
+
+def test_the_gradient_is_that_of_reinforce_with_the_group_as_baseline(tmp_path):
+    setup, _ = make_setup(tmp_path, scale_rewards="none")
+    nudge(setup)
+    groups = live_groups(setup, 1)
+    gradient = step_gradient(setup, groups, 4)
+    for tensor in setup.lora.parameters():
+        tensor.grad = None
+    total, tokens = torch.tensor(0.0), 0
+    for rollout, reward in zip(groups[0].rollouts, groups[0].rewards, strict=True):
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        logits = setup.model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1] / setup.config.temperature
+        chosen = logits.log_softmax(-1)[range(len(rollout.completion_ids)), rollout.completion_ids]
+        total, tokens = total - (reward - 0.5) * chosen.sum(), tokens + len(rollout.completion_ids)
+    (total / tokens).backward()
+    plain = torch.cat([t.grad.flatten() for t in setup.lora.parameters() if t.grad is not None])
+    torch.testing.assert_close(gradient, plain, atol=1e-5 * plain.abs().max().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["token", "sequence", "constant"])
+def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path, norm):
+    setup, _ = make_setup(tmp_path, loss_norm=norm, kl_coef=0.1)
+    nudge(setup)
+    groups = live_groups(setup)
+    gradients = [step_gradient(setup, groups, size) for size in (1, 3, 8)]
+    scale = gradients[0].abs().max().item()
+    assert scale > 0
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], atol=1e-5 * scale, rtol=0)
+
+
+def test_masked_rows_count_neither_above_nor_below_the_fraction_line(tmp_path):
+    setup, _ = make_setup(tmp_path)
+    nudge(setup)
+    groups = live_groups(setup, 1)
+    without_last = step_gradient(setup, groups, 4, kept=[0, 1, 2])
+    rollouts = [*groups[0].rollouts[:3], Rollout([5], [7] * 40, [0.0] * 40, "length")]
+    other_last = [Group(groups[0].problem, rollouts, groups[0].rewards)]
+    torch.testing.assert_close(step_gradient(setup, other_last, 4, kept=[0, 1, 2]), without_last)
+
+
+def test_dead_groups_give_exactly_no_gradient(tmp_path):
+    setup, _ = make_setup(tmp_path)
+    nudge(setup)
+    groups = roll_out_groups(setup, setup.train[:2], seed=0)
+    for reward in (0.0, 1.0):
+        dead = [Group(group.problem, group.rollouts, [reward] * 4) for group in groups]
+        assert all(group.dead for group in dead)
+        assert step_gradient(setup, dead, 3).abs().max() == 0
+
+
+def test_eos_gets_a_gradient(tmp_path):
+    setup, _ = make_setup(tmp_path)
+    nudge(setup)
+    group = live_groups(setup, 1)[0]
+    eos = setup.tokenizer.eos_token_id
+    rollout = next(r for r in group.rollouts if r.finish_reason == "stop")
+    assert rollout.completion_ids[-1] == eos
+    only_eos_N = torch.zeros(len(rollout.completion_ids))
+    only_eos_N[-1] = 1.0
+    loss_N, _ = surrogate(setup, [rollout], only_eos_N, None)
+    loss_N.sum().backward()
+    assert max(t.grad.abs().max().item() for t in setup.lora.parameters() if t.grad is not None) > 0
+
+
+def test_the_kl_to_the_initial_model_is_k3_and_zero_at_the_start(tmp_path):
+    setup, _ = make_setup(tmp_path, kl_coef=0.5)
+    batch = live_groups(setup, 1)[0].rollouts
+    zeros_N = torch.zeros(sum(len(rollout.completion_ids) for rollout in batch))
+    loss_N, start = surrogate(setup, batch, zeros_N, None)
+    assert start["kl_N"].abs().max() == 0 and loss_N.abs().max() == 0
+    nudge(setup)
+    loss_N, moved = surrogate(setup, batch, zeros_N, None)
+    difference_N = start["logprob_N"] - moved["logprob_N"]  # initial minus current
+    torch.testing.assert_close(moved["kl_N"], difference_N.exp() - 1 - difference_N, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(loss_N.detach(), 0.5 * moved["kl_N"])
+    assert moved["kl_N"].min() >= 0 and loss_N.requires_grad
+
+
+def test_rewards_are_the_graders_verdicts_and_a_group_shares_its_prompt(tmp_path):
+    from parts.grading import is_correct
+
+    setup, _ = make_setup(tmp_path)
+    groups = roll_out_groups(setup, setup.train[:3], seed=0)
+    for group, problem in zip(groups, setup.train, strict=False):
+        assert len(group.rollouts) == 4 and len({tuple(r.prompt_ids) for r in group.rollouts}) == 1
+        texts = [setup.tokenizer.decode(r.completion_ids, skip_special_tokens=True) for r in group.rollouts]
+        assert group.rewards == [float(is_correct(str(text), str(problem.answer))) for text in texts]
+
+
+def test_other_problems_replace_dead_groups_and_their_tokens_are_counted(tmp_path, monkeypatch):
+    setup, run = make_setup(tmp_path, resample_dead_groups=True, steps=1)
+    asked: list[list[str]] = []
+    real = copsd.roll_out_groups
+
+    def first_groups_dead(setup, problems, *, seed):
+        asked.append([problem.id for problem in problems])
+        rewards = [1.0] * 4 if len(asked) == 1 else [1.0, 0.0, 1.0, 0.0]
+        return [Group(group.problem, group.rollouts, rewards) for group in real(setup, problems, seed=seed)]
+
+    monkeypatch.setattr(copsd, "roll_out_groups", first_groups_dead)
+    copsd.train_grpo(setup, run, StepView(QUIET, 1))
+    assert len(asked) == 2 and len(asked[1]) == 2 and not set(asked[0]) & set(asked[1])
+    metrics = jsonl(run.folder / "metrics.jsonl")[0]
+    assert metrics["reward/dead_group_frac"] == 0.5 and metrics["update/grad_norm"] > 0
+    assert metrics["rollout/tokens"] > 8 * metrics["rollout/completion_tokens_mean"]
+    assert {row["problem_id"] for row in jsonl(run.folder / "completions.jsonl")} <= set(asked[1])
+
+
+# The loop
+
+
+def test_a_step_logs_what_it_did(tmp_path):
+    rows = jsonl(train(tmp_path, kl_coef=0.01, inner_epochs=2) / "metrics.jsonl")
+    assert rows[0].keys() >= {
+        "loss/objective", "loss/kl_nats_per_token", "loss/student_entropy_nats_per_token", "reward/mean",
+        "reward/dead_group_frac", "ratio/mean", "ratio/min", "ratio/max", "ratio/clipped_low_frac",
+        "ratio/clipped_high_frac", "rollout/clipped_frac", "update/grad_norm", "rollout/tokens", "sampled_tokens",
+    }  # fmt: skip
+    assert rows[1]["sampled_tokens"] == rows[0]["rollout/tokens"] + rows[1]["rollout/tokens"]
+    assert [row["update/lr"] for row in rows] == pytest.approx([1e-3, 5e-4])
+
+
+def test_one_inner_epoch_takes_one_update_and_two_take_two(tmp_path, monkeypatch):
+    updates = []
+    real = copsd.take_step
+    monkeypatch.setattr(copsd, "take_step", lambda *a, **k: updates.append(1) or real(*a, **k))
+    train(tmp_path / "one", steps=1)
+    assert len(updates) == 1
+    train(tmp_path / "two", steps=1, inner_epochs=2)
+    assert len(updates) == 3
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
+    flags = {"steps": 4, "save_every": 2, "inner_epochs": 2}
+    straight = train(tmp_path / "straight", **flags)
+    setup, run = make_setup(tmp_path / "killed", **flags)
+    view = StepView(QUIET, 4)
+
+    def die_at_step_three(metrics):
+        if metrics["step"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(view, "show", die_at_step_three)
+    with pytest.raises(KeyboardInterrupt):
+        copsd.train_grpo(setup, run, view)
+    resumed = train(tmp_path / "killed", **flags)
+    for name in ("adapters/step_00004/adapter_model.safetensors", "resume.safetensors", "completions.jsonl"):
+        assert (straight / name).read_bytes() == (resumed / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["copsd", "grpo"])
+def test_a_token_budget_ends_the_run_and_the_rate_falls_with_it(tmp_path, method):
+    config, folder = configure({**SMALL, "method": method, "out": str(tmp_path / "run"), "token_budget": 600})
+    setup, run = prepare(config, folder, QUIET)
+    loop = {"copsd": copsd.train_copsd, "grpo": copsd.train_grpo}[method]
+    assert loop(setup, run, StepView(QUIET, None))
+    rows = jsonl(run.folder / "metrics.jsonl")
+    assert rows[-1]["sampled_tokens"] >= 600 > rows[-2]["sampled_tokens"]
+    assert [row["update/lr"] for row in rows[1:]] == pytest.approx(
+        [1e-3 * (1 - row["sampled_tokens"] / 600) for row in rows[:-1]]
+    )
+    assert loop(setup, run, StepView(QUIET, None)) and len(jsonl(run.folder / "metrics.jsonl")) == len(rows)
+
+
+def test_a_step_in_which_everything_is_masked_changes_nothing(tmp_path):
+    setup, run = make_setup(tmp_path, mask_truncated=True, max_new_tokens=3, steps=1)
+    start = [tensor.clone() for tensor in setup.lora.parameters()]
+    copsd.train_grpo(setup, run, StepView(QUIET, 1))
+    assert jsonl(run.folder / "metrics.jsonl")[0]["rollout/clipped_frac"] == 1
+    assert all(torch.equal(tensor, before) for tensor, before in zip(setup.lora.parameters(), start, strict=True))
+
+
+FLAGS = {
+    "scale_rewards": "none", "inner_epochs": 2, "kl_coef": 0.5, "loss_norm": "sequence", "group_size": 8,
+    "mask_truncated": True, "resample_dead_groups": True, "seed": 1,
+}  # fmt: skip
+
+
+def test_every_flag_has_an_effect(tmp_path, monkeypatch):
+    monkeypatch.setattr(copsd, "is_correct", lambda text, gold, think_open: len(text) % 3 == 0)  # few dead groups
+    base = {"batch_size": 16, "group_size": 4, "temperature": 1.5, "max_new_tokens": 30, "lr": 5e-3}
+    plain = (train(tmp_path / "plain", **base) / ADAPTER).read_bytes()
+    for name, value in FLAGS.items():
+        assert (train(tmp_path / name, **{**base, name: value}) / ADAPTER).read_bytes() != plain, name
+    two = {**base, "inner_epochs": 3, "lr": 2e-2}  # ratios leave the band only after an update
+    plain = (train(tmp_path / "two", **two) / ADAPTER).read_bytes()
+    for name in ("clip_low", "clip_high"):
+        assert (train(tmp_path / name, **{**two, name: 1e-3}) / ADAPTER).read_bytes() != plain, name
+
+
+def test_the_defaults_are_the_published_recipe():
+    config, _ = configure({"method": "grpo", "model": "tests/../lab/tiny", "data": "lab/problems/hau/train.jsonl"})
+    assert (config.group_size, config.kl_coef, config.scale_rewards) == (8, 0.0, "group")
+    defaults = {f.name: f.metadata.get("grpo", f.default) for f in copsd.fields(copsd.Config)}
+    assert (defaults["temperature"], defaults["steps"], defaults["max_new_tokens"]) == (1.2, 500, 16384)
+    assert (defaults["lr"], defaults["batch_size"], defaults["lora_rank"], defaults["lora_alpha"]) == (
+        5e-6,
+        32,
+        64,
+        128,
+    )
