@@ -37,6 +37,7 @@ from parts.runs import (
 from parts.sampler import SamplingParams, sample
 
 RESAMPLES = 2000  # of the bootstrap; the interval's ends then move by less than 0.3 points from seed to seed
+EXACT_FLIPS, FLIPS = 14, 20_000  # of the permutation test: all sign patterns of so many problems, or so many drawn
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,44 @@ def bootstrap(numerators: list[float], denominators: list[float], *, seed: int =
     above, below = pairs[:, drawn].sum(axis=2)
     low, high = np.percentile(above[below > 0] / below[below > 0], [2.5, 97.5])
     return Estimate(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high))
+
+
+def difference(first: list[float], second: list[float], *, seed: int = 0) -> Estimate:
+    """Return the mean of second - first, per-problem scores in one order, with a bootstrap interval over problems."""
+    changes = [b - a for a, b in zip(first, second, strict=True)]
+    return bootstrap(changes, [1.0] * len(changes), seed=seed)
+
+
+def paired_permutation(first: list[float], second: list[float], *, seed: int = 0) -> float:
+    """Return the two-sided p-value of the sign-flip test that per-problem scores do not differ in the mean.
+
+    If they did not, a problem's difference would as likely have had the other sign. The p-value is the share of sign
+    patterns whose sum is at least as far from 0 as the one seen: of all patterns where at most 14 problems differ, else
+    of 20,000 drawn ones and the one seen (the +1 correction), so it is never 0.
+
+    >>> paired_permutation([0.0] * 3, [1.0] * 3)
+    0.25
+    """
+    changes = np.array([b - a for a, b in zip(first, second, strict=True) if a != b])
+    seen = abs(changes.sum()) - 1e-9  # a pattern that ties but for rounding counts
+    if len(changes) <= EXACT_FLIPS:
+        signs = 1 - 2 * (np.arange(2 ** len(changes))[:, None] >> np.arange(len(changes)) & 1)
+        return float((abs(signs @ changes) >= seen).mean())
+    random = np.random.default_rng(seed)
+    flipped = [random.choice((-1, 1), size=len(changes)) @ changes for _ in range(FLIPS)]
+    return float((1 + (abs(np.array(flipped)) >= seen).sum()) / (1 + FLIPS))
+
+
+def mcnemar(first: list[bool], second: list[bool]) -> float:
+    """Return the exact two-sided p-value of McNemar's test: of the problems that only one got right, is it half each?
+
+    >>> mcnemar([False] * 5, [True] * 5)
+    0.0625
+    """
+    gained = sum(b and not a for a, b in zip(first, second, strict=True))
+    changed = gained + sum(a and not b for a, b in zip(first, second, strict=True))
+    tail = sum(math.comb(changed, count) for count in range(min(gained, changed - gained) + 1))
+    return min(1.0, 2 * tail / 2**changed)
 
 
 def summarise(results: list[Graded], ks: list[int]) -> dict[str, Estimate]:

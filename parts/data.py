@@ -13,14 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ROLES = ("student", "teacher")
 THINKING = ("auto", "on", "off")
+PROBLEM_COLUMNS = ("problem_translated", "problem", "question", "m_query")  # m_query and response are MSVAMP's
+ANSWER_COLUMNS = ("answer_number", "answer", "response")  # the first that is not empty
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,7 @@ def _open_assistant_turn(user_turn: str, tokenizer: Tokenizer, thinking: str) ->
         raise ValueError(f"unknown thinking mode {thinking!r}; valid: {', '.join(THINKING)}")
     if not tokenizer.chat_template:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model")
-    template = tokenizer.get_chat_template()
-    enabled = thinking != "off"
+    template, enabled = tokenizer.get_chat_template(), thinking != "off"
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": enabled}
     text = str(tokenizer.apply_chat_template([{"role": "user", "content": user_turn}], **options))
     already_open = text.rstrip().endswith("<think>")  # DeepSeek-R1 and Qwen3-Thinking open the block themselves
@@ -177,12 +180,16 @@ def template_hash(tokenizer: Tokenizer, language: str | Language, thinking: str 
 
 
 def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield a table's rows. A TSV has no quotes; its line of too few fields goes on in the next, as AfriMGSM's do."""
+    """Yield a table's rows. A TSV has no quotes; its line of too few fields goes on in the next, as AfriMGSM's do; one
+    of two fields whose first line ends in a number has no header, as MGSM's: they are question and answer.
+    """
     is_tsv = path.suffix.lower() == ".tsv"
     text = io.StringIO(path.read_text(encoding="utf-8-sig"))
     reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(text)
-    header = next(reader, [])
-    for fields in filter(None, reader):
+    header, body = next(reader, []), reader
+    if is_tsv and len(header) == 2 and header[1].strip("- ").replace(",", "").isdecimal():
+        header, body = ["question", "answer"], chain([header], reader)
+    for fields in filter(None, body):
         where = f"line {reader.line_num}"
         while is_tsv and len(fields) < len(header) and (more := next(reader, None)) is not None:
             fields = [*fields[:-1], "\n".join([fields[-1], *more[:1]]), *more[1:]]
@@ -194,21 +201,18 @@ def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the data file's rows, each with the words that say where it stands."""
     suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1)
-        for number, text in filter(lambda line: line[1].strip(), lines):
+    text = path.read_text(encoding="utf-8-sig") if suffix in (".json", ".jsonl") else ""
+    if suffix in (".tsv", ".csv"):
+        yield from _table_rows(path)
+    elif suffix == ".json" and text.lstrip().startswith("["):
+        yield from ((f"row {number}", row) for number, row in enumerate(json.loads(text)))
+    elif suffix in (".json", ".jsonl"):  # MSVAMP's .json files have a line of JSON per row, too
+        for number, line in filter(lambda line: line[1].strip(), enumerate(text.split("\n"), start=1)):
             try:
-                yield f"line {number}", json.loads(text)
+                yield f"line {number}", json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
-    elif suffix in (".tsv", ".csv"):
-        yield from _table_rows(path)
-    elif suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        yield from ((f"row {number}", row) for number, row in enumerate(rows if isinstance(rows, list) else [rows]))
     elif suffix == ".parquet":
-        from pyarrow import parquet
-
         yield from ((f"row {number}", row) for number, row in enumerate(parquet.read_table(path).to_pylist()))
     else:
         raise ValueError(f"unknown extension {suffix!r}; valid: .jsonl, .json, .tsv, .csv, .parquet")
@@ -223,27 +227,26 @@ def _text(row: dict[str, Any], column: str, where: str) -> str | None:
 
 
 def _problem(row: dict[str, Any], number: int, where: str, language: Language) -> Problem:
-    column = next((name for name in ("problem_translated", "problem", "question") if name in row), None)
+    column = next((name for name in PROBLEM_COLUMNS if name in row), None)
     if not column:
-        raise ValueError(f"{where}: needs a column problem_translated, problem or question, has {', '.join(row)}")
+        raise ValueError(f"{where}: needs a column {', '.join(PROBLEM_COLUMNS)}; has {', '.join(row)}")
     problem = _text(row, column, where)
     if not problem:
         raise ValueError(f"{where}: empty {column}")
-    is_translated = column == "problem_translated"
-    has_english = is_translated or language.iso3 == "eng"  # in a plain file all texts are in the problems' language
-    problem_en = _text(row, "problem" if is_translated else column, where) if has_english else None
-    solution_en = _text(row, "solution", where) if has_english else None
-    answer = _text(row, "answer_number", where) or _text(row, "answer", where)
-    return Problem(_text(row, "id", where) or str(number), problem, problem_en, solution_en, answer, language.iso3)
+    column_en = "problem" if column == "problem_translated" else column
+    has_english = column != column_en or language.iso3 == "eng"  # in a plain file all is in the problems' language
+    english = [_text(row, name, where) if has_english else None for name in (column_en, "solution")]
+    answer = next(filter(None, (_text(row, name, where) for name in ANSWER_COLUMNS)), None)
+    return Problem(_text(row, "id", where) or str(number), problem, *english, answer, language.iso3)
 
 
 def load_problems(path: Path, *, language: str | None = None) -> list[Problem]:
-    """Return the problems of one data file: .jsonl, .json, .tsv or .csv with a header, .parquet.
+    """Return the problems of one data file: .jsonl, .json, .tsv or .csv, .parquet.
 
     Two layouts, told apart by their columns, in any case. COPSD's training layout: problem_translated, and problem and
-    solution in English. Plain: problem or question in `language`. Both: answer, or answer_number, which wins (AfriMGSM
-    leaves answer empty); id, else the row's number from 0; language_short or language, by which rows in other languages
-    are left out when `language` is given. Text becomes NFC. A ValueError names the file and the line or row.
+    solution in English. Plain: another of PROBLEM_COLUMNS, in `language`. Both: one of ANSWER_COLUMNS; id, else the
+    row's number from 0; language_short or language, by which rows in other languages are left out when `language` is
+    given. Text becomes NFC. A ValueError names the file and the line or row.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no data file {path}")
@@ -264,9 +267,8 @@ def load_problems(path: Path, *, language: str | None = None) -> list[Problem]:
             if not spoken:
                 raise ValueError(f"{where}: {f'unknown language {named!r}' if named else 'no language named'}")
             problem = _problem(row, number, where, spoken)
-            if (problem.language, problem.id) in problems:
+            if problems.setdefault((problem.language, problem.id), problem) is not problem:
                 raise ValueError(f"{where}: duplicate id {problem.id!r}")
-            problems[problem.language, problem.id] = problem
         if not problems:
             raise ValueError(f"no problems{f' in {language}' if language else ''}; languages: {sorted(others)}")
     except (ValueError, csv.Error) as error:

@@ -76,6 +76,7 @@ def sample(
     *,
     eos_ids: set[int],
     samples_per_prompt: int = 1,
+    first_index: int = 0,
     max_rows: int | None = None,
     valid_ids: int | Iterable[int] | None = None,
     on_progress: Callable[[int, int, int], None] | None = None,
@@ -87,9 +88,8 @@ def sample(
     valid_ids    ids that may be sampled: a count n for 0 to n - 1 (a head wider than its tokenizer) or ids; None: all
     on_progress  called after every step with (finished rows, all rows, tokens generated so far)
 
-    A row depends on the seed, its prompt's index and its sample's index, not on the rows beside it or max_rows, up to
-    float rounding. The model runs without gradient in eval mode; each module's own mode is put back.
-    Raises ValueError on arguments out of range, sliding-window layers, and logits scaled or capped after the head.
+    A row depends on the seed, its prompt's index from first_index on and its sample's index, not on the rows beside it,
+    up to float rounding. No gradient; modules get their own mode back. ValueError: bad arguments, capped logits, windows.
     """
     _check(model, prompts, params)
     _require(samples_per_prompt >= 1, f"samples_per_prompt is {samples_per_prompt}", "1 or more")
@@ -99,7 +99,7 @@ def sample(
     # random.Random hashes its text with SHA-512: streams are unrelated, and the same on every machine.
     rows = [
         _Row(tuple(ids), random.Random(f"{params.seed}/{index}/{number}"))
-        for index, ids in enumerate(prompts)
+        for index, ids in enumerate(prompts, start=first_index)
         for number in range(samples_per_prompt)
     ]
     training = [module for module in model.modules() if module.training]

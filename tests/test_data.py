@@ -276,6 +276,16 @@ def test_afrimgsm_rows_with_raw_line_breaks_and_quotes(tmp_path):
     assert [(row.id, row.problem, row.answer) for row in load_problems(path, language="hau")] == expected
 
 
+def test_mgsm_has_no_header_and_msvamp_a_line_of_json_per_row(tmp_path):
+    path = write(tmp_path, "mgsm_sw.tsv", "Mayai mangapi?\t1,450\nSiku\nngapi?\t-3\n")
+    rows = [(row.id, row.problem, row.answer) for row in load_problems(path, language="sw")]
+    assert rows == [("0", "Mayai mangapi?", "1,450"), ("1", "Siku\nngapi?", "-3")]
+    row = {"query": "how many ?", "equation": "- number0 number1", "response": "8.0", "m_query": "Ngapi?"}
+    path = write(tmp_path, "test_Swahili.json", json.dumps(row) + "\n" + json.dumps(row | {"response": "1.5"}) + "\n")
+    assert [row.answer for row in load_problems(path, language="sw")] == ["8.0", "1.5"]
+    assert load_problems(path, language="sw")[0] == Problem("0", "Ngapi?", None, None, "8.0", "swa")
+
+
 def test_a_csv_field_may_be_quoted_and_text_becomes_nfc(tmp_path):
     path = write(tmp_path, "rows.csv", 'question,answer\n"Daya,\nbiyu?",3\n')
     assert load_problems(path, language="ha")[0].problem == "Daya,\nbiyu?"
@@ -287,7 +297,7 @@ def test_a_csv_field_may_be_quoted_and_text_becomes_nfc(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"title": "x", "answer": 1}\n', "line 1: needs a column .*question, has title, answer"),
+        ("a.jsonl", '{"title": "x", "answer": 1}\n', "line 1: needs a column .*question.*; has title, answer"),
         ("a.jsonl", '{"problem": "x"}\n\n{"problem": " "}\n', "line 3: empty problem"),
         ("a.jsonl", '{"problem": "x"}\n{"problem": }\n', "line 2, column 13: Expecting value"),
         ("a.jsonl", '{"problem": ["x"]}\n', "line 1: problem must be text or a number, not a list"),
@@ -295,8 +305,8 @@ def test_a_csv_field_may_be_quoted_and_text_becomes_nfc(tmp_path):
         ("a.jsonl", '{"id": 1, "problem": "x"}\n{"id": "1", "problem": "y"}\n', "line 2: duplicate id '1'"),
         ("a.jsonl", "\n", "no problems in ha; languages: \\[\\]"),
         ("a.json", '[\n{"problem": "x"},\n{"problem" "y"}]', ".* line 3 column 12"),
-        ("a.json", '{"data": []}', "row 0: needs a column .* has data"),
-        ("a.json", "5", "row 0: must be an object, not a int"),
+        ("a.json", '{"data": []}', "line 1: needs a column .* has data"),
+        ("a.json", "5", "line 1: must be an object, not a int"),
         ("a.tsv", "question\tanswer\nx\t1\t2\n", "line 2: 3 fields where the header has 2"),
         ("a.tsv", "question\tanswer\nx\t1\ny\n", "line 3: 1 fields where the header has 2"),
         ("a.tsv", "question\tanswer\n\t1\n", "line 2: empty question"),

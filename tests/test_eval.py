@@ -3,14 +3,26 @@
 import io
 import math
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, product
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 import eval as evaluation
-from eval import Attempt, Graded, bootstrap, check_answers, keep_fitting, pass_at_k, summarise
+from eval import (
+    Attempt,
+    Graded,
+    bootstrap,
+    check_answers,
+    difference,
+    keep_fitting,
+    mcnemar,
+    paired_permutation,
+    pass_at_k,
+    summarise,
+)
 from parts.data import Problem
 
 
@@ -69,6 +81,45 @@ def test_bootstrap_pairs_numerators_with_their_denominators():
     # A problem of 1 token in 100 and one of 99 in 100: every resample's ratio lies between theirs.
     estimate = bootstrap([1.0, 99.0], [100.0, 100.0])
     assert (estimate.low, estimate.value, estimate.high) == (0.01, 0.5, 0.99)
+
+
+def test_a_difference_is_second_minus_first_problem_by_problem():
+    estimate = difference([0.0, 0.5, 1.0], [0.25, 0.75, 1.25])
+    assert (estimate.value, estimate.low, estimate.high) == (0.25, 0.25, 0.25)  # the problems' own spread cancels
+    with pytest.raises(ValueError):
+        difference([0.0], [0.0, 1.0])
+
+
+def test_the_permutation_test_enumerates_every_sign_pattern_of_few_problems():
+    first, second = [0.0, 0.25, 1.0, 0.5, 0.5], [0.75, 0.75, 0.875, 1.0, 0.5]
+    changes = [b - a for a, b in zip(first, second, strict=True)]
+    sums = [abs(sum(s * d for s, d in zip(signs, changes, strict=True))) for signs in product((1, -1), repeat=5)]
+    exact = sum(total >= abs(sum(changes)) for total in sums) / len(sums)
+    assert paired_permutation(first, second) == paired_permutation(second, first) == exact == 0.25
+    assert paired_permutation(first, first) == paired_permutation([], []) == 1.0
+
+
+def test_the_permutation_test_of_many_problems_is_near_the_exact_value_seeded_and_never_zero():
+    # 40 differences of +1 and 20 of -1: the sum is 20, and P(|S| >= 20) is a binomial tail, McNemar's.
+    first, second = [0.0] * 40 + [1.0] * 20, [1.0] * 40 + [0.0] * 20
+    exact = 2 * sum(math.comb(60, i) for i in range(21)) / 2**60
+    drawn = paired_permutation(first, second, seed=1)
+    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact / evaluation.FLIPS))
+    assert drawn == paired_permutation(first, second, seed=1) != paired_permutation(first, second, seed=2)
+    assert paired_permutation([0.0] * 60, [1.0] * 60) == 1 / (1 + evaluation.FLIPS)
+
+
+def test_the_tests_keep_their_level_when_nothing_differs():
+    random = np.random.default_rng(5)
+    pairs = [random.integers(2, size=(2, 40)) for _ in range(200)]
+    assert sum(mcnemar(list(a > 0), list(b > 0)) < 0.05 for a, b in pairs) <= 18  # 5 % of 200, and 2.6 sigma
+
+
+def test_mcnemar_is_the_exact_binomial_over_the_problems_that_only_one_got_right():
+    first = [True] * 10 + [False] * 12 + [True] * 3
+    second = [True] * 10 + [True] * 12 + [False] * 3
+    assert mcnemar(first, second) == mcnemar(second, first) == pytest.approx(2 * (1 + 15 + 105 + 455) / 2**15)
+    assert mcnemar(first, first) == mcnemar([True, False], [False, True]) == 1.0
 
 
 @pytest.mark.parametrize("answer", [None, "", "18 or 19"])

@@ -142,6 +142,14 @@ def test_seed_and_indices_fix_the_draws_and_the_global_random_state_is_untouched
     assert len({tuple(ids) for group in first for ids in group}) == 9
 
 
+def test_a_part_of_the_prompts_samples_as_it_does_within_the_whole(tiny_model):
+    prompts = random_prompts(4, 4, 9, 6, 4)
+    whole = sample(tiny_model, prompts, PLAIN, eos_ids=set(), samples_per_prompt=2)
+    part = sample(tiny_model, prompts[2:4], PLAIN, eos_ids=set(), samples_per_prompt=2, first_index=2)
+    assert ids_of(part) == ids_of(whole[2:4])
+    assert ids_of(sample(tiny_model, prompts[2:4], PLAIN, eos_ids=set(), samples_per_prompt=2)) != ids_of(part)
+
+
 def test_any_of_several_eos_ids_ends_a_row_and_is_its_last_id(tiny_model):
     tiny_model.config.pad_token_id = 0  # pad == eos must not matter
     eos_ids, rows = {0, 60, 120, 180, 240}, []
