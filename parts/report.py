@@ -1,14 +1,19 @@
 """What people look at: the live view of a run, progress of long sampling, and tables for a terminal or for Markdown."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+
+if TYPE_CHECKING:  # matplotlib takes a second to import: only the functions that draw do
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Summary = dict[str, dict[str, float]]  # metric -> {"value", "low", "high"}, the ends of its 95 % interval
 SHOWN_STEPS = 12  # rows of the live table
@@ -28,6 +33,30 @@ COLUMNS = {  # column title -> (metric, format); a run shows those that its meth
     "cut": ("rollout/clipped_frac", "{:.0%}"),
     "s": ("time_s", "{:.1f}"),
 }
+LOOKS = (  # colour, marker, line style per label: hues a colour-blind reader tells apart, neighbours unlike in grey
+    ("#1b4f72", "o", "-"),
+    ("#e08e1b", "s", "--"),
+    ("#2a9d6f", "^", "-."),
+    ("#8e2f5c", "D", ":"),
+    ("#6cb4ee", "v", (0, (6, 1, 1, 1, 1, 1))),
+    ("#4d4d4d", "P", (0, (9, 2))),
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small plot of curves_figure.
+
+    x_label, y_label  with their units
+    curves  label -> points (x, value, low, high) from left to right; low and high are the ends of the band
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: dict[str, list[tuple[float, float, float, float]]]
+    log_x: bool = False
+    y_range: tuple[float, float] | None = None
 
 
 class StepView:
@@ -183,3 +212,75 @@ def gap_figure(found: dict[str, dict[str, list[dict[str, Summary]]]], names: lis
     for path in paths:
         figure.savefig(path, dpi=160)
     pyplot.close(figure)
+
+
+def curves_figure(panels: list[Panel], paths: list[Path], *, columns: int = 2) -> None:
+    """Draw the panels side by side, each curve with its band, under one legend; a label looks alike in all of them.
+
+    Writes the figure to each path, in the format of its suffix. Raises ValueError where there is no curve to draw.
+    """
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.curves))
+    if not labels:
+        raise ValueError("curves_figure needs a panel with a curve")
+    figure, grid = _small_multiples(len(panels), columns)
+    for panel, axes in zip(panels, grid, strict=True):
+        for label, points in panel.curves.items():
+            colour, marker, line = _look(labels.index(label))
+            x, value, low, high = zip(*points, strict=True) if points else ((),) * 4
+            every = max(1, len(x) // 10)  # a marker on each of many points would hide the line
+            axes.plot(x, value, color=colour, linestyle=line, marker=marker, markevery=every, markersize=5, label=label)
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+        if panel.log_x:
+            _log_ticks(axes)
+        if panel.y_range is not None:
+            axes.set_ylim(*panel.y_range)
+    _legend(figure, grid)
+    _save(figure, paths)
+
+
+def _look(place: int) -> tuple[str, str, Any]:
+    """Return colour, marker and line style of the label at `place`; past the last look, colours meet other lines."""
+    colour, marker, _ = LOOKS[place % len(LOOKS)]
+    return colour, marker, LOOKS[(place + place // len(LOOKS)) % len(LOOKS)][2]
+
+
+def _small_multiples(
+    count: int, columns: int, *, width: float = 4.2, height: float = 3.0
+) -> "tuple[Figure, list[Axes]]":
+    """Return a figure of `count` plots in rows of at most `columns`. Not by pyplot, which keeps state and a backend."""
+    from matplotlib.figure import Figure
+
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows + 0.3), layout="constrained")
+    grid = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
+    for axes in grid:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
+
+
+def _log_ticks(axes: "Axes") -> None:
+    """Make x logarithmic, with plain numbers (1, 2, 4, 8 or 10, 100) at the ticks."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    axes.set_xscale("log", base=2 if axes.dataLim.x1 <= 64 * max(axes.dataLim.minposx, 1e-9) else 10)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _legend(figure: "Figure", grid: "list[Axes]") -> None:
+    """Put one legend above the plots, an entry per label."""
+    handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    room = figure.get_size_inches()[0] / 0.085  # characters of the legend's size that fit side by side
+    columns = max(1, int(room / (max(map(len, handles)) + 8)))
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside upper center", ncols=min(columns, len(handles)),
+        frameon=False, fontsize=9, handlelength=3.2,
+    )  # fmt: skip
+
+
+def _save(figure: "Figure", paths: list[Path]) -> None:
+    for path in paths:
+        figure.savefig(path, dpi=160)

@@ -1,15 +1,21 @@
 """What people look at: the numbers survive the layout."""
 
 import io
+import re
 
+import pytest
 from rich.console import Console
 
 from parts.report import (
     COLUMNS,
+    LOOKS,
+    Panel,
     SamplingProgress,
     StepView,
+    _look,
     cell,
     cell_of_seeds,
+    curves_figure,
     estimates_table,
     gap_figure,
     markdown_table,
@@ -79,3 +85,32 @@ def test_the_figure_is_written_in_both_formats(tmp_path):
     paths = [tmp_path / "gap.png", tmp_path / "gap.svg"]
     gap_figure({"hau": {"before": [evaluation], "after": [evaluation]}}, ["Hausa"], paths)
     assert paths[0].read_bytes().startswith(b"\x89PNG") and "<svg" in paths[1].read_text()
+
+
+def texts(svg: str) -> list[str]:
+    """Return the words that matplotlib drew: it writes each in a comment before its outlines."""
+    return re.findall("<!-- (.*?) -->", svg)
+
+
+def test_a_label_looks_alike_in_all_panels_and_stands_once_in_the_legend(tmp_path):
+    points = [(1.0, 0.2, 0.1, 0.3), (4.0, 0.5, 0.4, 0.6)]
+    panels = [
+        Panel("Hausa", "attempts k", "pass@k", {"base": points, "COPSD": points}, log_x=True, y_range=(0, 1)),
+        Panel("Swahili", "attempts k", "pass@k", {"COPSD": points}),
+    ]
+    paths = [tmp_path / "curves.png", tmp_path / "curves.svg"]
+    curves_figure(panels, paths)
+    svg = paths[1].read_text()
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+    assert [texts(svg).count(word) for word in ("base", "COPSD", "Hausa", "attempts k", "4")] == [1, 1, 1, 2, 1]
+    base, copsd = (svg.count(f"stroke: {colour}") for colour, _, _ in LOOKS[:2])
+    assert base > 0 and copsd > base  # the second panel's only curve is not drawn in the first colour
+
+
+def test_more_labels_than_colours_still_look_different():
+    assert len({_look(place) for place in range(4 * len(LOOKS))}) == 4 * len(LOOKS)
+
+
+def test_a_figure_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a panel with a curve"):
+        curves_figure([Panel("", "", "", {})], [tmp_path / "none.png"])
