@@ -36,10 +36,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval import Estimate, bad_input, bootstrap, check_answers, evaluate, keep_fitting, start_program, summarise
-from kernels import chunked_divergence, chunked_logprob, divergence, reduce_loss
+from kernels import CLIP_MODES, KINDS, REDUCTIONS, chunked_divergence, chunked_logprob, divergence, reduce_loss
 from parts import data, runs
 from parts.data import Problem
-from parts.flags import flags_of, setting
+from parts.flags import check_settings, flags_of, setting
 from parts.grading import is_correct
 from parts.machine import Stopwatch, peak_memory_gib, pick_device, pick_dtype
 from parts.model import (
@@ -58,10 +58,6 @@ from parts.model import (
 from parts.report import SamplingProgress, StepView, estimates_table
 from parts.sampler import Rollout, SamplingParams, sample
 
-METHODS = ("copsd", "grpo")
-TEACHERS = ("fixed", "current", "ema")
-REWARD_SCALES = ("group", "none")
-LOSS_NORMS = ("token", "sequence", "constant")
 ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
 MAX_DRAWS = 4  # of --resample-dead-groups, for one step
 MAX_SKIPPED = 3  # updates in a row without a finite gradient before a run gives up
@@ -74,66 +70,74 @@ class Config:
     GRPO's defaults are those of the OPSD scripts (arXiv 2601.18734); COPSD's release has none.
     """
 
-    method: str = setting("copsd", "copsd or grpo")
+    method: str = setting("copsd", "what to train with", choices=("copsd", "grpo"))
     model: str = setting("lab/tiny", "a local folder, org/name, or a bare name such as Qwen2.5-1.5B (ours: the lab)")
     lang: str = setting("hau", "target language, an ISO 639-1 or 639-3 code (ours)")
     data: str | None = setting(None, "file of training problems [the hub's COPSD set for the language]")
     eval_data: str | None = setting(None, "file of problems to evaluate on [held out of the data] (ours)")
     out: str | None = setting(None, "run folder [runs/METHOD-MODEL-LANG-SEED]")
     seed: int = setting(0, "of the adapter, the order of problems, the split and the sampler")
-    steps: int = setting(100, "batches sampled, at least 1; COPSD updates once on each", grpo=500)
-    token_budget: int | None = setting(None, "sampled tokens to stop at, in place of steps (ours)")
+    steps: int = setting(100, "batches sampled; COPSD updates once on each", grpo=500, least=1)
+    token_budget: int | None = setting(None, "sampled tokens to stop at, in place of steps (ours)", least=1)
 
-    divergence: str = setting("forward_kl", "forward_kl, reverse_kl or jsd, teacher first")
+    divergence: str = setting("forward_kl", "teacher first", choices=KINDS)
     beta: float = setting(0.5, "of jsd, between 0 and 1")
-    clip_mode: str = setting("entry", "none, entry or token: what the clip caps")
-    clip: float = setting(0.05, "cap in nats, above 0")
-    reduction: str = setting(
-        "token", "token (mean over the step's tokens) or trajectory (mean of means, the paper's text)"
-    )
-    teacher: str = setting("fixed", "fixed (adapter off), current or ema")
-    ema_decay: float = setting(0.99, "of the ema teacher, per step, from 0 to 1 (ours)")
+    clip_mode: str = setting("entry", "what the clip caps", choices=CLIP_MODES)
+    clip: float = setting(0.05, "cap in nats", above=0)
+    reduction: str = setting("token", "mean over tokens, or completions' mean (the paper's text)", choices=REDUCTIONS)
+    teacher: str = setting("fixed", "fixed: adapter off", choices=("fixed", "current", "ema"))
+    ema_decay: float = setting(0.99, "of the ema teacher, per step (ours)", least=0, most=1)
     english_problem: bool = setting(True, "show the teacher the English problem")
     english_solution: bool = setting(True, "show the teacher the English solution")
     swap_solutions: bool = setting(False, "show it the solution of another problem, as an ablation (ours)")
-    thinking: str = setting("auto", "auto, on or off: whether the prompt opens a think block")
+    thinking: str = setting("auto", "whether the prompt opens a think block: auto, on or off")
 
-    group_size: int = setting(8, "GRPO: completions per problem, at least 2")
-    scale_rewards: str = setting("group", "GRPO: group (divide by the group's standard deviation) or none (Dr. GRPO)")
-    inner_epochs: int = setting(1, "GRPO: updates on each batch (TRL)")
-    clip_low: float = setting(0.2, "GRPO: the ratio counts no further down than 1 - this (PPO; TRL)")
-    clip_high: float = setting(0.2, "GRPO: nor further up than 1 + this (PPO; TRL; 0.28 in DAPO)")
-    kl_coef: float = setting(0.0, "GRPO: weight of the KL to the initial model; above 0 it costs a forward pass")
-    loss_norm: str = setting("token", "GRPO: token (DAPO), sequence (OPSD's script) or constant (Dr. GRPO)")
+    group_size: int = setting(8, "GRPO: completions per problem", least=2)
+    scale_rewards: str = setting("group", "GRPO: by its deviation, or not (Dr. GRPO)", choices=("group", "none"))
+    inner_epochs: int = setting(1, "GRPO: updates on each batch (TRL)", least=1)
+    clip_low: float = setting(0.2, "GRPO: the ratio counts no further down than 1 - this (PPO, TRL)", least=0, most=1)
+    clip_high: float = setting(0.2, "GRPO: nor further up than 1 + this (PPO, TRL; 0.28 in DAPO)", least=0)
+    kl_coef: float = setting(0.0, "GRPO: weight of the KL to the initial model, which costs a forward pass", least=0)
+    loss_norm: str = setting("token", "GRPO: as in DAPO, OPSD, Dr. GRPO", choices=("token", "sequence", "constant"))
     mask_truncated: bool = setting(False, "GRPO: leave completions cut by the length limit out of the loss (DAPO)")
     resample_dead_groups: bool = setting(False, "GRPO: draw other problems for all-right and all-wrong groups (DAPO)")
 
-    batch_size: int = setting(32, "completions per step: COPSD's are of as many problems, GRPO's of groups")
-    english_share: float = setting(0.0, "share of problems posed in English, against forgetting it; from 0 to 1 (ours)")
-    temperature: float = setting(1.1, "of the rollouts, and of all distributions in the loss; above 0", grpo=1.2)
+    batch_size: int = setting(32, "completions per step: COPSD's are of as many problems, GRPO's of groups", least=1)
+    english_share: float = setting(0.0, "share of problems posed in English, not to forget it (ours)", least=0, most=1)
+    temperature: float = setting(1.1, "of the rollouts, and of all distributions in the loss", grpo=1.2, above=0)
     top_p: float = setting(0.95, "nucleus of the rollouts, up to 1 (GRPO: TRL)", grpo=1.0)
     top_k: int = setting(20, "most likely tokens kept in the rollouts, 0 is off (GRPO: TRL)", grpo=0)
     max_new_tokens: int = setting(2048, "tokens per completion", grpo=16384)
 
-    lr: float = setting(5e-6, "peak learning rate; falls linearly to 0, no warm-up")
-    weight_decay: float = setting(0.0, "AdamW's")
-    max_grad_norm: float = setting(0.1, "the gradient's norm is cut to this")
-    lora_rank: int = setting(64, "r")
-    lora_alpha: float = setting(128.0, "the adapter is scaled by alpha / r")
+    lr: float = setting(5e-6, "peak learning rate; falls linearly to 0, no warm-up", least=0)
+    weight_decay: float = setting(0.0, "AdamW's", least=0)
+    max_grad_norm: float = setting(0.1, "the gradient's norm is cut to this", above=0)
+    lora_rank: int = setting(64, "r", least=1)
+    lora_alpha: float = setting(128.0, "the adapter is scaled by alpha / r", above=0)
     lora_targets: str = setting("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers to adapt, by name")
 
-    micro_batch: int = setting(4, "rows per forward and backward; changes memory, not the gradient (ours)")
-    chunk_tokens: int = setting(256, "rows of logits alive at a time (ours)")
-    sample_rows: int = setting(256, "completions decoded at once (ours)")
+    micro_batch: int = setting(4, "rows per forward and backward; changes memory, not the gradient (ours)", least=1)
+    chunk_tokens: int = setting(256, "rows of logits alive at a time (ours)", least=1)
+    sample_rows: int = setting(256, "completions decoded at once (ours)", least=1)
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
     compile: bool | None = setting(None, "torch.compile the divergence [where it pays]")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting("auto", "auto, float32 or bfloat16: of the base weights; the adapter is always float32")
-    save_every: int = setting(5, "steps between saves")
+    save_every: int = setting(5, "steps between saves", least=1)
 
-    eval_problems: int = setting(32, "problems of the evaluations before and after; 0 is no evaluation (ours)")
-    eval_samples: int = setting(8, "completions per problem there; pass@k is reported for k = 1 and this (ours)")
-    eval_temperature: float = setting(1.0, "of the sampled evaluations; top-p as above, top-k off")
+    eval_problems: int = setting(32, "problems of the evaluations before and after; 0 is none (ours)", least=0)
+    eval_samples: int = setting(8, "completions per problem there; pass@k has k = 1 and this (ours)", least=1)
+    eval_temperature: float = setting(1.0, "of the sampled evaluations; top-p as above, top-k off", least=0)
+
+
+@dataclass(frozen=True)
+class CompareConfig(Config):
+    """What `compare` takes beside the settings of its runs, of which lang may name several, separated by commas."""
+
+    seeds: str = setting("3", "runs of each arm: a count, or seeds such as 0,4,7 (ours)")
+    sweep: str = setting("0.25,0.5,1,2", "rates tried for each method on a development split, times its lr (ours)")
+    dev_problems: int = setting(100, "training problems set aside as that split (ours)")
+    ablate: bool = setting(False, "compare COPSD with one part changed at a time, instead of base, GRPO, COPSD (ours)")
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,12 @@ def teacher_prompt(config: Config, problem: Problem, tokenizer: PreTrainedTokeni
         problem, problem.language, tokenizer, role="teacher", thinking=config.thinking,
         english_problem=config.english_problem, english_solution=config.english_solution,
     )  # fmt: skip
+
+
+def teachable(config: Config, problem: Problem) -> bool:
+    """Say whether the problem has all that the teacher's prompt is to show of it."""
+    english = (config.english_problem, problem.problem_en), (config.english_solution, problem.solution_en)
+    return all(text for shown, text in english if shown)
 
 
 def roll_out(setup: Setup, problems: list[Problem], *, seed: int, samples: int = 1) -> list[Rollout]:
@@ -457,6 +467,9 @@ def train_grpo(setup: Setup, run: runs.Run, view: StepView) -> bool:
     return True
 
 
+LOOPS = {"copsd": train_copsd, "grpo": train_grpo}
+
+
 def share_done(config: Config, step: int, sampled: int) -> float:
     """Return how much of the run is done after `step`, of its token budget or else of its steps."""
     return sampled / config.token_budget if config.token_budget else step / config.steps
@@ -558,11 +571,15 @@ def restore(run: runs.Run, lora: Lora, optimizer: torch.optim.Optimizer) -> tupl
 
 @torch.no_grad()
 def heldout_kl(setup: Setup, seed: int) -> Estimate:
-    """Return the unclipped KL, in nats per token, on the student's own rollouts of held-out problems."""
-    rollouts = roll_out(setup, setup.heldout, seed=seed)
+    """Return the unclipped KL, in nats per token, on the student's own rollouts of held-out problems.
+
+    Problems without an English side are left out, as the teacher cannot read them; nan if that is all.
+    """
+    problems = [problem for problem in setup.heldout if teachable(setup.config, problem)]
+    rollouts = roll_out(setup, problems, seed=seed)
     kl_sums, lengths = [0.0] * len(rollouts), [len(rollout.completion_ids) for rollout in rollouts]
     for rows in micro_batches(rollouts, setup.config.micro_batch):
-        _, stats = distil(setup, [setup.heldout[row] for row in rows], [rollouts[row] for row in rows])
+        _, stats = distil(setup, [problems[row] for row in rows], [rollouts[row] for row in rows])
         for row, kl_C in zip(rows, stats["kl_N"].split([lengths[row] for row in rows]), strict=True):
             kl_sums[row] = kl_C.sum().item()
     return bootstrap(kl_sums, [float(length) for length in lengths])
@@ -595,42 +612,22 @@ def measure(setup: Setup, console: Console, when: str) -> dict[str, dict[str, An
 
 def validate(config: Config) -> None:
     """Raise ValueError for a setting outside its range, before anything is loaded."""
-    at_least = {"steps": 1, "batch_size": 1, "micro_batch": 1, "chunk_tokens": 1, "sample_rows": 1, "save_every": 1}
-    at_least |= {"lora_rank": 1, "eval_problems": 0, "eval_samples": 1, "weight_decay": 0, "ema_decay": 0, "lr": 0}
-    at_least |= {"group_size": 2, "inner_epochs": 1, "clip_low": 0, "clip_high": 0, "kl_coef": 0, "english_share": 0}
-    at_most = {"ema_decay": 1, "english_share": 1, "clip_low": 1}
-    for name, least in at_least.items():
-        value, most = getattr(config, name), at_most.get(name, math.inf)
-        if not least <= value <= most:
-            valid = f"{least} or more" if most == math.inf else f"from {least} to {most}"
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; valid: {valid}")
-    if not config.max_grad_norm > 0 or not config.lora_alpha > 0:
-        raise ValueError("--max-grad-norm and --lora-alpha must be above 0")
-    names = {"method": METHODS, "teacher": TEACHERS, "scale_rewards": REWARD_SCALES, "loss_norm": LOSS_NORMS}
-    for name, valid in names.items():
-        if getattr(config, name) not in valid:
-            raise ValueError(f"unknown {name.replace('_', ' ')} {getattr(config, name)!r}; valid: {', '.join(valid)}")
+    check_settings(config)
     if config.method == "grpo" and config.batch_size % config.group_size:
         raise ValueError(f"--batch-size is {config.batch_size}; valid: a multiple of --group-size {config.group_size}")
-    largest_step = config.batch_size * config.max_new_tokens
-    if config.token_budget is not None and config.token_budget < largest_step:
-        raise ValueError(
-            f"--token-budget is {config.token_budget}; valid: {largest_step} or more, for a step may sample "
-            f"{config.batch_size} x {config.max_new_tokens} tokens"
-        )
+    largest = config.batch_size * config.max_new_tokens
+    if config.token_budget is not None and config.token_budget < largest:
+        raise ValueError(f"--token-budget is {config.token_budget}; valid: {largest} or more, what a step may sample")
     SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
-    # A dry run on two logits: a wrong name or number is the same error now that it would be at the first step.
-    loss_N = divergence(
-        torch.zeros(1, 2), torch.zeros(1, 2), kind=config.divergence, beta=config.beta, temperature=config.temperature,
-        clip_mode=config.clip_mode, clip=config.clip,
-    )  # fmt: skip
-    reduce_loss(loss_N, [1], reduction=config.reduction, step_tokens=1, step_rows=1)
+    # A dry run on two logits: a beta that does not suit is the same error now that it would be at the first step.
+    options = {"kind": config.divergence, "beta": config.beta, "clip_mode": config.clip_mode, "clip": config.clip}
+    divergence(torch.zeros(1, 2), torch.zeros(1, 2), **options)
 
 
 def configure(given: dict[str, Any]) -> tuple[Config, Path]:
     """Return the config (flags before the model's recipe before the method's) and the model's folder."""
     folder, method = resolve_model(given.get("model", Config.model)), given.get("method", Config.method)
-    defaults = {f.name: f.metadata[method] for f in fields(Config) if method in f.metadata}
+    defaults = {f.name: f.metadata["by_method"][method] for f in fields(Config) if method in f.metadata["by_method"]}
     recipe = runs.read_recipe(folder, method)
     unknown = recipe.keys() - {f.name for f in fields(Config)}
     if unknown:
@@ -664,10 +661,12 @@ def load_data(
         train = [replace(problem, solution_en=other) for problem, other in zip(train, solutions, strict=True)]
     kept = []
     for problems in (train, heldout):
+        needed = problems is train and config.method == "copsd"  # elsewhere a problem may lack its English side
         longest = []
         for problem in problems:
             posed = [problem, *pose_in_english([problem], 1.0)]
-            prompts = [build(config, p, tokenizer) for p in posed for build in (student_prompt, teacher_prompt)]
+            prompts = [student_prompt(config, p, tokenizer) for p in posed]
+            prompts += [teacher_prompt(config, p, tokenizer) for p in posed if needed or teachable(config, p)]
             longest.append(max(prompts, key=len))
         kept.append(keep_fitting(problems, longest, console, context=context, max_new_tokens=config.max_new_tokens))
     return kept[0], kept[1]
@@ -726,7 +725,7 @@ def train_command(given: dict[str, Any]) -> None:
         runs.write_json(run.folder / "before.json", measure(setup, console, "before"))
     try:
         with StepView(console, None if config.token_budget else config.steps) as view:
-            finished = {"copsd": train_copsd, "grpo": train_grpo}[config.method](setup, run, view)
+            finished = LOOPS[config.method](setup, run, view)
     except FloatingPointError as error:
         say(f"error: {error}; {run.folder} keeps the last save")
         raise typer.Exit(1) from error
@@ -736,18 +735,32 @@ def train_command(given: dict[str, Any]) -> None:
     if setup.heldout:
         if not (run.folder / "after.json").is_file():
             runs.write_json(run.folder / "after.json", measure(setup, console, "after"))
-        console.print(*before_after(run), sep="\n\n")
+        ends = {end: runs.read_json(run.folder / f"{end}.json") for end in ("before", "after")}
+        for code in ends["before"]:
+            title = data.find_language(code).english
+            console.print(estimates_table(title, {end: found[code] for end, found in ends.items()}))
     say(f"done in {time.monotonic() - started:.0f} s. {run.folder}: metrics.jsonl, completions.jsonl, adapters/")
     say(f"next: python eval.py --pass-at-k 8 --model {config.model} --lang {config.lang} --adapter {run.folder}")
 
 
-def before_after(run: runs.Run) -> list[Table]:
-    """Return a table per language of the evaluations at both ends of a run."""
-    ends = {end: runs.read_json(run.folder / f"{end}.json") for end in ("before", "after")}
-    return [
-        estimates_table(data.find_language(code).english, {end: found[code] for end, found in ends.items()})
-        for code in ends["before"]
-    ]
+@app.command("compare")
+@flags_of(CompareConfig)
+def compare_command(given: dict[str, Any]) -> None:
+    """Train base, GRPO and COPSD at an equal budget of sampled tokens; write tables and figures (bench/compare.py).
+
+    The budget is --token-budget, or what --steps of COPSD sample at the base's mean length. The same command goes on.
+    """
+    from bench import compare
+
+    console = start_program()
+    own = {f.name: f.default for f in fields(CompareConfig)[len(fields(Config)) :]} | {"lang": Config.lang, "out": None}
+    options = {name: given.pop(name, default) for name, default in own.items()}
+    try:
+        with bad_input():
+            compare.compare(options, given, console, compare.Tools(configure, prepare, LOOPS, heldout_kl))
+    except (compare.Stopped, KeyboardInterrupt) as stop:
+        console.print("stopped; finished arms are kept, and the same command goes on from here")
+        raise typer.Exit(130) from stop
 
 
 @app.command("languages")

@@ -358,7 +358,7 @@ def write(path: Path, text: str) -> str:
         (["--model", "tests"], "there is no config.json in tests"),
         (["--divergence", "kl"], "forward_kl, reverse_kl, jsd"),
         (["--clip-mode", "all"], "none, entry, token"),
-        (["--clip-mode", "entry", "--clip", "0"], "positive clip"),
+        (["--clip-mode", "entry", "--clip", "0"], "--clip is 0.0; valid: above 0"),
         (["--teacher", "other"], "fixed, current, ema"),
         (["--reduction", "sum"], "token, trajectory"),
         (["--thinking", "maybe"], "auto, on, off"),
@@ -380,10 +380,10 @@ def write(path: Path, text: str) -> str:
         (["--method", "grpo", "--loss-norm", "mean"], "token, sequence, constant"),
         (["--method", "grpo", "--scale-rewards", "batch"], "group, none"),
         (["--method", "grpo", "--inner-epochs", "0"], "--inner-epochs is 0"),
-        (["--method", "grpo", "--clip-low", "2"], "--clip-low is 2.0; valid: from 0 to 1"),
+        (["--method", "grpo", "--clip-low", "2"], "--clip-low is 2.0; valid: 0 or more, up to 1"),
         (["--method", "grpo", "--kl-coef", "-1"], "--kl-coef is -1"),
         (["--token-budget", "100"], "--token-budget is 100; valid: 4096 or more"),
-        (["--english-share", "2"], "--english-share is 2.0; valid: from 0 to 1"),
+        (["--english-share", "2"], "--english-share is 2.0; valid: 0 or more, up to 1"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, arguments, said):

@@ -333,7 +333,7 @@ def test_every_flag_has_an_effect(tmp_path, monkeypatch):
 def test_the_defaults_are_the_published_recipe():
     config, _ = configure({"method": "grpo", "model": "tests/../lab/tiny", "data": "lab/problems/hau/train.jsonl"})
     assert (config.group_size, config.kl_coef, config.scale_rewards) == (8, 0.0, "group")
-    defaults = {f.name: f.metadata.get("grpo", f.default) for f in copsd.fields(copsd.Config)}
+    defaults = {f.name: f.metadata["by_method"].get("grpo", f.default) for f in copsd.fields(copsd.Config)}
     assert (defaults["temperature"], defaults["steps"], defaults["max_new_tokens"]) == (1.2, 500, 16384)
     assert (defaults["lr"], defaults["batch_size"], defaults["lora_rank"], defaults["lora_alpha"]) == (
         5e-6,
