@@ -145,7 +145,7 @@ class Run:
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return
         if not file.is_file():
-            raise ValueError(f"{self.folder} exists and has no {file.name}; choose another with --out")
+            raise ValueError(f"{self.folder} exists and is not a run folder (no {file.name}); choose another --out")
         stored = read_json(file)
         for name, wanted in ((self.record, config), ("identity", identity or {})):
             differing = [key for key, value in wanted.items() if stored.get(name, {}).get(key) != value]

@@ -95,9 +95,9 @@ def test_no_text_can_break_the_language_identifier():
         (["--temperature", "-1"], "temperature is -1"),
         (["--device", "abacus"], "abacus"),
         (["--dtype", "int3"], "int3"),
-        (["--out", "eval.py"], "eval.py exists and has no settings.json"),
+        (["--out", "eval.py"], "eval.py exists and is not a run folder (no settings.json)"),
         (["--out", "eval.py/results"], "Not a directory"),
-        (["--out", "lab"], "lab exists and has no settings.json"),
+        (["--out", "lab"], "lab exists and is not a run folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, said):

@@ -22,7 +22,7 @@ from parts.runs import (
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match=r"exists and has no config\.json"):
+    with pytest.raises(ValueError, match=r"exists and is not a run folder"):
         Run(tmp_path).check({"lr": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -59,7 +59,7 @@ def test_an_evaluations_record_is_its_settings(tmp_path):
     run.check({"seed": 0}, {"data": "aa"})
     with pytest.raises(ValueError, match="differs in data;"):
         run.check({"seed": 0}, {"data": "bb"})
-    with pytest.raises(ValueError, match=r"has no config\.json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         Run(run.folder).check({"seed": 0})
 
 
