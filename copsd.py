@@ -566,7 +566,7 @@ def restore(run: runs.Run, lora: Lora, optimizer: torch.optim.Optimizer) -> tupl
     if step:
         lora.load_state_dict({n.removeprefix("lora/"): t for n, t in tensors.items() if n.startswith("lora/")})
         runs.restore_optimizer(optimizer, tensors)
-    return step, run.rows("metrics.jsonl")[-1]["sampled_tokens"] if step else 0
+    return step, run.whole_rows("metrics.jsonl")[-1]["sampled_tokens"] if step else 0
 
 
 @torch.no_grad()

@@ -1,91 +1,91 @@
-"""Evaluate a model on maths problems in one language: sample, grade, and estimate pass@k and its companions.
+"""Evaluate a model on maths problems: sample, grade, and estimate pass@k and its companions.
 
     python eval.py --pass-at-k 8                                  the lab model in Hausa
     python eval.py --pass-at-k 8 --adapter runs/copsd-lab-hau-0   the same with a trained adapter
+    python eval.py --benchmark afrimgsm --lang all --pass-at-k 1,4,12 --out evaluations/base
 
 Prompts are the student's training prompts, built by the same function; answers are judged by the same grader that
-rewards GRPO. Every estimate carries a 95 % interval from a bootstrap over problems.
+rewards GRPO. Every estimate carries a 95 % interval from a bootstrap over problems. With --out every completion is
+written, and the same command goes on with an evaluation that was stopped; without it nothing is.
 """
 
-import json
-import math
-import os
+import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import numpy as np
+import pycld2
 import typer
 from rich.console import Console
+from rich.table import Table
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from parts.data import Problem, build_prompt, find_language, load_problems, prompt_opens_think
+from parts.benchmarks import BENCHMARKS, find_files, has_language
+from parts.data import (
+    Language,
+    Problem,
+    build_prompt,
+    find_language,
+    languages,
+    load_problems,
+    prompt_opens_think,
+    template_hash,
+)
 from parts.grading import extract_answer, is_correct, normalise
 from parts.machine import keep_freed_memory, pick_device, pick_dtype
+from parts.metrics import (
+    LEVEL_WEIGHTS,
+    Attempt,
+    Estimate,
+    Graded,
+    bootstrap,
+    bootstrap_mean,
+    ratios,
+    read_graded,
+    summarise,
+)
+from parts.metrics import (
+    pass_at_k as pass_at_k,
+)
 from parts.model import eos_ids, load_adapter, load_model, load_tokenizer, resolve_model, valid_ids
 from parts.report import SamplingProgress, estimates_table
 from parts.runs import (
+    Run,
     adapter_folder,
     read_recipe,
     recorded_fingerprint,
     weights_fingerprint,
+    write_json,
 )
 from parts.sampler import SamplingParams, sample
 
-RESAMPLES = 2000  # of the bootstrap; the interval's ends then move by less than 0.3 points from seed to seed
-EXACT_FLIPS, FLIPS = 14, 20_000  # of the permutation test: all sign patterns of so many problems, or so many drawn
+MAIN_METRICS = ("format rate", "accuracy given a box", "in the problem's language")  # of several languages
+CHUNK = 64  # problems sampled and written together: what a stop can lose
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One graded completion: its text, the answer read from it (None: not formatted), the verdict, its length."""
-
-    completion: str
+class Grade:  # until parts.grading has it
     answer: str | None
+    canonical: str | None
+    lenient: str | None
     correct: bool
-    tokens: int
-    finish_reason: str
+    lenient_correct: bool
+    reason: str
 
 
-@dataclass(frozen=True)
-class Graded:
-    """One problem with its gold answer and every attempt at it."""
-
-    id: str
-    gold: str
-    attempts: list[Attempt]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems with the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the unbiased probability that at least one of k attempts, drawn from n with c right, is right.
-
-    1 - C(n-c, k) / C(n, k), as a product so that no binomial overflows (Chen et al. 2021, 2107.03374, Eq. 1).
-    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
-
-    >>> pass_at_k(n=8, c=2, k=1), round(pass_at_k(n=8, c=2, k=4), 4)
-    (0.25, 0.7857)
-    """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
-    if n - c < k:
-        return 1.0
-    all_wrong = 1.0
-    for drawn in range(k):
-        all_wrong *= (n - c - drawn) / (n - drawn)
-    return 1.0 - all_wrong
+def grade(completion: str, gold: str, *, think_open: bool = False) -> Grade:
+    """Until parts.grading has it."""
+    answer = extract_answer(completion, think_open=think_open)
+    canonical = normalise(answer) if answer else None
+    correct = is_correct(completion, gold, think_open=think_open)
+    reason = "right" if correct else "no box" if answer is None else "wrong" if canonical else "no single answer"
+    return Grade(answer, canonical, canonical, correct, correct, reason)
 
 
 def check_answers(problems: list[Problem]) -> None:
@@ -93,6 +93,26 @@ def check_answers(problems: list[Problem]) -> None:
     for problem in problems:
         if problem.answer is None or normalise(problem.answer) is None:
             raise ValueError(f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded; a number is needed")
+
+
+def text_language(text: str) -> str:
+    """Return the language a text is written in, an ISO 639 code (639-3 for those of languages.json), or "unknown".
+
+    CLD2 decides, where it calls itself reliable: it knows all of languages.json but Ewe and Vai, and Twi as Akan. Vai
+    is told by its script, and Ewe by its letters where CLD2 is not sure. Of several languages the largest part counts.
+
+    >>> text_language("Jibu ni mayai kumi na nane."), text_language("18 + 1 = 19")
+    ('swa', 'unknown')
+    """
+    # LaTeX commands are English words. One \boxed does no harm, and without it CLD2 finds the lab's answers too short.
+    plain = re.sub(r"\\(?!boxed)[A-Za-z]+", " ", text)
+    if len(re.findall("[\ua500-\ua63f]", plain)) > len(plain) / 3:
+        return "vai"
+    reliable, _, found = pycld2.detect("".join(c if c.isprintable() else " " for c in plain))
+    if not reliable:
+        return "ewe" if re.search("[ƒʋ]", plain) else "unknown"
+    code = {"ak": "tw"}.get(found[0][1], found[0][1].partition("-")[0])
+    return next((known.iso3 for known in languages().values() if known.iso1 == code), str(code))
 
 
 def evaluate(
@@ -103,30 +123,66 @@ def evaluate(
     *,
     samples: int = 1,
     thinking: str = "auto",
+    first_index: int = 0,
     max_rows: int | None = None,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> list[Graded]:
     """Sample `samples` completions of every problem under the student's prompt and grade each.
 
+    first_index  the place of the first problem in the whole evaluation, on which its random stream depends
     Never cuts a prompt: one that does not fit the model's context with max_new_tokens is the sampler's ValueError.
     """
     check_answers(problems)
     think_open = prompt_opens_think(tokenizer, thinking)
     prompts = [build_prompt(problem, problem.language, tokenizer, thinking=thinking) for problem in problems]
     groups = sample(
-        model, prompts, params, samples_per_prompt=samples, max_rows=max_rows, on_progress=on_progress,
-        eos_ids=eos_ids(model, tokenizer), valid_ids=valid_ids(tokenizer),
+        model, prompts, params, samples_per_prompt=samples, first_index=first_index, max_rows=max_rows,
+        on_progress=on_progress, eos_ids=eos_ids(model, tokenizer), valid_ids=valid_ids(tokenizer),
     )  # fmt: skip
     results = []
-    for problem, rollouts in zip(problems, groups, strict=True):
+    for index, (problem, rollouts) in enumerate(zip(problems, groups, strict=True), start=first_index):
         attempts = []
-        for rollout in rollouts:
+        for number, rollout in enumerate(rollouts):
             text = str(tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
-            answer = extract_answer(text, think_open=think_open)
-            correct = is_correct(text, str(problem.answer), think_open=think_open)
-            attempts.append(Attempt(text, answer, correct, len(rollout.completion_ids), rollout.finish_reason))
-        results.append(Graded(problem.id, str(problem.answer), attempts))
+            graded = asdict(grade(text, str(problem.answer), think_open=think_open))
+            end = {"tokens": len(rollout.completion_ids), "finish_reason": rollout.finish_reason}
+            seed = f"{params.seed}/{index}/{number}"
+            attempts.append(Attempt(text, **graded, **end, language=text_language(text), seed=seed))
+        prompt_hash = hashlib.sha256(repr(rollouts[0].prompt_ids).encode()).hexdigest()[:12]
+        level = next((name for name in LEVEL_WEIGHTS if problem.id.startswith(f"{name}-")), None)  # PolyMath's ids
+        about = (problem.id, problem.language, problem.problem, str(problem.answer), prompt_hash, level)
+        results.append(Graded(*about, attempts))
     return results
+
+
+def evaluate_resumably(
+    evaluate_chunk: Callable[..., list[Graded]], problems: list[Problem], run: Run | None, progress: SamplingProgress
+) -> list[Graded]:
+    """Evaluate in chunks of CHUNK problems, each written to the run's problems.jsonl when it is done.
+
+    What is there already is kept and not sampled again. A chunk that was written in part is sampled whole once more, so
+    that every problem is sampled beside the same others and a resumed file has the bytes of an unstopped one.
+    """
+    done = [read_graded(row) for row in run.whole_rows("problems.jsonl")] if run else []
+    if run and [graded.id for graded in done] != [problem.id for problem in problems[: len(done)]]:
+        raise ValueError(f"{run.folder / 'problems.jsonl'} has other problems; choose another --out")
+    for start in range(0, len(problems), CHUNK):
+        chunk = problems[start : start + CHUNK]
+        if len(done) < start + len(chunk):
+            tokens = sum(attempt.tokens for graded in done[:start] for attempt in graded.attempts)
+            show = partial(_show_chunk, progress, start / len(chunk), len(problems) / len(chunk), tokens)
+            graded = evaluate_chunk(chunk, first_index=start, on_progress=show)[len(done) - start :]
+            if run:
+                run.append("problems.jsonl", [asdict(each) for each in graded])
+            done += graded
+    return done
+
+
+def _show_chunk(
+    progress: SamplingProgress, before: float, whole: float, tokens_before: int, finished: int, rows: int, tokens: int
+) -> None:
+    """Show a chunk's progress as the whole evaluation's; before and whole are in chunks of as many rows."""
+    progress.update(round(before * rows) + finished, round(whole * rows), tokens_before + tokens)
 
 
 def keep_fitting(
@@ -148,83 +204,6 @@ def keep_fitting(
     return kept
 
 
-def bootstrap(numerators: list[float], denominators: list[float], *, seed: int = 0) -> Estimate:
-    """Return sum(numerators) / sum(denominators), one pair a problem, with a 95 % percentile interval over problems.
-
-    nan where the denominators sum to zero. A mean over problems has denominators of 1.
-    """
-    pairs = np.array([numerators, denominators], dtype=float)
-    if not pairs[1].sum():
-        return Estimate(math.nan, math.nan, math.nan)
-    drawn = np.random.default_rng(seed).integers(pairs.shape[1], size=(RESAMPLES, pairs.shape[1]))
-    above, below = pairs[:, drawn].sum(axis=2)
-    low, high = np.percentile(above[below > 0] / below[below > 0], [2.5, 97.5])
-    return Estimate(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high))
-
-
-def difference(first: list[float], second: list[float], *, seed: int = 0) -> Estimate:
-    """Return the mean of second - first, per-problem scores in one order, with a bootstrap interval over problems."""
-    changes = [b - a for a, b in zip(first, second, strict=True)]
-    return bootstrap(changes, [1.0] * len(changes), seed=seed)
-
-
-def paired_permutation(first: list[float], second: list[float], *, seed: int = 0) -> float:
-    """Return the two-sided p-value of the sign-flip test that per-problem scores do not differ in the mean.
-
-    If they did not, a problem's difference would as likely have had the other sign. The p-value is the share of sign
-    patterns whose sum is at least as far from 0 as the one seen: of all patterns where at most 14 problems differ, else
-    of 20,000 drawn ones and the one seen (the +1 correction), so it is never 0.
-
-    >>> paired_permutation([0.0] * 3, [1.0] * 3)
-    0.25
-    """
-    changes = np.array([b - a for a, b in zip(first, second, strict=True) if a != b])
-    seen = abs(changes.sum()) - 1e-9  # a pattern that ties but for rounding counts
-    if len(changes) <= EXACT_FLIPS:
-        signs = 1 - 2 * (np.arange(2 ** len(changes))[:, None] >> np.arange(len(changes)) & 1)
-        return float((abs(signs @ changes) >= seen).mean())
-    random = np.random.default_rng(seed)
-    flipped = [random.choice((-1, 1), size=len(changes)) @ changes for _ in range(FLIPS)]
-    return float((1 + (abs(np.array(flipped)) >= seen).sum()) / (1 + FLIPS))
-
-
-def mcnemar(first: list[bool], second: list[bool]) -> float:
-    """Return the exact two-sided p-value of McNemar's test: of the problems that only one got right, is it half each?
-
-    >>> mcnemar([False] * 5, [True] * 5)
-    0.0625
-    """
-    gained = sum(b and not a for a, b in zip(first, second, strict=True))
-    changed = gained + sum(a and not b for a, b in zip(first, second, strict=True))
-    tail = sum(math.comb(changed, count) for count in range(min(gained, changed - gained) + 1))
-    return min(1.0, 2 * tail / 2**changed)
-
-
-def summarise(results: list[Graded], ks: list[int]) -> dict[str, Estimate]:
-    """Return every metric over `results`: pass@k for each k, format rate, accuracy given a box, lengths, truncation.
-
-    A completion is formatted when an answer could be read from a complete box. Lengths are in tokens, EOS included.
-    """
-    every = [1.0] * len(results)
-    counts = [(len(r.attempts), sum(a.correct for a in r.attempts), r.attempts) for r in results]
-    per_attempt = [1.0 / n for n, _, _ in counts]
-    formatted = [sum(a.answer is not None for a in attempts) for _, _, attempts in counts]
-    summary = {f"pass@{k}": bootstrap([pass_at_k(n, c, k) for n, c, _ in counts], every) for k in ks}
-    summary["format rate"] = bootstrap([f * w for f, w in zip(formatted, per_attempt, strict=True)], every)
-    summary["accuracy given a box"] = bootstrap([float(c) for _, c, _ in counts], [float(f) for f in formatted])
-    truncated = [sum(a.finish_reason == "length" for a in attempts) / n for n, _, attempts in counts]
-    summary["cut at the length limit"] = bootstrap(truncated, every)
-    summary["mean tokens"] = bootstrap([sum(a.tokens for a in attempts) / n for n, _, attempts in counts], every)
-    return summary
-
-
-def write_results(results: list[Graded], path: Path) -> None:
-    """Write one line of JSON per problem, with every completion, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in results), encoding="utf-8")
-    os.replace(partial, path)
-
-
 def start_program() -> Console:
     """Set up the process of a command, keep the libraries' own progress bars off the screen, and return the console."""
     keep_freed_memory()
@@ -242,76 +221,202 @@ def bad_input() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def evaluation_problems(benchmark: str | None, model_folder: Path, language: str, limit: int | None) -> list[Problem]:
-    """Load the benchmark file, or the one that the model's recipe names, and keep its first `limit` problems."""
-    file = benchmark or read_recipe(model_folder).get("eval_data")
-    if file is None:
-        raise ValueError(f"{model_folder} has no recipe that names a benchmark; pass --benchmark FILE")
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit is {limit}; valid: 1 or more")
-    problems = load_problems(Path(str(file).replace("{lang}", language)), language=language)[:limit]
+@dataclass(frozen=True)
+class Settings:
+    """What an evaluation's numbers depend on, beside weights, prompts and data, which its identity holds."""
+
+    model: str
+    adapter: str | None
+    benchmark: str
+    lang: str
+    samples: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    thinking: str
+    seed: int
+    ks: list[int]
+    limit: int | None
+
+    def sampling(self) -> SamplingParams:
+        """Return the sampler's part; ValueError for a value out of range."""
+        return SamplingParams(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed)
+
+
+def sampling_plan(
+    pass_at_k: str | None, samples: int | None, temperature: float | None, greedy: bool
+) -> tuple[list[int], int, float]:
+    """Return the ks of pass@k with 1 among them, the completions per problem, and the temperature."""
+    if greedy:
+        if samples not in (None, 1) or temperature not in (None, 0):
+            raise ValueError("--greedy is one completion at temperature 0: leave out --samples and --temperature")
+        pass_at_k, samples, temperature = pass_at_k or "1", 1, 0.0
+    try:
+        ks = {int(k) for k in (pass_at_k or "8").split(",")}
+    except ValueError as error:
+        raise ValueError(f"--pass-at-k is {pass_at_k}; valid: numbers such as 8 or 1,4,8,12") from error
+    samples = max(ks) if samples is None else samples
+    if not 1 <= min(ks) <= max(ks) <= samples:
+        raise ValueError(f"--pass-at-k is {pass_at_k or 8} and --samples {samples}; valid: 1 <= k <= samples")
+    return sorted({1, *ks}), samples, 1.0 if temperature is None else temperature
+
+
+def pick_languages(lang: str, benchmark: str) -> list[Language]:
+    """Return the languages that --lang names; "all" are those that the benchmark has."""
+    if lang != "all":
+        return [find_language(code.strip()) for code in dict.fromkeys(lang.split(","))]
+    found = [language for language in languages().values() if has_language(benchmark, asdict(language))]
+    if not found:
+        raise FileNotFoundError(f"{benchmark} has no files that are known by a language")
+    return found
+
+
+def load_benchmark(
+    benchmark: str, language: Language, revision: str, limit: int | None
+) -> tuple[list[Problem], str | None]:
+    """Return the first `limit` problems of a benchmark in a language, and the commit of the hub's data.
+
+    A named benchmark must have as many rows as it is known to have; of other files the rows are taken as they are.
+    """
+    files, commit = find_files(benchmark, asdict(language), revision=revision)
+    problems = []
+    for file in files:
+        rows = load_problems(file, language=language.iso3)
+        if benchmark in BENCHMARKS and len(rows) != BENCHMARKS[benchmark].rows:
+            raise ValueError(f"{file} has {len(rows)} problems, {benchmark} has {BENCHMARKS[benchmark].rows}")
+        problems += rows
     check_answers(problems)
-    return problems
+    return problems[:limit], commit
 
 
+def load_network(
+    settings: Settings, folder: Path, *, device: str, dtype: str
+) -> tuple[PreTrainedModel, dict[str, str | None]]:
+    """Return the model with its adapter, and their fingerprints; an adapter that is not this model's is an error."""
+    where = pick_device(device)
+    network = load_model(folder, device=where, dtype=pick_dtype(dtype, where))
+    base, adapter = weights_fingerprint(dict(network.named_parameters())), None
+    if settings.adapter is not None:
+        path = Path(settings.adapter)
+        if recorded_fingerprint(path) not in (None, base):
+            raise ValueError(f"adapter {path} was trained on other base weights than those of {settings.model}")
+        adapter = weights_fingerprint(load_adapter(network, adapter_folder(path)).state_dict())
+    dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+    return network, {"base_weights": base, "adapter_weights": adapter, "dtype": dtype}
+
+
+def evaluate_language(
+    settings: Settings, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem],
+    identity: dict[str, Any], run: Run | None, console: Console, *, batch_rows: int,
+) -> list[Graded]:  # fmt: skip
+    """Evaluate one language's problems, going on with what its folder holds, and write its summary."""
+    language, context = find_language(settings.lang), network.config.max_position_embeddings
+    prompts = [build_prompt(problem, language, tokenizer, thinking=settings.thinking) for problem in problems]
+    problems = keep_fitting(problems, prompts, console, context=context, max_new_tokens=settings.max_new_tokens)
+    data = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
+    identity = {**identity, "data": data, "prompt_template": template_hash(tokenizer, language, settings.thinking)}
+    if run:
+        run.check(asdict(settings), identity)
+        run.create(asdict(settings), identity)
+    evaluate_chunk = partial(
+        evaluate, network, tokenizer, params=settings.sampling(), samples=settings.samples, max_rows=batch_rows,
+        thinking=settings.thinking,
+    )  # fmt: skip
+    with SamplingProgress(console, f"{language.english}, {settings.samples} samples a problem") as progress:
+        results = evaluate_resumably(evaluate_chunk, problems, run, progress)
+    if run:
+        write_json(run.folder / "summary.json", as_plain(summarise(results, settings.ks)))
+    return results
+
+
+def results_table(title: str, results: dict[str, list[Graded]], ks: list[int]) -> Table:
+    """Return a table: of one language every metric, of several the main ones, a row a language, and their mean."""
+    if len(results) == 1:
+        summaries = {code: summarise(graded, ks) for code, graded in results.items()}
+        return estimates_table(title, {code: as_plain(summary) for code, summary in summaries.items()})
+    found = {code: ratios(graded, ks) for code, graded in results.items()}
+    columns = {}
+    for name in (*(f"pass@{k}" for k in ks), *MAIN_METRICS):
+        rows = {code: bootstrap(*metrics[name]) for code, metrics in found.items()}
+        columns[name] = as_plain({**rows, "mean": bootstrap_mean([metrics[name] for metrics in found.values()])})
+    return estimates_table(title, columns)
+
+
+def as_plain(summary: dict[str, Estimate]) -> dict[str, dict[str, float]]:
+    """Return a summary as JSON and parts.report take it."""
+    return {name: asdict(estimate) for name, estimate in summary.items()}
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
 def main(
-    pass_at_k: Annotated[int, typer.Option(help="k of pass@k; pass@1 is always reported")] = 8,
-    samples: Annotated[int | None, typer.Option(help="completions per problem [k]", show_default=False)] = None,
+    context: typer.Context,
+    pass_at_k: Annotated[str | None, typer.Option(help="k, or several: 1,4,8,12; 1 is always reported [8]")] = None,
+    samples: Annotated[int | None, typer.Option(help="completions per problem [the largest k]")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="one completion a problem, at temperature 0")] = False,
     model: Annotated[
         str, typer.Option(help="a local folder, org/name, or a bare name such as Qwen2.5-1.5B")
     ] = "lab/tiny",
     adapter: Annotated[Path | None, typer.Option(help="a run folder, or an adapter folder as peft writes it")] = None,
-    lang: Annotated[str, typer.Option(help="ISO 639-1 or 639-3 code")] = "hau",
-    benchmark: Annotated[str | None, typer.Option(help="a file of problems [the model's recipe names one]")] = None,
+    lang: Annotated[str, typer.Option(help="ISO 639-1 or 639-3 code, several with commas, or all")] = "hau",
+    benchmark: Annotated[
+        str | None, typer.Option(help=f"{', '.join(BENCHMARKS)}, a folder or a file [the model's recipe names one]")
+    ] = None,
+    revision: Annotated[str, typer.Option(help="of a benchmark on the hub: a branch, a tag or a commit")] = "main",
     limit: Annotated[int | None, typer.Option(help="evaluate the first so many problems only")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy [1]", show_default=False)] = None,
     top_p: Annotated[float, typer.Option(help="nucleus; 1 is off")] = 0.95,
     top_k: Annotated[int, typer.Option(help="0 is off")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(help="tokens per completion [the recipe's, else 4096]")] = None,
     thinking: Annotated[str, typer.Option(help="auto, on or off")] = "auto",
-    rows: Annotated[int | None, typer.Option(help="completions decoded at once [all]", show_default=False)] = None,
+    batch_rows: Annotated[int, typer.Option(help="completions decoded at once")] = 256,
     seed: Annotated[int, typer.Option(help="of the sampler")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="write one line of JSON per problem to this file")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for completions and results; the same command goes on [none]")
+    ] = None,
 ) -> None:
     """Sample, grade and print pass@k with its companions and 95 % intervals."""
+    if context.invoked_subcommand:
+        return
     console = start_program()
     with bad_input():
-        samples = pass_at_k if samples is None else samples
-        if not 1 <= pass_at_k <= samples:
-            raise ValueError(f"--pass-at-k is {pass_at_k} and --samples {samples}; valid: 1 <= k <= samples")
-        if out is not None and not out.parent.is_dir():
-            raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
-        language, folder = find_language(lang), resolve_model(model)
-        problems = evaluation_problems(benchmark, folder, language.iso3, limit)
-        tokens = max_new_tokens or read_recipe(folder).get("max_new_tokens", 4096)
-        params = SamplingParams(tokens, temperature, top_p, top_k, seed)
+        ks, samples, temperature = sampling_plan(pass_at_k, samples, temperature, greedy)
+        folder = resolve_model(model)
+        recipe = read_recipe(folder)
+        source = benchmark or recipe.get("eval_data")
+        if source is None:
+            raise ValueError(f"{folder} has no recipe that names a benchmark; pass --benchmark")
+        tokens = recipe.get("max_new_tokens", 4096) if max_new_tokens is None else max_new_tokens
+        settings = Settings(
+            model, str(adapter) if adapter else None, source, lang, samples, temperature, top_p, top_k, tokens,
+            thinking, seed, ks, limit,
+        )  # fmt: skip
+        if limit is not None and limit < 1:
+            raise ValueError(f"--limit is {limit}; valid: 1 or more")
+        settings.sampling()  # refuses what is out of range before anything is loaded
+        chosen = pick_languages(lang, source)
+        loaded = {language: load_benchmark(source, language, revision, limit) for language in chosen}
         tokenizer = load_tokenizer(folder)
-        where = pick_device(device)
-        network = load_model(folder, device=where, dtype=pick_dtype(dtype, where))
-        if adapter is not None:
-            found, expected = adapter_folder(adapter), recorded_fingerprint(adapter)
-            if expected not in (None, weights_fingerprint(dict(network.named_parameters()))):
-                raise ValueError(f"adapter {adapter} was trained on other base weights than those of {model}")
-            load_adapter(network, found)
-        prompts = [build_prompt(problem, language, tokenizer, thinking=thinking) for problem in problems]
-        context = network.config.max_position_embeddings
-        problems = keep_fitting(problems, prompts, console, context=context, max_new_tokens=tokens)
-        with SamplingProgress(console, f"{language.english}, {samples} samples a problem") as progress:
-            results = evaluate(
-                network, tokenizer, problems, params, samples=samples, thinking=thinking, max_rows=rows,
-                on_progress=progress.update,
+        network, identity = load_network(settings, folder, device=device, dtype=dtype)
+        results = {}
+        for language, (problems, commit) in loaded.items():
+            run = Run(out / language.iso3 if len(chosen) > 1 else out, "settings") if out else None
+            results[language.iso3] = evaluate_language(
+                replace(settings, lang=language.iso3), network, tokenizer, problems,
+                identity | {"data_revision": commit}, run, console, batch_rows=batch_rows,
             )  # fmt: skip
-    summary = summarise(results, sorted({1, pass_at_k}))
-    title = f"{model}{f' + {adapter}' if adapter else ''}: {language.english}, {len(results)} problems x {samples}"
-    console.print(estimates_table(title, {language.iso3: {name: asdict(e) for name, e in summary.items()}}))
-    if out is not None:
-        write_results(results, out)
-        console.print(f"completions and verdicts: {out}")
+    where = f"{chosen[0].english}" if len(chosen) == 1 else f"{len(chosen)} languages of {source}"
+    count = len(results[chosen[0].iso3])
+    title = f"{model}{f' + {adapter}' if adapter else ''}: {where}, {count} problems x {samples}"
+    console.print(results_table(title, results, ks))
+    if out:
+        console.print(f"completions, verdicts and settings: {out}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(main)
     app()

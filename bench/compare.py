@@ -26,8 +26,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from eval import Estimate, Graded, bootstrap, difference, evaluate, paired_permutation, pass_at_k
+from eval import evaluate
 from parts.data import Problem, find_language, hub_training_file, load_problems, split_heldout
+from parts.metrics import Estimate, Graded, bootstrap, difference, paired_permutation, pass_at_k
 from parts.report import Panel, curves_figure, markdown_table
 from parts.runs import Run, read_json, write_json
 from parts.sampler import SamplingParams
@@ -211,7 +212,7 @@ def run_arm(tools: Tools, arm: Arm, progress: Any, console: Console, *, on_test:
         if not finished:
             raise Stopped
         results = {"points": [], "final": {}}
-        steps = {row["step"]: row for row in run.rows("metrics.jsonl")}
+        steps = {row["step"]: row for row in run.whole_rows("metrics.jsonl")}
         for adapter in sorted((arm.folder / "adapters").glob("step_*"))[0 if on_test else -1 :]:
             for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
                 own = setup.lora.sets["current"][name.removeprefix("base_model.model.").removesuffix(".weight")]

@@ -235,9 +235,9 @@ def _problem(row: dict[str, Any], number: int, where: str, language: Language) -
         raise ValueError(f"{where}: empty {column}")
     column_en = "problem" if column == "problem_translated" else column
     has_english = column != column_en or language.iso3 == "eng"  # in a plain file all is in the problems' language
-    english = [_text(row, name, where) if has_english else None for name in (column_en, "solution")]
+    problem_en, solution_en = (_text(row, name, where) if has_english else None for name in (column_en, "solution"))
     answer = next(filter(None, (_text(row, name, where) for name in ANSWER_COLUMNS)), None)
-    return Problem(_text(row, "id", where) or str(number), problem, *english, answer, language.iso3)
+    return Problem(_text(row, "id", where) or str(number), problem, problem_en, solution_en, answer, language.iso3)
 
 
 def load_problems(path: Path, *, language: str | None = None) -> list[Problem]:

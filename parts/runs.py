@@ -116,18 +116,20 @@ def recorded_fingerprint(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder."""
+    """One run folder, or an evaluation's, whose record is settings.json."""
 
     folder: Path
+    record: str = "config"
 
     def check(self, config: Mapping[str, Any], identity: Mapping[str, Any] | None = None) -> None:
         """Raise ValueError if the folder is in use by anything but a run of this config and identity; touch nothing."""
+        file = self.folder / f"{self.record}.json"
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return
-        if not (self.folder / "config.json").is_file():
-            raise ValueError(f"{self.folder} exists and is not a run folder; choose another with --out")
-        stored = read_json(self.folder / "config.json")
-        for name, wanted in (("config", config), ("identity", identity or {})):
+        if not file.is_file():
+            raise ValueError(f"{self.folder} exists and is not a run folder (no {file.name}); choose another --out")
+        stored = read_json(file)
+        for name, wanted in ((self.record, config), ("identity", identity or {})):
             differing = [key for key, value in wanted.items() if stored.get(name, {}).get(key) != value]
             if differing:
                 raise ValueError(
@@ -135,19 +137,29 @@ class Run:
                 )
 
     def create(self, config: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-        """Make the folder and write config.json, unless a run of this config already has."""
+        """Make the folder and write its record, unless a run of this config already has."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "config.json").is_file():
-            write_json(self.folder / "config.json", {"config": config, "identity": identity, **provenance()})
+        file = self.folder / f"{self.record}.json"
+        if not file.is_file():
+            write_json(file, {self.record: config, "identity": identity, **provenance()})
 
     def append(self, file: str, rows: list[dict[str, Any]]) -> None:
         """Append rows to a .jsonl file and flush them."""
         with (self.folder / file).open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    def rows(self, file: str) -> list[dict[str, Any]]:
-        """Return the rows of a .jsonl file."""
-        return [json.loads(line) for line in (self.folder / file).read_text(encoding="utf-8").splitlines()]
+    def whole_rows(self, file: str) -> list[dict[str, Any]]:
+        """Return the rows of a .jsonl file, [] where there is none, and cut off a torn last line."""
+        path = self.folder / file
+        if not path.is_file():
+            return []
+        *lines, torn = path.read_bytes().split(b"\n")
+        if torn:
+            os.truncate(path, path.stat().st_size - len(torn))
+        try:
+            return [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is broken before its last line: {error}") from error
 
     def cut_back(self, step: int) -> None:
         """Drop what was logged after `step`, and a torn last line: those steps will be taken again."""

@@ -88,8 +88,8 @@ def sample(
     valid_ids    ids that may be sampled: a count n for 0 to n - 1 (a head wider than its tokenizer) or ids; None: all
     on_progress  called after every step with (finished rows, all rows, tokens generated so far)
 
-    A row depends on the seed, its prompt's index from first_index on and its sample's index, not on the rows beside it,
-    up to float rounding. No gradient; modules get their own mode back. ValueError: bad arguments, capped logits, windows.
+    A row depends on the seed, its prompt's index (from first_index on) and its sample's, not on the rows beside it, up
+    to float rounding. No gradient; each module's own mode is put back. ValueError: bad arguments, models not supported.
     """
     _check(model, prompts, params)
     _require(samples_per_prompt >= 1, f"samples_per_prompt is {samples_per_prompt}", "1 or more")

@@ -1,125 +1,18 @@
-"""The evaluator: estimates that match their definitions, and one-line errors."""
+"""The evaluator: one result for one seed, a stop costs nothing that was finished, and bad input is one line."""
 
 import io
-import math
-from fractions import Fraction
-from itertools import combinations, product
+import json
+import random
+from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 import eval as evaluation
-from eval import (
-    Attempt,
-    Graded,
-    bootstrap,
-    check_answers,
-    difference,
-    keep_fitting,
-    mcnemar,
-    paired_permutation,
-    pass_at_k,
-    summarise,
-)
+from eval import check_answers, keep_fitting, text_language
 from parts.data import Problem
-
-
-def attempt(correct: bool, answer: str | None = "1", tokens: int = 4, finish: str = "stop") -> Attempt:
-    return Attempt("text", answer, correct, tokens, finish)
-
-
-def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one():
-    for n in range(1, 8):
-        for c in range(n + 1):
-            for k in range(1, n + 1):
-                right = [index < c for index in range(n)]
-                subsets = list(combinations(right, k))
-                exact = Fraction(sum(any(subset) for subset in subsets), len(subsets))
-                assert pass_at_k(n, c, k) == pytest.approx(float(exact), abs=1e-12)
-
-
-def test_pass_at_k_stays_a_number_for_many_samples():
-    assert 0 < pass_at_k(20000, 1, 10000) < 1
-
-
-@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 1, 5), (4, 1, 0)])
-def test_pass_at_k_refuses_impossible_counts(n, c, k):
-    with pytest.raises(ValueError, match="0 <= c <= n"):
-        pass_at_k(n, c, k)
-
-
-def test_summary_matches_a_count_by_hand():
-    results = [
-        Graded("a", "1", [attempt(True), attempt(False, None, tokens=8, finish="length")]),
-        Graded("b", "1", [attempt(False, "2"), attempt(False, "3")]),
-    ]
-    summary = {name: estimate.value for name, estimate in summarise(results, [1, 2]).items()}
-    assert summary == {
-        "pass@1": 0.25, "pass@2": 0.5, "format rate": 0.75, "accuracy given a box": pytest.approx(1 / 3),
-        "cut at the length limit": 0.25, "mean tokens": 5.0,
-    }  # fmt: skip
-
-
-def test_accuracy_given_a_box_is_nan_when_nothing_is_formatted():
-    summary = summarise([Graded("a", "1", [attempt(False, None)])], [1])
-    assert math.isnan(summary["accuracy given a box"].value)
-
-
-def test_bootstrap_interval_covers_the_binomial_one_and_is_seeded():
-    values = [1.0] * 100 + [0.0] * 150
-    estimate = bootstrap(values, [1.0] * 250, seed=3)
-    half = 1.96 * math.sqrt(0.4 * 0.6 / 250)
-    assert estimate.value == pytest.approx(0.4)
-    assert estimate.low == pytest.approx(0.4 - half, abs=0.012)
-    assert estimate.high == pytest.approx(0.4 + half, abs=0.012)
-    assert bootstrap(values, [1.0] * 250, seed=3) == estimate
-
-
-def test_bootstrap_pairs_numerators_with_their_denominators():
-    # A problem of 1 token in 100 and one of 99 in 100: every resample's ratio lies between theirs.
-    estimate = bootstrap([1.0, 99.0], [100.0, 100.0])
-    assert (estimate.low, estimate.value, estimate.high) == (0.01, 0.5, 0.99)
-
-
-def test_a_difference_is_second_minus_first_problem_by_problem():
-    estimate = difference([0.0, 0.5, 1.0], [0.25, 0.75, 1.25])
-    assert (estimate.value, estimate.low, estimate.high) == (0.25, 0.25, 0.25)  # the problems' own spread cancels
-    with pytest.raises(ValueError):
-        difference([0.0], [0.0, 1.0])
-
-
-def test_the_permutation_test_enumerates_every_sign_pattern_of_few_problems():
-    first, second = [0.0, 0.25, 1.0, 0.5, 0.5], [0.75, 0.75, 0.875, 1.0, 0.5]
-    changes = [b - a for a, b in zip(first, second, strict=True)]
-    sums = [abs(sum(s * d for s, d in zip(signs, changes, strict=True))) for signs in product((1, -1), repeat=5)]
-    exact = sum(total >= abs(sum(changes)) for total in sums) / len(sums)
-    assert paired_permutation(first, second) == paired_permutation(second, first) == exact == 0.25
-    assert paired_permutation(first, first) == paired_permutation([], []) == 1.0
-
-
-def test_the_permutation_test_of_many_problems_is_near_the_exact_value_seeded_and_never_zero():
-    # 40 differences of +1 and 20 of -1: the sum is 20, and P(|S| >= 20) is a binomial tail, McNemar's.
-    first, second = [0.0] * 40 + [1.0] * 20, [1.0] * 40 + [0.0] * 20
-    exact = 2 * sum(math.comb(60, i) for i in range(21)) / 2**60
-    drawn = paired_permutation(first, second, seed=1)
-    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact / evaluation.FLIPS))
-    assert drawn == paired_permutation(first, second, seed=1) != paired_permutation(first, second, seed=2)
-    assert paired_permutation([0.0] * 60, [1.0] * 60) == 1 / (1 + evaluation.FLIPS)
-
-
-def test_the_tests_keep_their_level_when_nothing_differs():
-    random = np.random.default_rng(5)
-    pairs = [random.integers(2, size=(2, 40)) for _ in range(200)]
-    assert sum(mcnemar(list(a > 0), list(b > 0)) < 0.05 for a, b in pairs) <= 18  # 5 % of 200, and 2.6 sigma
-
-
-def test_mcnemar_is_the_exact_binomial_over_the_problems_that_only_one_got_right():
-    first = [True] * 10 + [False] * 12 + [True] * 3
-    second = [True] * 10 + [True] * 12 + [False] * 3
-    assert mcnemar(first, second) == mcnemar(second, first) == pytest.approx(2 * (1 + 15 + 105 + 455) / 2**15)
-    assert mcnemar(first, first) == mcnemar([True, False], [False, True]) == 1.0
+from parts.runs import read_json
 
 
 @pytest.mark.parametrize("answer", [None, "", "18 or 19"])
@@ -140,25 +33,71 @@ def test_long_prompts_are_left_out_whole_and_counted():
 
 
 def run_cli(*arguments: str):
-    app = evaluation.typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(evaluation.main)
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(evaluation.app, list(arguments))
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("Mun sami 19 + 13 = 32. Amsar ita ce \\boxed{32}.", "hau"),
+        ("Tunapata 19 + 13 = 32. Jibu ni \\boxed{32}.", "swa"),
+        ("A rí 19 + 13 = 32. Ìdáhùn ni \\boxed{32}.", "yor"),
+        ("First 19 + 13 = 32. The answer is \\boxed{32}.", "eng"),
+        ("በመጀመሪያ 19 እና 13 እንደምራለን፤ ከዚያ ውጤቱን በሁለት እናካፍላለን፤ ስለዚህ መልሱ አስራ ስድስት ነው።", "amh"),
+        ("我们先把两个数加起来，然后从总数里减去卖掉的鸡蛋，所以一共还剩下十八个鸡蛋，答案是十八。", "zho"),
+        ("x = 5, y = 3, 5 \\times 3 = 15 \\Rightarrow \\boxed{15}", "unknown"),
+        ("Ɛyɛ sɛ yɛbɛhwɛ sɛnea nkosua no dodow te ansa na yɛakan.", "twi"),
+        ("Hena awu legbe ɖeka la, wohiã ka blɔ babla 2 ƒe afã", "ewe"),
+        ("ꕉꕜꕮ ꔔꘋ ꖸ ꔰ ꗋꘋ 18", "vai"),
+        ("Nous avons donc dix-huit oeufs, et la réponse est la somme des deux.", "fra"),
+        ("\\frac{1}{2} + \\frac{1}{3} = \\boxed{\\frac{5}{6}}", "unknown"),
+        ("", "unknown"),
+        ("\0\x1b[0m\ud800\ufffe", "unknown"),
+    ],
+)
+def test_the_language_of_a_text_is_told_or_said_to_be_unknown(text, language):
+    assert text_language(text) == language
+
+
+def test_no_text_can_break_the_language_identifier():
+    stream = random.Random(3)
+    for length in range(300):
+        text_language("".join(chr(stream.randrange(0x110000)) for _ in range(length)))
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--samples", "4", "--pass-at-k", "8"], "--pass-at-k is 8 and --samples 4"),
+        (["--samples", "4", "--pass-at-k", "1,8,2"], "--pass-at-k is 1,8,2 and --samples 4; valid: 1 <= k <= samples"),
         (["--pass-at-k", "0"], "valid: 1 <= k <= samples"),
+        (["--pass-at-k", "1;8"], "--pass-at-k is 1;8; valid: numbers such as 8 or 1,4,8,12"),
+        (["--greedy", "--samples", "4"], "--greedy is one completion"),
+        (["--greedy", "--pass-at-k", "4"], "--pass-at-k is 4 and --samples 1"),
+        (["--greedy", "--temperature", "0.7"], "--greedy is one completion"),
         (["--lang", "xyz"], "unknown language 'xyz'; valid codes"),
+        (["--lang", "hau,xyz"], "unknown language 'xyz'; valid codes"),
+        (["--lang", "fra"], "no benchmark lab/problems/fra/test.jsonl"),
+        (["--benchmark", "lab", "--lang", "fra"], "lab has no French; valid: eng hau swa yor"),
+        (["--benchmark", "polymath", "--lang", "hau"], "polymath has no Hausa; valid: ben deu"),
+        (["--benchmark", "lab/problems/hau/test.jsonl", "--lang", "all"], "is one file: name its language"),
+        (["--benchmark", "lab/tiny", "--lang", "all"], "lab/tiny has no files that are known by a language"),
         (["--model", "nowhere"], "unknown model 'nowhere'"),
-        (["--benchmark", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--benchmark", "nowhere.jsonl"], "no benchmark nowhere.jsonl; valid: a file, a folder, lab, afrimgsm"),
         (["--limit", "0"], "--limit is 0; valid: 1 or more"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--batch-rows", "0"], "max_rows is 0"),
         (["--adapter", "nowhere"], "neither an adapter folder nor a run folder"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--device", "abacus"], "abacus"),
         (["--dtype", "int3"], "int3"),
-        (["--out", "nowhere/results.jsonl"], "there is no folder nowhere"),
+        (["--out", "eval.py"], "eval.py exists and is not a run folder (no settings.json)"),
+        (["--out", "eval.py/results"], "Not a directory"),
+        (["--out", "lab"], "lab exists and is not a run folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, said):
@@ -168,12 +107,97 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said):
     assert result.stderr.count("\n") == 1
 
 
-def test_the_lab_model_is_evaluated_and_the_same_seed_gives_the_same_file(tmp_path):
-    small = ["--pass-at-k", "2", "--limit", "6", "--lang", "ha"]
-    first, second, other = (tmp_path / f"{name}.jsonl" for name in ("first", "second", "other"))
-    result = run_cli(*small, "--out", str(first))
+SMALL = ["--pass-at-k", "2", "--limit", "6", "--lang", "ha"]
+
+
+def test_one_seed_gives_one_file_whatever_the_batch_and_the_chunk(tmp_path, monkeypatch):
+    result = run_cli(*SMALL, "--out", str(tmp_path / "first"))
     assert result.exit_code == 0, result.output
-    assert "pass@2" in result.stdout and "format rate" in result.stdout
-    run_cli(*small, "--out", str(second), "--rows", "5")  # fewer rows at once must not change a sample
-    run_cli(*small, "--out", str(other), "--seed", "1")
-    assert first.read_bytes() == second.read_bytes() != other.read_bytes()
+    assert "pass@2" in result.stdout and "in the problem's language" in result.stdout
+    run_cli(*SMALL, "--out", str(tmp_path / "rows"), "--batch-rows", "5")
+    run_cli(*SMALL, "--out", str(tmp_path / "seed"), "--seed", "1")
+    monkeypatch.setattr(evaluation, "CHUNK", 4)
+    run_cli(*SMALL, "--out", str(tmp_path / "chunk"))
+    first, rows, seed, chunk = (
+        (tmp_path / name / "problems.jsonl").read_bytes() for name in ("first", "rows", "seed", "chunk")
+    )
+    assert first == rows == chunk != seed
+
+
+def test_a_line_and_the_settings_hold_all_that_a_reader_needs(tmp_path):
+    run_cli(*SMALL, "--out", str(tmp_path / "run"))
+    line = lines(tmp_path / "run")[1]
+    assert line["id"] == "1" and line["gold"] == "27" and "\u2009" not in line["problem"] and line["level"] is None
+    assert [attempt["seed"] for attempt in line["attempts"]] == ["0/1/0", "0/1/1"]
+    assert {"completion", "answer", "canonical", "lenient", "correct", "reason"} <= line["attempts"][0].keys()
+    record = read_json(tmp_path / "run" / "settings.json")
+    assert record["settings"] == {
+        "model": "lab/tiny", "adapter": None, "benchmark": "lab/problems/{lang}/test.jsonl", "lang": "hau",
+        "samples": 2, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "max_new_tokens": 64, "thinking": "auto",
+        "seed": 0, "ks": [1, 2], "limit": 6,
+    }  # fmt: skip
+    identity = record["identity"]
+    assert identity["adapter_weights"] is None and identity["data_revision"] is None and identity["dtype"] == "float32"
+    assert len(identity["base_weights"]) == len(identity["data"]) == 16 and len(identity["prompt_template"]) == 12
+    assert "torch" in record["versions"] and "git_commit" in record
+    assert read_json(tmp_path / "run" / "summary.json")["pass@2"].keys() == {"value", "low", "high"}
+
+
+def test_a_stopped_evaluation_goes_on_and_ends_with_the_bytes_of_an_unstopped_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "CHUNK", 3)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = ["--pass-at-k", "1,2", "--limit", "8", "--out"]
+    assert run_cli(*arguments, str(whole)).exit_code == 0
+    started: list[int] = []
+    plain = evaluation.evaluate
+
+    def stop_at_the_third_chunk(*arguments, **options):
+        started.append(options["first_index"])
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate", stop_at_the_third_chunk)
+    assert run_cli(*arguments, str(cut)).exit_code == 130
+    kept = (cut / "problems.jsonl").read_bytes()
+    assert kept.count(b"\n") == 6 and not (cut / "summary.json").exists()
+    (cut / "problems.jsonl").write_bytes(b"".join(kept.splitlines(keepends=True)[:4]) + b'{"id": "4", "probl')
+    assert run_cli(*arguments, str(cut)).exit_code == 0
+    assert started == [0, 3, 6, 3, 6]  # the first chunk is whole and not sampled again
+    for file in ("problems.jsonl", "summary.json"):
+        assert (cut / file).read_bytes() == (whole / file).read_bytes()
+    assert run_cli(*arguments, str(cut)).exit_code == 0 and len(started) == 5  # finished: nothing is sampled
+
+
+def test_other_settings_or_problems_in_the_folder_are_refused_and_kept(tmp_path):
+    run_cli(*SMALL, "--out", str(tmp_path))
+    before = (tmp_path / "problems.jsonl").read_bytes()
+    result = run_cli(*SMALL, "--out", str(tmp_path), "--seed", "4", "--top-p", "0.9")
+    assert result.exit_code == 2 and "differs in top_p, seed; choose another --out" in result.stderr
+    (tmp_path / "problems.jsonl").write_bytes(b"".join(before.splitlines(keepends=True)[1:]))
+    result = run_cli(*SMALL, "--out", str(tmp_path))
+    assert result.exit_code == 2 and "has other problems" in result.stderr
+
+
+def test_greedy_is_one_completion_at_temperature_0(tmp_path):
+    run_cli("--greedy", "--limit", "4", "--out", str(tmp_path / "greedy"))
+    run_cli("--temperature", "0", "--pass-at-k", "1", "--limit", "4", "--out", str(tmp_path / "zero"), "--seed", "0")
+    assert (tmp_path / "greedy" / "problems.jsonl").read_bytes() == (tmp_path / "zero" / "problems.jsonl").read_bytes()
+    assert all(len(line["attempts"]) == 1 for line in lines(tmp_path / "greedy"))
+
+
+def test_several_languages_have_a_folder_each_a_row_each_and_a_mean(tmp_path):
+    result = run_cli("--benchmark", "lab", "--lang", "swa,ha", "--greedy", "--limit", "3", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"swa", "hau"}
+    assert lines(tmp_path / "swa")[0]["problem"] != lines(tmp_path / "hau")[0]["problem"]
+    rows = [line for line in result.stdout.splitlines() if line.startswith("│")]
+    assert [row.split()[1] for row in rows if row.split()[1] in ("swa", "hau", "mean")] == ["swa", "hau", "mean"]
+
+
+def test_all_means_every_language_of_the_benchmark(monkeypatch):
+    assert [language.iso3 for language in evaluation.pick_languages("all", "lab")] == ["eng", "hau", "swa", "yor"]
+    assert len(evaluation.pick_languages("all", "afrimgsm")) == 19
+    assert len(evaluation.pick_languages("all", "mgsm")) == 11 and len(evaluation.pick_languages("all", "msvamp")) == 10
+    found = evaluation.pick_languages("all", "lab/problems/{lang}/test.jsonl")
+    assert [language.iso3 for language in found] == ["eng", "hau", "swa", "yor"]

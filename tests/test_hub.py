@@ -1,5 +1,6 @@
 """The command on a real model's name, against a local folder in the layout of the hub's cache."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -50,6 +51,29 @@ def test_the_readme_command_on_a_hub_model_runs_from_the_hub_cache(tmp_path, lab
     assert result.returncode == 0, result.stderr
     assert "COPSD on Qwen2.5-1.5B, Hausa: 56 problems to train on, 4 held out" in result.stdout
     assert (tmp_path / "run" / "adapters" / "step_00001" / "adapter_model.safetensors").is_file()
+
+
+def test_a_benchmark_from_the_hub_cache_is_evaluated_and_its_commit_recorded(tmp_path):
+    repo = tmp_path / "cache" / "datasets--masakhane--afrimgsm"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("def456")
+    for code, problem in {"hau": "Nawa ne 2 + {}?", "swa": "Ni ngapi 2 + {}?"}.items():
+        folder = repo / "snapshots" / "def456" / "data" / code
+        folder.mkdir(parents=True)
+        rows = "".join(f"{problem.format(number)}\t\t{number + 2}\t\n" for number in range(250))
+        (folder / "test.tsv").write_text(
+            "question\tanswer\tanswer_number\tequation_solution\n" + rows, encoding="utf-8"
+        )
+    command = f"eval.py --benchmark afrimgsm --lang hau,swa --greedy --limit 2 --out {tmp_path / 'out'}"
+    result = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for code in ("hau", "swa"):
+        record = json.loads((tmp_path / "out" / code / "settings.json").read_text(encoding="utf-8"))
+        assert record["identity"]["data_revision"] == "def456" and record["settings"]["benchmark"] == "afrimgsm"
 
 
 def test_without_network_or_cache_the_hub_command_is_one_line(tmp_path):

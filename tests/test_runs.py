@@ -22,7 +22,7 @@ from parts.runs import (
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="exists and is not a run folder"):
+    with pytest.raises(ValueError, match=r"exists and is not a run folder"):
         Run(tmp_path).check({"lr": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -37,6 +37,30 @@ def test_a_run_of_other_settings_or_other_weights_is_refused_by_name(tmp_path):
         run.check({"lr": 1, "seed": 1})
     with pytest.raises(ValueError, match="differs in base_weights;"):
         run.check({"lr": 1, "seed": 0}, {"base_weights": "bb"})
+
+
+def test_whole_rows_survive_a_torn_last_line_and_a_broken_one_is_named(tmp_path):
+    run = Run(tmp_path, "settings")
+    assert run.whole_rows("problems.jsonl") == []
+    run.append("problems.jsonl", [{"id": "a\u2028b"}, {"id": "ʼn"}])
+    whole = (tmp_path / "problems.jsonl").read_bytes()
+    (tmp_path / "problems.jsonl").write_bytes(whole + '{"id": "ƙ'.encode()[:-1])  # torn inside a letter
+    assert run.whole_rows("problems.jsonl") == [{"id": "a\u2028b"}, {"id": "ʼn"}]
+    assert (tmp_path / "problems.jsonl").read_bytes() == whole
+    (tmp_path / "problems.jsonl").write_bytes(b'{"id"\n' + whole)
+    with pytest.raises(ValueError, match=r"problems.jsonl is broken before its last line"):
+        run.whole_rows("problems.jsonl")
+
+
+def test_an_evaluations_record_is_its_settings(tmp_path):
+    run = Run(tmp_path / "evaluation", "settings")
+    run.create({"seed": 0}, {"data": "aa"})
+    assert read_json(run.folder / "settings.json")["settings"] == {"seed": 0}
+    run.check({"seed": 0}, {"data": "aa"})
+    with pytest.raises(ValueError, match="differs in data;"):
+        run.check({"seed": 0}, {"data": "bb"})
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        Run(run.folder).check({"seed": 0})
 
 
 def test_the_state_comes_back_bit_for_bit_with_its_step(tmp_path):

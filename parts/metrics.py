@@ -1,0 +1,226 @@
+"""Metrics of graded completions: pass@k and its companions, 95 % intervals, and tests of a difference."""
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LEVEL_WEIGHTS = {
+    "low": 1,
+    "medium": 2,
+    "high": 4,
+    "top": 8,
+}  # PolyMath's levels, and its paper's weights
+Ratio = tuple[list[float], list[float]]  # a numerator and a denominator per problem
+RESAMPLES = 2000  # of the bootstrap; the interval's ends then move by less than 0.3 points from seed to seed
+EXACT_FLIPS, FLIPS = 14, 20_000  # of the permutation test: all sign patterns of so many problems, or so many drawn
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One completion with its grade (parts.grading.Grade has the words for it)."""
+
+    completion: str
+    answer: str | None
+    canonical: str | None
+    lenient: str | None
+    correct: bool
+    lenient_correct: bool
+    reason: str
+    tokens: int  # EOS included
+    finish_reason: str
+    language: str  # text_language's
+    seed: str  # of its random stream: the evaluation's seed, the problem's place, the attempt's
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One problem with every attempt at it: a line of problems.jsonl."""
+
+    id: str
+    language: str
+    problem: str
+    gold: str
+    prompt_hash: str  # of the prompt's ids
+    level: str | None  # PolyMath's
+    attempts: list[Attempt]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the unbiased probability that at least one of k attempts, drawn from n with c right, is right.
+
+    1 - C(n-c, k) / C(n, k), as a product so that no binomial overflows (Chen et al. 2021, 2107.03374, Eq. 1).
+    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+
+    >>> pass_at_k(n=8, c=2, k=1), round(pass_at_k(n=8, c=2, k=4), 4)
+    (0.25, 0.7857)
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    if n - c < k:
+        return 1.0
+    all_wrong = 1.0
+    for drawn in range(k):
+        all_wrong *= (n - c - drawn) / (n - drawn)
+    return 1.0 - all_wrong
+
+
+def bootstrap(numerators: list[float], denominators: list[float], *, seed: int = 0) -> Estimate:
+    """Return sum(numerators) / sum(denominators), one pair a problem, with a 95 % percentile interval over problems.
+
+    nan where the denominators sum to zero. A mean over problems has denominators of 1.
+    """
+    return bootstrap_mean([(numerators, denominators)], seed=seed)
+
+
+def bootstrap_mean(languages: list[Ratio], *, seed: int = 0) -> Estimate:
+    """Return the mean of several languages' ratios with its interval; see bootstrap.
+
+    Languages of equally many problems are resampled alike: row i is the same problem in all, as benchmarks lay it out.
+    """
+    ratios = []
+    for pairs in (np.array(language, dtype=float) for language in languages):
+        if not pairs[1].sum():
+            return Estimate(math.nan, math.nan, math.nan)
+        drawn = np.random.default_rng(seed).integers(pairs.shape[1], size=(RESAMPLES, pairs.shape[1]))
+        above, below = np.hstack([pairs.sum(axis=1, keepdims=True), pairs[:, drawn].sum(axis=2)])
+        ratios.append(above / np.where(below > 0, below, math.nan))
+    value, *resampled = np.mean(ratios, axis=0)
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    return Estimate(float(value), float(low), float(high))
+
+
+def bootstrap_percentile(values: list[list[int]], percent: float, *, seed: int = 0) -> Estimate:
+    """Return a percentile of all problems' values, a row a problem, with a 95 % interval over problems."""
+    table = np.array(values)
+    drawn = np.random.default_rng(seed).integers(len(table), size=(RESAMPLES, len(table)))
+    low, high = np.percentile([np.percentile(table[rows], percent) for rows in drawn], [2.5, 97.5])
+    return Estimate(float(np.percentile(table, percent)), float(low), float(high))
+
+
+def difference(first: list[float], second: list[float], *, seed: int = 0) -> Estimate:
+    """Return the mean of second - first, per-problem scores in one order, with a bootstrap interval over problems."""
+    changes = [b - a for a, b in zip(first, second, strict=True)]
+    return bootstrap(changes, [1.0] * len(changes), seed=seed)
+
+
+def paired_permutation(first: list[float], second: list[float], *, seed: int = 0) -> float:
+    """Return the two-sided p-value of the sign-flip test that per-problem scores do not differ in the mean.
+
+    If they did not, a problem's difference would as likely have had the other sign. The p-value is the share of sign
+    patterns whose sum is at least as far from 0 as the one seen: of all patterns where at most 14 problems differ, else
+    of 20,000 drawn ones and the one seen (the +1 correction), so it is never 0.
+
+    >>> paired_permutation([0.0] * 3, [1.0] * 3)
+    0.25
+    """
+    changes = np.array([b - a for a, b in zip(first, second, strict=True) if a != b])
+    seen = abs(changes.sum()) - 1e-9  # a pattern that ties but for rounding counts
+    if len(changes) <= EXACT_FLIPS:
+        signs = 1 - 2 * (np.arange(2 ** len(changes))[:, None] >> np.arange(len(changes)) & 1)
+        return float((abs(signs @ changes) >= seen).mean())
+    random = np.random.default_rng(seed)
+    flipped = [random.choice((-1, 1), size=len(changes)) @ changes for _ in range(FLIPS)]
+    return float((1 + (abs(np.array(flipped)) >= seen).sum()) / (1 + FLIPS))
+
+
+def mcnemar(first: list[bool], second: list[bool]) -> float:
+    """Return the exact two-sided p-value of McNemar's test: of the problems that only one got right, is it half each?
+
+    >>> mcnemar([False] * 5, [True] * 5)
+    0.0625
+    """
+    gained = sum(b and not a for a, b in zip(first, second, strict=True))
+    changed = gained + sum(a and not b for a, b in zip(first, second, strict=True))
+    tail = sum(math.comb(changed, count) for count in range(min(gained, changed - gained) + 1))
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def read_graded(row: dict[str, Any]) -> Graded:
+    """Return a line of problems.jsonl as it was."""
+    return Graded(**{**row, "attempts": [Attempt(**attempt) for attempt in row["attempts"]]})
+
+
+def harness_correct(completion: str, gold: str) -> bool:
+    """Return the verdict of lm-evaluation-harness's AfriMGSM task on a completion: exact_match, flexible-extract.
+
+    Its answer is the last "$", ".", "," and ASCII figures in a row, anywhere. Punctuation is dropped from it and from
+    the gold, and the two texts compared. So, unlike ours: no box is needed; the think block counts; a number after the
+    answer replaces it; 1.5 is 15, -5 is 5, 18.0 is not 18; figures of other scripts, fractions and words are not read.
+    Not alike even so: the harness has its own prompts, decodes greedily and cuts the completion at "Question:".
+    """
+    numbers = re.findall(r"-?(?:[$0-9.,]{2,}|[0-9]+)", completion)
+    drop = str.maketrans("", "", string.punctuation)
+    return bool(numbers) and numbers[-1].translate(drop) == gold.removesuffix(".0").translate(drop)
+
+
+def majority_correct(attempts: list[Attempt]) -> bool:
+    """Return whether the most frequent canonical answer is right; ties go to the one seen first.
+
+    An attempt without a single boxed answer does not vote; where none votes, the majority is wrong.
+    """
+    votes = Counter(attempt.canonical for attempt in attempts if attempt.canonical is not None)
+    winner = votes.most_common(1)[0][0] if votes else None  # of equals, the first counted
+    return any(attempt.correct for attempt in attempts if attempt.canonical == winner)
+
+
+def ratios(results: list[Graded], ks: list[int]) -> dict[str, Ratio]:
+    """Return every metric that is a ratio of sums over problems; all but those said otherwise are means of attempts.
+
+    pass@k, maj@k (of the first k attempts)   means of problems
+    difficulty-weighted accuracy              PolyMath's, where all its levels are there: weights 1, 2, 4, 8 over 15
+    accuracy given a box                      of the attempts that have a complete box, those that are right
+    extraction failures                       a complete box, and no single answer in it
+    lenient accuracy, lm-eval exact match     other rulers, apart: the last number where there is no box; the harness's
+    in the problem's language, in English     by text_language; an unknown language is neither
+    """
+    each = [result.attempts for result in results]
+
+    def share(holds: Callable[[Attempt], bool]) -> Ratio:
+        return [sum(map(holds, attempts)) / len(attempts) for attempts in each], [1.0] * len(each)
+
+    right = share(lambda a: a.correct)
+    counts = [(len(attempts), sum(a.correct for a in attempts)) for attempts in each]
+    found = {f"pass@{k}": ([pass_at_k(n, c, k) for n, c in counts], right[1]) for k in ks}
+    if len(each[0]) > 1:
+        found[f"avg@{len(each[0])}"] = right
+    found |= {f"maj@{k}": ([float(majority_correct(a[:k])) for a in each], right[1]) for k in ks if k > 1}
+    sizes = Counter(result.level for result in results)
+    if sizes.keys() == LEVEL_WEIGHTS.keys():
+        weights = [LEVEL_WEIGHTS[str(result.level)] / sizes[result.level] for result in results]
+        found["difficulty-weighted accuracy"] = [w * a for w, a in zip(weights, right[0], strict=True)], weights
+    found["format rate"] = share(lambda a: a.answer is not None)
+    boxes = [float(sum(a.answer is not None for a in attempts)) for attempts in each]
+    found["accuracy given a box"] = [float(c) for _, c in counts], boxes
+    found["extraction failures"] = share(lambda a: a.answer is not None and a.canonical is None)
+    found["grader time-outs"] = share(lambda a: a.reason == "time-out")
+    found["lenient accuracy"] = share(lambda a: a.lenient_correct)
+    matches = [sum(harness_correct(a.completion, r.gold) for a in r.attempts) / len(r.attempts) for r in results]
+    found["lm-eval exact match"] = matches, right[1]
+    inside = [sum(a.language == r.language for a in r.attempts) / len(r.attempts) for r in results]
+    found["in the problem's language"] = inside, right[1]
+    found["in English"] = share(lambda a: a.language == "eng")
+    found["cut at the length limit"] = share(lambda a: a.finish_reason == "length")
+    found["mean tokens"] = [sum(a.tokens for a in attempts) / len(attempts) for attempts in each], right[1]
+    return found
+
+
+def summarise(results: list[Graded], ks: list[int]) -> dict[str, Estimate]:
+    """Return every metric over `results` with its interval: those of `ratios`, and a percentile of the lengths."""
+    lengths = [[attempt.tokens for attempt in result.attempts] for result in results]
+    summary = {name: bootstrap(*ratio) for name, ratio in ratios(results, ks).items()}
+    return summary | {"p95 tokens": bootstrap_percentile(lengths, 95)}
