@@ -135,7 +135,7 @@ class CompareConfig(Config):
     """What `compare` takes beside the settings of its runs, of which lang may name several, separated by commas."""
 
     seeds: str = setting("3", "runs of each arm: a count, or seeds such as 0,4,7 (ours)")
-    sweep: str = setting("0.25,0.5,1,2", "rates tried for each method on a development split, times its lr (ours)")
+    sweep: str = setting("0.03,0.1,0.3,1,2", "rates tried for each method on a development split, times its lr (ours)")
     dev_problems: int = setting(100, "training problems set aside as that split (ours)")
     ablate: bool = setting(False, "compare COPSD with one part changed at a time, instead of base, GRPO, COPSD (ours)")
 

@@ -34,7 +34,7 @@ from parts.runs import Run, read_json, write_json
 from parts.sampler import SamplingParams
 
 SWEEP_SEED = 1000  # of the runs that pick a rate; no reported run may have it
-CHECKPOINTS = 8  # of a run, at which it is evaluated
+CHECKPOINTS = 6  # of a run, at which it is evaluated
 KL_PROBLEMS = 64  # at every checkpoint; a KL per token needs fewer problems than an accuracy
 LABELS = {"base": "base", "grpo": "GRPO", "copsd": "COPSD"}
 PAIRS = (("base", "grpo"), ("base", "copsd"), ("grpo", "copsd"))
