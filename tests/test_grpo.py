@@ -229,6 +229,37 @@ def test_rewards_are_the_graders_verdicts_and_a_group_shares_its_prompt(tmp_path
         assert group.rewards == [float(is_correct(str(text), str(problem.answer))) for text in texts]
 
 
+def test_a_group_from_one_prefill_is_the_rows_sampled_one_by_one(tmp_path):
+    setup, _ = make_setup(tmp_path, top_k=1)  # no chance: a row's random stream depends on its place
+    group = roll_out_groups(setup, setup.train[:1], seed=0)[0].rollouts
+    rows = copsd.roll_out(setup, [setup.train[0]] * 4, seed=0)
+    assert [r.completion_ids for r in group] == [r.completion_ids for r in rows]
+    for one, other in zip(group, rows, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_a_reward_that_cannot_be_graded_is_an_error_naming_the_problem(tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"problem": f"p{i}", "answer": "18 or 19" if i == 3 else "18", "language": "hau"} for i in range(5)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"'3'.*'18 or 19' cannot be graded"):
+        make_setup(tmp_path, data=str(data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_problems_without_an_english_side_train_grpo_and_are_evaluated(tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [json.loads(line) for line in Path("lab/problems/hau/train.jsonl").read_text(encoding="utf-8").splitlines()]
+    plain = [{"question": row["problem_translated"], "answer": row["answer"]} for row in rows[:12]]
+    data.write_text("".join(json.dumps(row) + "\n" for row in plain), encoding="utf-8")
+    setup, run = make_setup(tmp_path, data=str(data), eval_problems=4)
+    assert copsd.train_grpo(setup, run, StepView(QUIET, 2))
+    measured = copsd.measure(setup, QUIET, "after")
+    assert measured.keys() == {"hau"} and math.isnan(measured["hau"]["KL to the teacher, nats/token"]["value"])
+    with pytest.raises(ValueError, match="has no problem_en and no solution_en"):
+        make_setup(tmp_path / "copsd", method="copsd", data=str(data))
+
+
 def test_other_problems_replace_dead_groups_and_their_tokens_are_counted(tmp_path, monkeypatch):
     setup, run = make_setup(tmp_path, resample_dead_groups=True, steps=1)
     asked: list[list[str]] = []
