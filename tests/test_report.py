@@ -21,6 +21,7 @@ from parts.report import (
     Panel,
     SamplingProgress,
     StepView,
+    cell,
     curves_figure,
     estimates_table,
     latex_table,
