@@ -256,10 +256,11 @@ def test_the_page_holds_its_data_whatever_the_completions_say(written):
 
 
 USER = """<script>
-function view() { return [document.getElementById("count").textContent, document.getElementById("problems").innerHTML]; }
+const element = id => document.getElementById(id);
+const view = () => [element("count").textContent, element("problems").innerHTML];
 const views = [view()].concat(CASES.map(filters => {
   form.reset();
-  for (const [name, value] of Object.entries(filters)) form.elements[name][name === "open" ? "checked" : "value"] = value;
+  for (const name of Object.keys(filters)) form.elements[name][name === "open" ? "checked" : "value"] = filters[name];
   form.dispatchEvent(new Event("input"));
   return view();
 }));
@@ -283,13 +284,12 @@ def test_a_browser_shows_the_filtered_problems_with_their_verdicts(written, tmp_
     ]
     page = tmp_path / "page.html"
     user = USER.replace("CASES", json.dumps([filters for filters, *_ in cases[1:]]))
-    page.write_text((written / "report.html").read_text(encoding="utf-8").replace("</body>", user), encoding="utf-8")
+    text = (written / "report.html").read_text(encoding="utf-8")
+    page.write_text(text.replace("</body>", user), encoding="utf-8")
     address = f"{page.as_uri()}#lang=hau&verdict=no+box&open=on"
     flags = ["--no-sandbox", "--headless", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     found = subprocess.run([browser, *flags, "--dump-dom", address], capture_output=True, text=True, check=True)
-    title, views = json.loads(
-        html.unescape(found.stdout[found.stdout.index("<pre>") + 5 : found.stdout.index("</pre>")])
-    )
+    title, views = json.loads(html.unescape(found.stdout.split("<pre>")[1].split("</pre>")[0]))
     assert title == "Evaluation report"
     for (count, problems), (filters, expected, shown, absent) in zip(views, cases, strict=True):
         assert count == expected, filters
