@@ -251,6 +251,7 @@ def test_the_page_holds_its_data_whatever_the_completions_say(written):
     found = json.loads(embedded)["runs"][0]["problems"][0]["attempts"][0]["completion"]
     assert found == EVIL.replace("\ud800", "?")  # half a surrogate pair is no text
     assert page.count("<script") == page.count("</script>") == 2
+    assert page.count(embedded) == 1
     loads = r"""(src|href)=|url\(|import\s*\(|fetch\("""
     assert not re.search(loads, page.replace(embedded, ""))  # it opens from disk, without a network
 
