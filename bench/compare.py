@@ -104,7 +104,7 @@ class Progress:
         self.printed = time.monotonic()
         done = self.done - self.before + share * self.size
         left = (self.printed - self.started) / done * (self.units - self.done - share * self.size) if done else 0.0
-        line = f"{self.arm}/{self.arms} {self.title}: {said}" + (f"; {left / 60:.0f} min left" if left else "")
+        line = f"{self.arm}/{self.arms} {self.title}: {said}" + (f"; {left / 60:.0f} min left" if left > 1 else "")
         end = "\n" if last or not self.console.is_terminal else "\r"
         self.console.print(line.ljust(100 if self.console.is_terminal else 0), end=end, highlight=False, soft_wrap=True)
 
@@ -304,8 +304,9 @@ def number(estimate: dict[str, Any], digits: int = 3) -> str:
 
 
 def interval(estimate: dict[str, Any]) -> str:
-    """Return "+0.671 [+0.610, +0.732], p 0.0000"."""
-    return f"{estimate['value']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}], p {estimate['p']:.4f}"
+    """Return "+0.671 [+0.610, +0.732], p < 0.0001"."""
+    p_value = f"p {estimate['p']:.4f}" if estimate["p"] >= 0.0001 else "p < 0.0001"
+    return f"{estimate['value']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}], {p_value}"
 
 
 def arms_table(summaries: dict[str, Any], labels: dict[str, str]) -> str:
@@ -344,11 +345,17 @@ def band(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float, fl
     return [(float(x), float(v), float(low), float(high)) for x, v, low, high in zip(*columns, strict=True)]
 
 
-def over_training(arms: dict[str, list[Results]], x: str, value: Callable[[Results], float]) -> dict[str, Any]:
-    """Return a curve for each trained arm: the value of its checkpoints, from the base's on."""
+def over_training(
+    arms: dict[str, list[Results]],
+    value: Callable[[Results], float],
+    *,
+    x: str = "sampled_tokens",
+    unit: float = 1000.0,
+) -> dict[str, Any]:
+    """Return a curve for each trained arm, from the base's on: the value of its checkpoints against x in `unit`s."""
     start = (0.0, value(arms["base"][0]["final"]))
     return {
-        LABELS[name]: band([[start, *((point[x], value(point)) for point in run["points"])] for run in runs])
+        LABELS[name]: band([[start, *((point[x] / unit, value(point)) for point in run["points"])] for run in runs])
         for name, runs in arms.items()
         if name != "base"
     }
@@ -376,27 +383,27 @@ def right_within(found: Results, limit: int) -> float:
 
 def language_panels(arms: dict[str, list[Results]], limit: int) -> list[Panel]:
     """Return the panels of one language's figure."""
-    tokens, unit = "sampled tokens", (0.0, 1.02)
+    tokens, unit = "sampled tokens, thousands", (0.0, 1.02)
     samples = int(arms["base"][0]["final"]["sampled"]["n"][0])
     limits = [max(1, limit * part // 16) for part in range(1, 17)]
     panels = [
-        Panel("Greedy accuracy", tokens, "accuracy", over_training(arms, "sampled_tokens", share("greedy accuracy")),
+        Panel("Greedy accuracy", tokens, "accuracy", over_training(arms, share("greedy accuracy")),
               y_range=unit),
         Panel("The same against time", "seconds of training", "accuracy",
-              over_training(arms, "train_s", share("greedy accuracy")), y_range=unit),
-        Panel("Format rate", tokens, "share with a box", over_training(arms, "sampled_tokens", share("format rate")),
+              over_training(arms, share("greedy accuracy"), x="train_s", unit=1.0), y_range=unit),
+        Panel("Format rate", tokens, "share with a box", over_training(arms, share("format rate")),
               y_range=unit),
         Panel("Accuracy given a box", tokens, "accuracy",
-              over_training(arms, "sampled_tokens", share("accuracy given a box")), y_range=unit),
+              over_training(arms, share("accuracy given a box")), y_range=unit),
         Panel("pass@k after training", "k, attempts", "pass@k",
               at_the_end(arms, list(range(1, samples + 1)), lambda found, k: share(f"pass@{k}")(found)), y_range=unit),
         Panel("Right within a limit", "max new tokens", "greedy accuracy", at_the_end(arms, limits, right_within),
               y_range=unit),
         Panel("KL(teacher, student), unclipped", tokens, "nats per token",
-              over_training(arms, "sampled_tokens", lambda found: found["kl"]["value"])),
+              over_training(arms, lambda found: found["kl"]["value"])),
     ]  # fmt: skip
     if "english" in arms["base"][0]["final"]:
-        curves = over_training(arms, "sampled_tokens", share("English greedy accuracy"))
+        curves = over_training(arms, share("English greedy accuracy"))
         panels.insert(6, Panel("English: greedy accuracy", tokens, "accuracy", curves, y_range=unit))
     return panels
 
@@ -405,9 +412,9 @@ def draw(found: dict[str, dict[str, list[Results]]], out: Path, limit: int) -> N
     """Write compare.png and .svg, accuracy of every language, and compare_LANG.png and .svg, all of one."""
     panels = []
     for lang, arms in found.items():
-        curves = over_training(arms, "sampled_tokens", share("greedy accuracy"))
+        curves = over_training(arms, share("greedy accuracy"))
         title = f"{find_language(lang).english}: greedy accuracy"
-        panels.append(Panel(title, "sampled tokens", "accuracy", curves, y_range=(0.0, 1.02)))
+        panels.append(Panel(title, "sampled tokens, thousands", "accuracy", curves, y_range=(0.0, 1.02)))
         files = [out / f"compare_{lang}.{suffix}" for suffix in ("png", "svg")]
         curves_figure(language_panels(arms, limit), files, columns=2)
     curves_figure(panels, [out / f"compare.{suffix}" for suffix in ("png", "svg")], columns=len(panels))
