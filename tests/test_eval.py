@@ -6,13 +6,16 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import eval as evaluation
 from eval import check_answers, keep_fitting, text_language
 from parts.data import Problem
-from parts.runs import read_json
+from parts.model import attach_lora, load_model, save_adapter
+from parts.runs import read_json, write_json
 
 
 @pytest.mark.parametrize("answer", [None, "", "18 or 19"])
@@ -201,3 +204,42 @@ def test_all_means_every_language_of_the_benchmark(monkeypatch):
     assert len(evaluation.pick_languages("all", "mgsm")) == 11 and len(evaluation.pick_languages("all", "msvamp")) == 10
     found = evaluation.pick_languages("all", "lab/problems/{lang}/test.jsonl")
     assert [language.iso3 for language in found] == ["eng", "hau", "swa", "yor"]
+
+
+@pytest.fixture
+def adapter(tmp_path, lab_folder) -> Path:
+    """An adapter of the lab model that changes what it says."""
+    model = load_model(lab_folder, device="cpu", dtype=torch.float32)
+    lora = attach_lora(model, rank=2, alpha=4.0, targets=("q_proj", "up_proj"), seed=0)
+    torch.manual_seed(0)
+    lora.load_state_dict({name: 0.3 * torch.randn(tensor.shape) for name, tensor in lora.state_dict().items()})
+    save_adapter(lora, tmp_path / "adapter", base_model="lab/tiny")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_evaluated_and_fingerprinted(tmp_path, adapter):
+    for name, flags in {"base": [], "adapted": ["--adapter", str(adapter)]}.items():
+        result = run_cli(*SMALL, *flags, "--out", str(tmp_path / name))
+        assert result.exit_code == 0, result.output
+    base, adapted = (read_json(tmp_path / name / "settings.json")["identity"] for name in ("base", "adapted"))
+    assert base["adapter_weights"] is None and len(adapted["adapter_weights"]) == 16
+    assert {**base, "adapter_weights": adapted["adapter_weights"]} == adapted
+    assert lines(tmp_path / "base") != lines(tmp_path / "adapted")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: [file.unlink() for file in folder.iterdir()], "neither an adapter folder nor a run folder"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+        (lambda folder: save_file({}, folder / "adapter_model.safetensors"), "adapter tensors are missing"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""), "error"),
+        (lambda folder: write_json(folder / "config.json", {"identity": {"base_weights": "ff"}}), "other base weights"),
+    ],
+    ids=["empty folder", "no tensors", "empty tensors", "torn tensors", "another base"],
+)
+def test_an_adapter_that_cannot_be_used_is_never_the_base_model(adapter, spoil, said):
+    spoil(adapter)
+    result = run_cli(*SMALL, "--adapter", str(adapter))
+    assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
+    assert "pass@" not in result.stdout
