@@ -1,18 +1,37 @@
-"""What people look at: the numbers survive the layout."""
+"""What people look at: the numbers survive the layout, and no completion breaks the page."""
 
+import ast
+import csv
 import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
 
+import pytest
 from rich.console import Console
 
 from parts.report import (
     COLUMNS,
+    LOOKS,
+    Evaluation,
+    Panel,
     SamplingProgress,
     StepView,
     cell,
     cell_of_seeds,
+    curves_figure,
     estimates_table,
     gap_figure,
+    latex_table,
     markdown_table,
+    report_figures,
+    report_tables,
+    text_table,
+    write_report,
 )
 
 METRICS = {name: 0.25 for name, _ in COLUMNS.values()}
@@ -70,3 +89,203 @@ def test_the_figure_is_written_in_both_formats(tmp_path):
     paths = [tmp_path / "gap.png", tmp_path / "gap.svg"]
     gap_figure({"hau": {"before": [evaluation], "after": [evaluation]}}, ["Hausa"], paths)
     assert paths[0].read_bytes().startswith(b"\x89PNG") and "<svg" in paths[1].read_text()
+
+
+def texts(svg: str) -> list[str]:
+    """Return the words that matplotlib drew: it writes each in a comment before its outlines."""
+    return re.findall("<!-- (.*?) -->", svg)
+
+
+def test_a_label_looks_alike_in_all_panels_and_stands_once_in_the_legend(tmp_path):
+    points = [(1.0, 0.2, 0.1, 0.3), (4.0, 0.5, 0.4, 0.6)]
+    panels = [
+        Panel("Hausa", "attempts k", "pass@k", {"base": points, "COPSD": points}, log_x=True, y_range=(0, 1)),
+        Panel("Swahili", "attempts k", "pass@k", {"COPSD": points}),
+    ]
+    paths = [tmp_path / "curves.png", tmp_path / "curves.svg"]
+    curves_figure(panels, paths)
+    svg = paths[1].read_text()
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+    assert [texts(svg).count(word) for word in ("base", "COPSD", "Hausa", "attempts k", "4")] == [1, 1, 1, 2, 1]
+    base, copsd = (svg.count(f"stroke: {colour}") for colour, *_ in LOOKS[:2])
+    assert base > 0 and copsd > base  # the second panel's only curve is not drawn in the first colour
+
+
+def test_more_labels_than_colours_still_look_different(tmp_path):
+    names = [f"run {place}" for place in range(2 * len(LOOKS))]
+    curves = {name: [(float(x), 0.5, 0.4, 0.6) for x in (1, 2)] for name in names}
+    curves_figure([Panel("", "k", "pass@k", curves)], [tmp_path / "many.svg"])
+    svg = (tmp_path / "many.svg").read_text()
+    lines = re.findall(r'fill: none; (stroke-dasharray[^"]*?; )?(?:[^"]*?)stroke: (#\w+)', svg)
+    assert len({line for line in lines if line[1] in {colour for colour, *_ in LOOKS}}) == len(names)
+
+
+def test_a_figure_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a panel with a curve"):
+        curves_figure([Panel("", "", "", {})], [tmp_path / "none.png"])
+
+
+def test_matplotlib_is_imported_by_the_functions_that_draw_and_nowhere_else():
+    root = Path(__file__).resolve().parent.parent
+    for path in [*root.glob("*.py"), *(root / "parts").glob("*.py")]:
+        outside = ast.parse(path.read_text(encoding="utf-8")).body
+        assert not any("matplotlib" in ast.unparse(node) for node in outside if not isinstance(node, ast.FunctionDef))
+        assert path.name == "report.py" or "import matplotlib" not in path.read_text(encoding="utf-8")
+
+
+EVIL = "</script><script>document.title = 'broken'</script> <b>\"bold\"</b> 'quoted' &lt; \\ @DATA@ \u2028 \ud800 end"
+
+
+def attempt(reason: str, completion: str, tokens: int = 20) -> dict[str, Any]:
+    answer = None if reason == "no box" else "18"
+    return {
+        "completion": completion, "answer": answer, "canonical": answer, "lenient": "18", "correct": reason == "right",
+        "lenient_correct": False, "reason": reason, "tokens": tokens, "finish_reason": "stop", "language": "hau", "seed": 7,
+    }  # fmt: skip
+
+
+def evaluation(name: str, lang: str, rights: tuple[int, int]) -> Evaluation:
+    """Return two problems with two attempts each, so many of them right; what is wrong in the first has no box."""
+    problems = []
+    for place, right in enumerate(rights):
+        wrong = attempt("no box", EVIL, 40) if place == 0 else attempt("wrong", r"\boxed{18}")
+        attempts = [attempt("right", rf"{name}: \boxed{{18}}")] * right + [wrong] * (2 - right)
+        problems.append(
+            {
+                "id": f"{lang}-{place}",
+                "problem": f"Mangwaro {place}?",
+                "gold": "18",
+                "level": None,
+                "attempts": attempts,
+            }
+        )
+    share = sum(rights) / 4
+    return Evaluation(
+        name, {"lang": lang, "samples": 2}, problems, {"format rate": estimate(0.75), "mean tokens": estimate(25.0)},
+        {1: estimate(share), 2: estimate(min(1.0, share + 0.25))},
+    )  # fmt: skip
+
+
+def two_runs() -> list[Evaluation]:
+    return [
+        evaluation("base", "hau", (0, 1)), evaluation("base", "swa", (1, 1)),
+        evaluation("COPSD", "hau", (2, 2)), evaluation("COPSD", "swa", (1, 2)),
+    ]  # fmt: skip
+
+
+def cells(table) -> list[list[str]]:
+    return [[str(text) for text in column.cells] for column in table.columns]
+
+
+def test_a_report_has_a_table_per_language_and_the_mean_over_languages():
+    hausa, swahili, first, second = report_tables(two_runs())
+    assert [str(table.title) for table in (hausa, swahili, first, second)] == ["hau", "swa", "pass@1", "pass@2"]
+    assert cells(hausa)[1] == ["0.750 [0.650, 0.850]", "25.0 [24.9, 25.1]"]
+    assert cells(first)[0] == ["hau", "swa", "mean of languages"]
+    assert cells(first)[1] == ["0.250 [0.150, 0.350]", "0.500 [0.400, 0.600]", "0.375"]
+    assert len(report_tables([evaluation("base", "hau", (0, 1))])) == 1
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2], [0, 1, 1], []], ids=["a language lacks", "the same twice", "nothing"])
+def test_a_report_of_an_incomplete_grid_is_refused(kept, tmp_path):
+    with pytest.raises(ValueError, match=r"every run in every language, once; got (base in hau, base in swa|no run)"):
+        write_report([two_runs()[place] for place in kept], [], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_markup_in_names_stays_text_in_every_format():
+    table = text_table("runs/a_b", ["metric", "[bold]50%_a|b"], [[r"\x^2~{$#&}", "[red]1"]])
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(table)
+    assert "[bold]50%_a|b" in stream.getvalue() and "[red]1" in stream.getvalue()
+    assert latex_table(table).splitlines()[3:6:2] == [
+        r"metric & [bold]50\%\_a|b \\", r"\textbackslash{}x\textasciicircum{}2\textasciitilde{}\{\$\#\&\} & [red]1 \\"
+    ]  # fmt: skip
+    assert markdown_table(["a|b"], []).splitlines()[0] == r"| a\|b |"
+
+
+def test_figures_hold_the_numbers():
+    figures = report_figures(two_runs())
+    assert list(figures) == ["pass-at-k", "languages", "scatter", "format", "lengths"]
+    assert figures["pass-at-k"][1].title == "swa" and figures["pass-at-k"][1].curves["COPSD"][0][:2] == (1, 0.75)
+    assert [point[:2] for point in figures["languages"][0].curves["base"]] == [(0, 0.25), (1, 0.5)]
+    assert figures["scatter"][0].curves["COPSD against base"] == [(0, 1, 1, 1), (0.5, 1, 1, 1)]
+    assert [point[:2] for point in figures["format"][0].curves["COPSD"]] == [(0.75, 1.0), (0.75, 0.75)]
+    assert figures["format"][0].slope == pytest.approx((0.25 + 0.5) / (0.75 + 0.75))
+    shares = {x: share for x, share, _, _ in figures["lengths"][0].curves["base"] if share}
+    assert shares == {21.0: 0.5, 41.0: 0.5}  # bins of 2 tokens: at most 31 of them
+    assert "scatter" not in report_figures([evaluation("base", "hau", (0, 1))])
+
+
+def test_equal_problems_lie_side_by_side_in_the_scatter():
+    runs = [evaluation("base", "hau", (1, 1)), evaluation("COPSD", "hau", (2, 2))]
+    one, other = report_figures(runs)["scatter"][0].curves["COPSD against base"]
+    assert one[:2] == (0.5, 1) and 0.01 < math.dist(one[:2], other[:2]) < 0.1
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "new" / "folder"
+    tests = [text_table("paired tests", ["metric", "p"], [["pass@1", "0.0123"]])]
+    paths = write_report(two_runs(), tests, out)
+    assert sorted(paths) == sorted(out.iterdir()) and len(paths) == 14
+    return out
+
+
+def test_every_format_holds_every_table(written):
+    for name in ("report.html", "report.md", "report.tex"):
+        text = (written / name).read_text(encoding="utf-8")
+        assert "0.250 [0.150, 0.350]" in text and "mean of languages" in text and "0.0123" in text
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (written / "report.md").read_text(encoding="utf-8"))
+    assert len(pictures) == 5 and all((written / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    rows = list(csv.DictReader((written / "report.csv").open(encoding="utf-8", newline="")))
+    assert len(rows) == 4 * 4
+    assert rows[0] == {
+        "run": "base",
+        "language": "hau",
+        "metric": "pass@1",
+        "value": "0.25",
+        "low": "0.15",
+        "high": "0.35",
+    }
+
+
+def test_the_page_holds_its_data_whatever_the_completions_say(written):
+    page = (written / "report.html").read_text(encoding="utf-8")
+    (embedded,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, flags=re.DOTALL)
+    found = json.loads(embedded)["runs"][0]["problems"][0]["attempts"][0]["completion"]
+    assert found == EVIL.replace("\ud800", "?")  # half a surrogate pair is no text
+    assert page.count("<script") == page.count("</script>") == 2
+    loads = r"""(src|href)=|url\(|import\s*\(|fetch\("""
+    assert not re.search(loads, page.replace(embedded, ""))  # it opens from disk, without a network
+
+
+def rendered(page: Path, filters: str, profile: Path) -> str:
+    """Return the page as Chromium has it after its script ran."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("needs chromium")
+    flags = ["--no-sandbox", "--headless", "--disable-gpu", f"--user-data-dir={profile}", "--virtual-time-budget=5000"]
+    command = [browser, *flags, "--dump-dom", f"{page.as_uri()}#{filters}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("filters", "count", "shown", "absent"),
+    [
+        ("open=on", "4 of 4 problems, completions: 16", ["✗ no box", "✗ wrong", "✓ right"], []),
+        ("lang=hau&verdict=no+box&open=on", "1 of 4 problems, completions: 2", ["✗ no box", "lenient reading: 18"], ["✗ wrong"]),
+        ("verdict=not+right&run=COPSD&open=on", "1 of 4 problems, completions: 1", ["swa-0"], ["swa-1", "hau-0"]),
+        ("text=copsd:&open=on", "4 of 4 problems, completions: 7", ["<mark>COPSD:</mark>"], ["✗"]),
+        ("text=MANGWARO+1&run=base", "2 of 4 problems, completions: 4", ["hau-1", "swa-1"], ["hau-0", "✓ right"]),
+        ("solved=some", "1 of 4 problems, completions: 4", ["hau-0", "base: 0/2 right"], ["swa-0"]),
+        ("text=nowhere", "No completion passes these filters.", [], ["class=\"problem\""]),
+    ],
+)  # fmt: skip
+def test_a_browser_shows_the_filtered_problems_with_their_verdicts(written, tmp_path, filters, count, shown, absent):
+    dom = rendered(written / "report.html", filters, tmp_path / "profile")
+    body = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
+    assert f">{count}</output>" in body
+    main = body[body.index("<main") : body.index("</main>")]
+    assert all(text in main for text in shown) and not any(text in main for text in absent)
+    assert "<title>Evaluation report</title>" in body and "<b>" not in main
