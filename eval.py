@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pycld2
 import typer
@@ -45,18 +45,29 @@ from parts.metrics import (
     Graded,
     bootstrap,
     bootstrap_mean,
+    paired_tests,
+    pass_at_k,
     ratios,
     read_graded,
     summarise,
 )
 from parts.model import eos_ids, load_adapter, load_model, load_tokenizer, resolve_model, valid_ids
-from parts.report import SamplingProgress, estimates_table
+from parts.report import (
+    Evaluation,
+    SamplingProgress,
+    cell,
+    estimates_table,
+    report_tables,
+    text_table,
+    write_report,
+)
 from parts.runs import (
     Run,
     adapter_folder,
     keep_freed_memory,
     pick_device,
     pick_dtype,
+    read_json,
     read_recipe,
     recorded_fingerprint,
     weights_fingerprint,
@@ -403,6 +414,57 @@ def main(
     console.print(results_table(settings, results))
     if out:
         console.print(f"completions, verdicts and settings: {out}", soft_wrap=True)
+
+
+def load_evaluations(folder: Path) -> dict[str, tuple[dict[str, Any], list[Graded], Evaluation]]:
+    """Return by language what --out wrote: the record of settings and identity, the problems, and the report's view."""
+    found = {}
+    for record_file in [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]:
+        run, record = Run(record_file.parent, "settings"), read_json(record_file)
+        if not (run.folder / "summary.json").is_file():
+            raise ValueError(f"{run.folder} is not finished: the command that began it goes on with it")
+        rows, settings = run.whole_rows("problems.jsonl"), record["settings"]
+        results = [read_graded(row) for row in rows]
+        counts = [(len(result.attempts), sum(a.correct for a in result.attempts)) for result in results]
+        curve = {
+            k: bootstrap([pass_at_k(n, c, k) for n, c in counts], [1.0] * len(counts))
+            for k in range(1, settings["samples"] + 1)
+        }
+        summary = read_json(run.folder / "summary.json")
+        view = Evaluation(str(folder), settings, rows, summary, {k: asdict(estimate) for k, estimate in curve.items()})
+        found[settings["lang"]] = (record, results, view)
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
+    return found
+
+
+@app.command("report")
+def report_command(
+    folders: Annotated[list[Path], typer.Argument(help="what --out wrote; the others are compared with the first")],
+    out: Annotated[Path, typer.Option(help="folder for the report")] = Path("evaluations/report"),
+) -> None:
+    """Write tables, figures and a page for the browser; evaluations after the first are tested against it."""
+    console = start_program()
+    with bad_input():
+        evaluations, tests, firsts = [], [], {}
+        for folder in folders:
+            for language, (record, results, view) in load_evaluations(folder).items():
+                evaluations.append(view)
+                first_record, first_results, first = firsts.setdefault(language, (record, results, view))
+                if first_record["identity"]["data"] != record["identity"]["data"]:
+                    raise ValueError(f"{first.name} and {view.name} are of different problems in {language}")
+                if first is not view:
+                    change, *p_values = paired_tests(first_results, results)
+                    cells = [cell("pass@1", asdict(change)), *(f"{p:.3g}" for p in p_values)]
+                    tests.append([language, f"{first.name} to {view.name}", *cells])
+        benchmarks = {view.settings["benchmark"] for view in evaluations}
+        if len(benchmarks) > 1:
+            raise ValueError(f"these evaluations are of different benchmarks: {', '.join(sorted(benchmarks))}")
+        header = ["language", "runs", "change of pass@1", "p, permutation of pass@1", "p, McNemar of majorities"]
+        tables = [text_table("Paired tests over problems", header, tests)] if tests else []
+        files = write_report(evaluations, tables, out)
+    console.print(*report_tables(evaluations), *tables, sep="\n")
+    console.print(f"report: {', '.join(map(str, files))}", soft_wrap=True)
 
 
 if __name__ == "__main__":

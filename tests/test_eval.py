@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import eval as evaluation
 from eval import check_answers, keep_fitting, text_language
 from parts.data import Problem
 from parts.model import attach_lora, load_model, save_adapter
+from parts.report import cell
 from parts.runs import read_json, write_json
 
 
@@ -243,3 +245,44 @@ def test_an_adapter_that_cannot_be_used_is_never_the_base_model(adapter, spoil, 
     result = run_cli(*SMALL, "--adapter", str(adapter))
     assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
     assert "pass@" not in result.stdout
+
+
+@pytest.fixture
+def two_evaluations(tmp_path) -> tuple[str, str]:
+    for name, flags in {"warm": [], "cool": ["--temperature", "0.3"]}.items():
+        result = run_cli("--lang", "hau,swa", *flags, *SMALL[:4], "--out", str(tmp_path / name))
+        assert result.exit_code == 0, result.output
+    return str(tmp_path / "warm"), str(tmp_path / "cool")
+
+
+def test_report_compares_evaluations_and_writes_its_files(tmp_path, two_evaluations):
+    result = run_cli("report", *two_evaluations, "--out", str(tmp_path / "report"))
+    assert result.exit_code == 0, result.output
+    assert "Paired tests over problems" in result.stdout
+    assert (tmp_path / "report" / "report.html").stat().st_size > 1000
+    change = evaluation.paired_tests(*(evaluation.load_evaluations(Path(f))["swa"][1] for f in two_evaluations))[0]
+    assert cell("pass@1", asdict(change)) in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert run_cli("report", two_evaluations[0], "--out", str(tmp_path / "one")).exit_code == 0
+
+
+def test_the_reports_curve_holds_every_k(two_evaluations):
+    record, results, view = evaluation.load_evaluations(Path(two_evaluations[0]))["hau"]
+    assert list(view.pass_at_k) == [1, 2]
+    assert view.pass_at_k[2] == read_json(Path(two_evaluations[0]) / "hau" / "summary.json")["pass@2"]
+    assert [asdict(each) for each in results] == view.problems and record["settings"] == view.settings
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, two_evaluations):
+    def said(*folders: str) -> str:
+        result = run_cli("report", *folders, "--out", str(tmp_path / "report"))
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1 and not (tmp_path / "report").exists()
+        return result.stderr
+
+    first, second = two_evaluations
+    run_cli("--lang", "hau", "--greedy", "--limit", "5", "--out", str(tmp_path / "fewer"))
+    assert "are of different problems in hau" in said(first, str(tmp_path / "fewer"))
+    run_cli("--benchmark", "lab", "--lang", "eng", "--greedy", "--limit", "5", "--out", str(tmp_path / "other"))
+    assert "are of different benchmarks: lab, lab/problems" in said(first, str(tmp_path / "other"))
+    assert "holds no evaluation" in said(first, str(tmp_path / "nowhere"))
+    (Path(second) / "swa" / "summary.json").unlink()
+    assert "swa is not finished" in said(first, second)
