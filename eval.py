@@ -46,18 +46,26 @@ from parts.metrics import (
     Graded,
     bootstrap,
     bootstrap_mean,
+    paired_tests,
+    pass_at_k,
     ratios,
     read_graded,
     summarise,
 )
-from parts.metrics import (
-    pass_at_k as pass_at_k,
-)
 from parts.model import eos_ids, load_adapter, load_model, load_tokenizer, resolve_model, valid_ids
-from parts.report import SamplingProgress, estimates_table
+from parts.report import (
+    Evaluation,
+    SamplingProgress,
+    cell,
+    estimates_table,
+    report_tables,
+    text_table,
+    write_report,
+)
 from parts.runs import (
     Run,
     adapter_folder,
+    read_json,
     read_recipe,
     recorded_fingerprint,
     weights_fingerprint,
@@ -156,7 +164,7 @@ def evaluate(
 
 
 def evaluate_resumably(
-    evaluate_chunk: Callable[..., list[Graded]], problems: list[Problem], run: Run | None, progress: SamplingProgress
+    evaluate_chunk: Callable[..., list[Graded]], problems: list[Problem], run: Run | None, console: Console, title: str
 ) -> list[Graded]:
     """Evaluate in chunks of CHUNK problems, each written to the run's problems.jsonl when it is done.
 
@@ -169,20 +177,13 @@ def evaluate_resumably(
     for start in range(0, len(problems), CHUNK):
         chunk = problems[start : start + CHUNK]
         if len(done) < start + len(chunk):
-            tokens = sum(attempt.tokens for graded in done[:start] for attempt in graded.attempts)
-            show = partial(_show_chunk, progress, start / len(chunk), len(problems) / len(chunk), tokens)
-            graded = evaluate_chunk(chunk, first_index=start, on_progress=show)[len(done) - start :]
+            place = f"problems {start + 1} to {start + len(chunk)} of {len(problems)}"
+            with SamplingProgress(console, f"{title}, {place}") as progress:
+                graded = evaluate_chunk(chunk, first_index=start, on_progress=progress.update)[len(done) - start :]
             if run:
                 run.append("problems.jsonl", [asdict(each) for each in graded])
             done += graded
     return done
-
-
-def _show_chunk(
-    progress: SamplingProgress, before: float, whole: float, tokens_before: int, finished: int, rows: int, tokens: int
-) -> None:
-    """Show a chunk's progress as the whole evaluation's; before and whole are in chunks of as many rows."""
-    progress.update(round(before * rows) + finished, round(whole * rows), tokens_before + tokens)
 
 
 def keep_fitting(
@@ -265,7 +266,7 @@ def sampling_plan(
 def pick_languages(lang: str, benchmark: str) -> list[Language]:
     """Return the languages that --lang names; "all" are those that the benchmark has."""
     if lang != "all":
-        return [find_language(code.strip()) for code in dict.fromkeys(lang.split(","))]
+        return list(dict.fromkeys(find_language(code.strip()) for code in lang.split(",")))
     found = [language for language in languages().values() if has_language(benchmark, asdict(language))]
     if not found:
         raise FileNotFoundError(f"{benchmark} has no files that are known by a language")
@@ -306,38 +307,51 @@ def load_network(
     return network, {"base_weights": base, "adapter_weights": adapter, "dtype": dtype}
 
 
-def evaluate_language(
-    settings: Settings, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem],
-    identity: dict[str, Any], run: Run | None, console: Console, *, batch_rows: int,
-) -> list[Graded]:  # fmt: skip
-    """Evaluate one language's problems, going on with what its folder holds, and write its summary."""
-    language, context = find_language(settings.lang), network.config.max_position_embeddings
-    prompts = [build_prompt(problem, language, tokenizer, thinking=settings.thinking) for problem in problems]
-    problems = keep_fitting(problems, prompts, console, context=context, max_new_tokens=settings.max_new_tokens)
-    data = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
-    identity = {**identity, "data": data, "prompt_template": template_hash(tokenizer, language, settings.thinking)}
-    if run:
-        run.check(asdict(settings), identity)
-        run.create(asdict(settings), identity)
-    evaluate_chunk = partial(
-        evaluate, network, tokenizer, params=settings.sampling(), samples=settings.samples, max_rows=batch_rows,
-        thinking=settings.thinking,
-    )  # fmt: skip
-    with SamplingProgress(console, f"{language.english}, {settings.samples} samples a problem") as progress:
-        results = evaluate_resumably(evaluate_chunk, problems, run, progress)
-    if run:
-        write_json(run.folder / "summary.json", as_plain(summarise(results, settings.ks)))
+def evaluate_all(
+    settings: Settings, folder: Path, out: Path | None, console: Console, *, revision: str, device: str, dtype: str,
+    batch_rows: int,
+) -> dict[str, list[Graded]]:  # fmt: skip
+    """Evaluate every language of the settings, each into a folder of its own where there are several."""
+    settings.sampling()  # refuses what is out of range before anything is loaded
+    chosen = pick_languages(settings.lang, settings.benchmark)
+    loaded = [load_benchmark(settings.benchmark, language, revision, settings.limit) for language in chosen]
+    tokenizer = load_tokenizer(folder)
+    network, weights = load_network(settings, folder, device=device, dtype=dtype)
+    results = {}
+    for language, (problems, commit) in zip(chosen, loaded, strict=True):
+        one = replace(settings, lang=language.iso3)
+        prompts = [build_prompt(problem, language, tokenizer, thinking=one.thinking) for problem in problems]
+        context = network.config.max_position_embeddings
+        problems = keep_fitting(problems, prompts, console, context=context, max_new_tokens=one.max_new_tokens)
+        data = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
+        template = template_hash(tokenizer, language, one.thinking)
+        identity = {**weights, "prompt_template": template, "data": data, "data_revision": commit}
+        run = Run(out / language.iso3 if len(chosen) > 1 else out, "settings") if out else None
+        if run:
+            run.check(asdict(one), identity)
+            run.create(asdict(one), identity)
+        evaluate_chunk = partial(
+            evaluate, network, tokenizer, params=one.sampling(), samples=one.samples, thinking=one.thinking,
+            max_rows=batch_rows,
+        )  # fmt: skip
+        title = f"{language.english}, {one.samples} samples a problem"
+        results[language.iso3] = evaluate_resumably(evaluate_chunk, problems, run, console, title)
+        if run:
+            write_json(run.folder / "summary.json", as_plain(summarise(results[language.iso3], one.ks)))
     return results
 
 
-def results_table(title: str, results: dict[str, list[Graded]], ks: list[int]) -> Table:
+def results_table(settings: Settings, results: dict[str, list[Graded]]) -> Table:
     """Return a table: of one language every metric, of several the main ones, a row a language, and their mean."""
+    counts = sorted({len(graded) for graded in results.values()})
+    title = f"{settings.model}{f' + {settings.adapter}' if settings.adapter else ''}, {settings.benchmark}: "
+    title += f"{' or '.join(map(str, counts))} problems x {settings.samples}"
     if len(results) == 1:
-        summaries = {code: summarise(graded, ks) for code, graded in results.items()}
+        summaries = {code: summarise(graded, settings.ks) for code, graded in results.items()}
         return estimates_table(title, {code: as_plain(summary) for code, summary in summaries.items()})
-    found = {code: ratios(graded, ks) for code, graded in results.items()}
+    found = {code: ratios(graded, settings.ks) for code, graded in results.items()}
     columns = {}
-    for name in (*(f"pass@{k}" for k in ks), *MAIN_METRICS):
+    for name in (*(f"pass@{k}" for k in settings.ks), *MAIN_METRICS):
         rows = {code: bootstrap(*metrics[name]) for code, metrics in found.items()}
         columns[name] = as_plain({**rows, "mean": bootstrap_mean([metrics[name] for metrics in found.values()])})
     return estimates_table(title, columns)
@@ -357,14 +371,10 @@ def main(
     pass_at_k: Annotated[str | None, typer.Option(help="k, or several: 1,4,8,12; 1 is always reported [8]")] = None,
     samples: Annotated[int | None, typer.Option(help="completions per problem [the largest k]")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="one completion a problem, at temperature 0")] = False,
-    model: Annotated[
-        str, typer.Option(help="a local folder, org/name, or a bare name such as Qwen2.5-1.5B")
-    ] = "lab/tiny",
+    model: Annotated[str, typer.Option(help="a local folder, org/name, or a name such as Qwen2.5-1.5B")] = "lab/tiny",
     adapter: Annotated[Path | None, typer.Option(help="a run folder, or an adapter folder as peft writes it")] = None,
     lang: Annotated[str, typer.Option(help="ISO 639-1 or 639-3 code, several with commas, or all")] = "hau",
-    benchmark: Annotated[
-        str | None, typer.Option(help=f"{', '.join(BENCHMARKS)}, a folder or a file [the model's recipe names one]")
-    ] = None,
+    benchmark: Annotated[str | None, typer.Option(help=f"{', '.join(BENCHMARKS)}, a folder, a file [recipe's]")] = None,
     revision: Annotated[str, typer.Option(help="of a benchmark on the hub: a branch, a tag or a commit")] = "main",
     limit: Annotated[int | None, typer.Option(help="evaluate the first so many problems only")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy [1]", show_default=False)] = None,
@@ -376,9 +386,7 @@ def main(
     seed: Annotated[int, typer.Option(help="of the sampler")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
-    out: Annotated[
-        Path | None, typer.Option(help="folder for completions and results; the same command goes on [none]")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for completions and results [nothing is written]")] = None,
 ) -> None:
     """Sample, grade and print pass@k with its companions and 95 % intervals."""
     if context.invoked_subcommand:
@@ -389,33 +397,72 @@ def main(
         folder = resolve_model(model)
         recipe = read_recipe(folder)
         source = benchmark or recipe.get("eval_data")
+        tokens = recipe.get("max_new_tokens", 4096) if max_new_tokens is None else max_new_tokens
         if source is None:
             raise ValueError(f"{folder} has no recipe that names a benchmark; pass --benchmark")
-        tokens = recipe.get("max_new_tokens", 4096) if max_new_tokens is None else max_new_tokens
+        if limit is not None and limit < 1:
+            raise ValueError(f"--limit is {limit}; valid: 1 or more")
         settings = Settings(
             model, str(adapter) if adapter else None, source, lang, samples, temperature, top_p, top_k, tokens,
             thinking, seed, ks, limit,
         )  # fmt: skip
-        if limit is not None and limit < 1:
-            raise ValueError(f"--limit is {limit}; valid: 1 or more")
-        settings.sampling()  # refuses what is out of range before anything is loaded
-        chosen = pick_languages(lang, source)
-        loaded = {language: load_benchmark(source, language, revision, limit) for language in chosen}
-        tokenizer = load_tokenizer(folder)
-        network, identity = load_network(settings, folder, device=device, dtype=dtype)
-        results = {}
-        for language, (problems, commit) in loaded.items():
-            run = Run(out / language.iso3 if len(chosen) > 1 else out, "settings") if out else None
-            results[language.iso3] = evaluate_language(
-                replace(settings, lang=language.iso3), network, tokenizer, problems,
-                identity | {"data_revision": commit}, run, console, batch_rows=batch_rows,
-            )  # fmt: skip
-    where = f"{chosen[0].english}" if len(chosen) == 1 else f"{len(chosen)} languages of {source}"
-    count = len(results[chosen[0].iso3])
-    title = f"{model}{f' + {adapter}' if adapter else ''}: {where}, {count} problems x {samples}"
-    console.print(results_table(title, results, ks))
+        results = evaluate_all(
+            settings, folder, out, console, revision=revision, device=device, dtype=dtype, batch_rows=batch_rows
+        )
+    console.print(results_table(settings, results))
     if out:
         console.print(f"completions, verdicts and settings: {out}", soft_wrap=True)
+
+
+def load_evaluations(folder: Path) -> dict[str, tuple[dict[str, Any], list[Graded], Evaluation]]:
+    """Return by language what --out wrote: the record of settings and identity, the problems, and the report's view."""
+    found = {}
+    for record_file in [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]:
+        run, record = Run(record_file.parent, "settings"), read_json(record_file)
+        if not (run.folder / "summary.json").is_file():
+            raise ValueError(f"{run.folder} is not finished: the command that began it goes on with it")
+        rows, settings = run.whole_rows("problems.jsonl"), record["settings"]
+        results = [read_graded(row) for row in rows]
+        counts = [(len(result.attempts), sum(a.correct for a in result.attempts)) for result in results]
+        curve = {
+            k: bootstrap([pass_at_k(n, c, k) for n, c in counts], [1.0] * len(counts))
+            for k in range(1, settings["samples"] + 1)
+        }
+        summary = read_json(run.folder / "summary.json")
+        view = Evaluation(str(folder), settings, rows, summary, {k: asdict(estimate) for k, estimate in curve.items()})
+        found[settings["lang"]] = (record, results, view)
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
+    return found
+
+
+@app.command("report")
+def report_command(
+    folders: Annotated[list[Path], typer.Argument(help="what --out wrote; the others are compared with the first")],
+    out: Annotated[Path, typer.Option(help="folder for the report")] = Path("evaluations/report"),
+) -> None:
+    """Write tables, figures and a page for the browser; evaluations after the first are tested against it."""
+    console = start_program()
+    with bad_input():
+        evaluations, tests, firsts = [], [], {}
+        for folder in folders:
+            for language, (record, results, view) in load_evaluations(folder).items():
+                evaluations.append(view)
+                first_record, first_results, first = firsts.setdefault(language, (record, results, view))
+                if first_record["identity"]["data"] != record["identity"]["data"]:
+                    raise ValueError(f"{first.name} and {view.name} are of different problems in {language}")
+                if first is not view:
+                    change, *p_values = paired_tests(first_results, results)
+                    cells = [cell("pass@1", asdict(change)), *(f"{p:.3g}" for p in p_values)]
+                    tests.append([language, f"{first.name} to {view.name}", *cells])
+        benchmarks = {view.settings["benchmark"] for view in evaluations}
+        if len(benchmarks) > 1:
+            raise ValueError(f"these evaluations are of different benchmarks: {', '.join(sorted(benchmarks))}")
+        header = ["language", "runs", "change of pass@1", "p, permutation of pass@1", "p, McNemar of majorities"]
+        tables = [text_table("Paired tests over problems", header, tests)] if tests else []
+        files = write_report(evaluations, tables, out)
+    console.print(*report_tables(evaluations), *tables, sep="\n")
+    console.print(f"report: {', '.join(map(str, files))}", soft_wrap=True)
 
 
 if __name__ == "__main__":

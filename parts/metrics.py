@@ -224,3 +224,13 @@ def summarise(results: list[Graded], ks: list[int]) -> dict[str, Estimate]:
     lengths = [[attempt.tokens for attempt in result.attempts] for result in results]
     summary = {name: bootstrap(*ratio) for name, ratio in ratios(results, ks).items()}
     return summary | {"p95 tokens": bootstrap_percentile(lengths, 95)}
+
+
+def paired_tests(first: list[Graded], second: list[Graded]) -> tuple[Estimate, float, float]:
+    """Return how two evaluations of the same problems differ: second - first in pass@1, and two p-values.
+
+    They are of the permutation test on pass@1 and of McNemar's test on the majority answers.
+    """
+    shares = [[sum(a.correct for a in r.attempts) / len(r.attempts) for r in results] for results in (first, second)]
+    majorities = [[majority_correct(result.attempts) for result in results] for results in (first, second)]
+    return difference(*shares), paired_permutation(*shares), mcnemar(*majorities)

@@ -3,16 +3,21 @@
 import io
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import eval as evaluation
 from eval import check_answers, keep_fitting, text_language
 from parts.data import Problem
-from parts.runs import read_json
+from parts.model import attach_lora, load_model, save_adapter
+from parts.report import cell
+from parts.runs import read_json, write_json
 
 
 @pytest.mark.parametrize("answer", [None, "", "18 or 19"])
@@ -201,3 +206,83 @@ def test_all_means_every_language_of_the_benchmark(monkeypatch):
     assert len(evaluation.pick_languages("all", "mgsm")) == 11 and len(evaluation.pick_languages("all", "msvamp")) == 10
     found = evaluation.pick_languages("all", "lab/problems/{lang}/test.jsonl")
     assert [language.iso3 for language in found] == ["eng", "hau", "swa", "yor"]
+
+
+@pytest.fixture
+def adapter(tmp_path, lab_folder) -> Path:
+    """An adapter of the lab model that changes what it says."""
+    model = load_model(lab_folder, device="cpu", dtype=torch.float32)
+    lora = attach_lora(model, rank=2, alpha=4.0, targets=("q_proj", "up_proj"), seed=0)
+    torch.manual_seed(0)
+    lora.load_state_dict({name: 0.3 * torch.randn(tensor.shape) for name, tensor in lora.state_dict().items()})
+    save_adapter(lora, tmp_path / "adapter", base_model="lab/tiny")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_evaluated_and_fingerprinted(tmp_path, adapter):
+    for name, flags in {"base": [], "adapted": ["--adapter", str(adapter)]}.items():
+        result = run_cli(*SMALL, *flags, "--out", str(tmp_path / name))
+        assert result.exit_code == 0, result.output
+    base, adapted = (read_json(tmp_path / name / "settings.json")["identity"] for name in ("base", "adapted"))
+    assert base["adapter_weights"] is None and len(adapted["adapter_weights"]) == 16
+    assert {**base, "adapter_weights": adapted["adapter_weights"]} == adapted
+    assert lines(tmp_path / "base") != lines(tmp_path / "adapted")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: [file.unlink() for file in folder.iterdir()], "neither an adapter folder nor a run folder"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+        (lambda folder: save_file({}, folder / "adapter_model.safetensors"), "adapter tensors are missing"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""), "error"),
+        (lambda folder: write_json(folder / "config.json", {"identity": {"base_weights": "ff"}}), "other base weights"),
+    ],
+    ids=["empty folder", "no tensors", "empty tensors", "torn tensors", "another base"],
+)
+def test_an_adapter_that_cannot_be_used_is_never_the_base_model(adapter, spoil, said):
+    spoil(adapter)
+    result = run_cli(*SMALL, "--adapter", str(adapter))
+    assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
+    assert "pass@" not in result.stdout
+
+
+@pytest.fixture
+def two_evaluations(tmp_path) -> tuple[str, str]:
+    for name, flags in {"warm": [], "cool": ["--temperature", "0.3"]}.items():
+        result = run_cli("--lang", "hau,swa", *flags, *SMALL[:4], "--out", str(tmp_path / name))
+        assert result.exit_code == 0, result.output
+    return str(tmp_path / "warm"), str(tmp_path / "cool")
+
+
+def test_report_compares_evaluations_and_writes_its_files(tmp_path, two_evaluations):
+    result = run_cli("report", *two_evaluations, "--out", str(tmp_path / "report"))
+    assert result.exit_code == 0, result.output
+    assert "Paired tests over problems" in result.stdout
+    assert (tmp_path / "report" / "report.html").stat().st_size > 1000
+    change = evaluation.paired_tests(*(evaluation.load_evaluations(Path(f))["swa"][1] for f in two_evaluations))[0]
+    assert cell("pass@1", asdict(change)) in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert run_cli("report", two_evaluations[0], "--out", str(tmp_path / "one")).exit_code == 0
+
+
+def test_the_reports_curve_holds_every_k(two_evaluations):
+    record, results, view = evaluation.load_evaluations(Path(two_evaluations[0]))["hau"]
+    assert list(view.pass_at_k) == [1, 2]
+    assert view.pass_at_k[2] == read_json(Path(two_evaluations[0]) / "hau" / "summary.json")["pass@2"]
+    assert [asdict(each) for each in results] == view.problems and record["settings"] == view.settings
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, two_evaluations):
+    def said(*folders: str) -> str:
+        result = run_cli("report", *folders, "--out", str(tmp_path / "report"))
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1 and not (tmp_path / "report").exists()
+        return result.stderr
+
+    first, second = two_evaluations
+    run_cli("--lang", "hau", "--greedy", "--limit", "5", "--out", str(tmp_path / "fewer"))
+    assert "are of different problems in hau" in said(first, str(tmp_path / "fewer"))
+    run_cli("--benchmark", "lab", "--lang", "eng", "--greedy", "--limit", "5", "--out", str(tmp_path / "other"))
+    assert "are of different benchmarks: lab, lab/problems" in said(first, str(tmp_path / "other"))
+    assert "holds no evaluation" in said(first, str(tmp_path / "nowhere"))
+    (Path(second) / "swa" / "summary.json").unlink()
+    assert "swa is not finished" in said(first, second)

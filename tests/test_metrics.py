@@ -22,6 +22,7 @@ from parts.metrics import (
     majority_correct,
     mcnemar,
     paired_permutation,
+    paired_tests,
     pass_at_k,
     read_graded,
     summarise,
@@ -229,3 +230,13 @@ def test_mcnemar_is_the_exact_binomial_over_the_problems_that_only_one_got_right
     second = [True] * 10 + [True] * 12 + [False] * 3
     assert mcnemar(first, second) == mcnemar(second, first) == pytest.approx(2 * (1 + 15 + 105 + 455) / 2**15)
     assert mcnemar(first, first) == mcnemar([True, False], [False, True]) == 1.0
+
+
+def test_two_evaluations_are_compared_problem_by_problem():
+    yes, no = attempt(True), attempt(False, "2")
+    first = [graded(no, no, yes)] * 4 + [graded(yes, yes, no)]
+    second = [graded(yes, yes, no)] * 5
+    change, permuted, exact = paired_tests(first, second)
+    assert change == difference([1 / 3] * 4 + [2 / 3], [2 / 3] * 5) and change.value == pytest.approx(4 / 15)
+    assert permuted == paired_permutation([1 / 3] * 4, [2 / 3] * 4) == 2 / 2**4
+    assert exact == mcnemar([False] * 4, [True] * 4)
