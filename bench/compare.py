@@ -452,7 +452,11 @@ def compare(options: dict[str, Any], given: dict[str, Any], console: Console, to
         raise ValueError(f"--eval-problems is {main.eval_problems}; valid: 1 or more, for arms are compared on them")
     names = f"{Path(main.model).name}-{'-'.join(langs)}"
     out = Path(options["out"] or f"runs/{'ablate' if ablate else 'compare'}-{names}")
-    root, settings = Run(out), {**given, **{key: str(value) for key, value in options.items() if key != "out"}}
+    settings = {name: str(value) for name, value in options.items() if name != "out"}
+    for method in methods:
+        recipe = asdict(configs[method, langs[0]]).items()
+        settings |= {f"{method} {name}": value for name, value in recipe if name not in ("method", "out")}
+    root = Run(out)
     root.check(settings)
     root.create(settings, {})
 

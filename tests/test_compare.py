@@ -106,6 +106,9 @@ def test_what_is_finished_is_not_done_again_and_other_settings_are_refused(finis
     assert (out / "tables.md").read_bytes() == before
     result = run_cli(*SMALL, "--out", str(out), "--seeds", "3")
     assert result.exit_code == 2 and "differs in seeds" in result.stderr and result.stderr.count("\n") == 1
+    place = SMALL.index("--eval-samples")
+    result = run_cli(*SMALL[:place], *SMALL[place + 2 :], "--out", str(out))  # a setting that is no longer given
+    assert result.exit_code == 2 and "differs in grpo eval_samples, copsd eval_samples" in result.stderr
 
 
 def test_a_signal_keeps_what_is_finished(tmp_path, monkeypatch):
