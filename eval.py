@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from parts import runs
 from parts.benchmarks import BENCHMARKS, find_files, has_language
 from parts.data import (
     Language,
@@ -37,7 +38,7 @@ from parts.data import (
     prompt_opens_think,
     template_hash,
 )
-from parts.grading import extract_answer, is_correct, normalise
+from parts.grading import grade, normalise
 from parts.machine import keep_freed_memory, pick_device, pick_dtype
 from parts.metrics import (
     LEVEL_WEIGHTS,
@@ -62,45 +63,19 @@ from parts.report import (
     text_table,
     write_report,
 )
-from parts.runs import (
-    Run,
-    adapter_folder,
-    read_json,
-    read_recipe,
-    recorded_fingerprint,
-    weights_fingerprint,
-    write_json,
-)
 from parts.sampler import SamplingParams, sample
 
 MAIN_METRICS = ("format rate", "accuracy given a box", "in the problem's language")  # of several languages
 CHUNK = 64  # problems sampled and written together: what a stop can lose
 
 
-@dataclass(frozen=True)
-class Grade:  # until parts.grading has it
-    answer: str | None
-    canonical: str | None
-    lenient: str | None
-    correct: bool
-    lenient_correct: bool
-    reason: str
-
-
-def grade(completion: str, gold: str, *, think_open: bool = False) -> Grade:
-    """Until parts.grading has it."""
-    answer = extract_answer(completion, think_open=think_open)
-    canonical = normalise(answer) if answer else None
-    correct = is_correct(completion, gold, think_open=think_open)
-    reason = "right" if correct else "no box" if answer is None else "wrong" if canonical else "no single answer"
-    return Grade(answer, canonical, canonical, correct, correct, reason)
-
-
 def check_answers(problems: list[Problem]) -> None:
     """Raise ValueError for a problem whose gold answer is missing or cannot be graded."""
     for problem in problems:
-        if problem.answer is None or normalise(problem.answer) is None:
-            raise ValueError(f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded; a number is needed")
+        if problem.answer is None or normalise(problem.answer, as_text=True) is None:
+            raise ValueError(
+                f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded; one short answer is needed"
+            )
 
 
 def text_language(text: str) -> str:
@@ -164,7 +139,11 @@ def evaluate(
 
 
 def evaluate_resumably(
-    evaluate_chunk: Callable[..., list[Graded]], problems: list[Problem], run: Run | None, console: Console, title: str
+    evaluate_chunk: Callable[..., list[Graded]],
+    problems: list[Problem],
+    run: runs.Run | None,
+    console: Console,
+    title: str,
 ) -> list[Graded]:
     """Evaluate in chunks of CHUNK problems, each written to the run's problems.jsonl when it is done.
 
@@ -297,12 +276,12 @@ def load_network(
     """Return the model with its adapter, and their fingerprints; an adapter that is not this model's is an error."""
     where = pick_device(device)
     network = load_model(folder, device=where, dtype=pick_dtype(dtype, where))
-    base, adapter = weights_fingerprint(dict(network.named_parameters())), None
+    base, adapter = runs.weights_fingerprint(dict(network.named_parameters())), None
     if settings.adapter is not None:
         path = Path(settings.adapter)
-        if recorded_fingerprint(path) not in (None, base):
+        if runs.recorded_fingerprint(path) not in (None, base):
             raise ValueError(f"adapter {path} was trained on other base weights than those of {settings.model}")
-        adapter = weights_fingerprint(load_adapter(network, adapter_folder(path)).state_dict())
+        adapter = runs.weights_fingerprint(load_adapter(network, runs.adapter_folder(path)).state_dict())
     dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
     return network, {"base_weights": base, "adapter_weights": adapter, "dtype": dtype}
 
@@ -326,7 +305,7 @@ def evaluate_all(
         data = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
         template = template_hash(tokenizer, language, one.thinking)
         identity = {**weights, "prompt_template": template, "data": data, "data_revision": commit}
-        run = Run(out / language.iso3 if len(chosen) > 1 else out, "settings") if out else None
+        run = runs.Run(out / language.iso3 if len(chosen) > 1 else out, "settings") if out else None
         if run:
             run.check(asdict(one), identity)
             run.create(asdict(one), identity)
@@ -337,7 +316,7 @@ def evaluate_all(
         title = f"{language.english}, {one.samples} samples a problem"
         results[language.iso3] = evaluate_resumably(evaluate_chunk, problems, run, console, title)
         if run:
-            write_json(run.folder / "summary.json", as_plain(summarise(results[language.iso3], one.ks)))
+            runs.write_json(run.folder / "summary.json", as_plain(summarise(results[language.iso3], one.ks)))
     return results
 
 
@@ -395,7 +374,7 @@ def main(
     with bad_input():
         ks, samples, temperature = sampling_plan(pass_at_k, samples, temperature, greedy)
         folder = resolve_model(model)
-        recipe = read_recipe(folder)
+        recipe = runs.read_recipe(folder)
         source = benchmark or recipe.get("eval_data")
         tokens = recipe.get("max_new_tokens", 4096) if max_new_tokens is None else max_new_tokens
         if source is None:
@@ -418,7 +397,7 @@ def load_evaluations(folder: Path) -> dict[str, tuple[dict[str, Any], list[Grade
     """Return by language what --out wrote: the record of settings and identity, the problems, and the report's view."""
     found = {}
     for record_file in [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]:
-        run, record = Run(record_file.parent, "settings"), read_json(record_file)
+        run, record = runs.Run(record_file.parent, "settings"), runs.read_json(record_file)
         if not (run.folder / "summary.json").is_file():
             raise ValueError(f"{run.folder} is not finished: the command that began it goes on with it")
         rows, settings = run.whole_rows("problems.jsonl"), record["settings"]
@@ -428,7 +407,7 @@ def load_evaluations(folder: Path) -> dict[str, tuple[dict[str, Any], list[Grade
             k: bootstrap([pass_at_k(n, c, k) for n, c in counts], [1.0] * len(counts))
             for k in range(1, settings["samples"] + 1)
         }
-        summary = read_json(run.folder / "summary.json")
+        summary = runs.read_json(run.folder / "summary.json")
         view = Evaluation(str(folder), settings, rows, summary, {k: asdict(estimate) for k, estimate in curve.items()})
         found[settings["lang"]] = (record, results, view)
     if not found:

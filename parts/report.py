@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -99,12 +98,12 @@ class StepView:
 
     def __enter__(self) -> "StepView":
         if self.live:
-            self.live.__enter__()
+            self.live.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *raised: Any) -> None:
         if self.live:
-            self.live.__exit__(kind, error, trace)
+            self.live.stop()
 
     def show(self, metrics: dict[str, Any]) -> None:
         """Add one step."""
@@ -119,12 +118,11 @@ class StepView:
             bar.add_row(place, ProgressBar(total=1.0, completed=metrics["progress"], width=60))
             self.live.update(Group(table, bar), refresh=True)
         else:
-            cells = [f"{title} {text}" for title, text in self._cells(metrics).items() if title != "step"]
-            self.console.print(f"{place}  {'  '.join(cells)}", highlight=False, soft_wrap=True)
+            cells = "  ".join(f"{title} {text}" for title, text in self._cells(metrics).items() if title != "step")
+            self.console.print(f"{place}  {cells}", highlight=False, soft_wrap=True)
 
     def _cells(self, metrics: dict[str, Any]) -> dict[str, str]:
-        shown = {title: column for title, column in COLUMNS.items() if metrics.get(column[0]) is not None}
-        return {title: form.format(metrics[name]) for title, (name, form) in shown.items()}
+        return {t: form.format(metrics[n]) for t, (n, form) in COLUMNS.items() if metrics.get(n) is not None}
 
 
 class SamplingProgress:
@@ -140,7 +138,7 @@ class SamplingProgress:
     def __enter__(self) -> "SamplingProgress":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type | None, *raised: Any) -> None:
         if kind is None:
             self._print(end="\n")
 
@@ -161,10 +159,8 @@ def cell(name: str, estimate: Estimate) -> str:
     """Return "0.31 [0.25, 0.37]", with the digits that suit the metric; "-" for nan, no interval where its ends are."""
     if estimate["value"] != estimate["value"]:
         return "-"
-    digits = 1 if "tokens" in name else 3
-    if estimate["low"] != estimate["low"]:
-        return f"{estimate['value']:.{digits}f}"
-    return f"{estimate['value']:.{digits}f} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+    value, low, high = (f"{end:.{1 if 'tokens' in name else 3}f}" for end in ENDS(estimate))
+    return value if low == "nan" else f"{value} [{low}, {high}]"
 
 
 def text_table(title: str, header: list[str], rows: list[list[str]]) -> Table:

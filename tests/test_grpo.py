@@ -240,9 +240,9 @@ def test_a_group_from_one_prefill_is_the_rows_sampled_one_by_one(tmp_path):
 
 def test_a_reward_that_cannot_be_graded_is_an_error_naming_the_problem(tmp_path):
     data = tmp_path / "data.jsonl"
-    rows = [{"problem": f"p{i}", "answer": "18 or 19" if i == 3 else "18", "language": "hau"} for i in range(5)]
+    rows = [{"problem": f"p{i}", "answer": "" if i == 3 else "18", "language": "hau"} for i in range(5)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"'3'.*'18 or 19' cannot be graded"):
+    with pytest.raises(ValueError, match=r"'3'.*None cannot be graded"):
         make_setup(tmp_path, data=str(data))
     assert not (tmp_path / "run").exists()
 
