@@ -72,10 +72,8 @@ CHUNK = 64  # problems sampled and written together: what a stop can lose
 def check_answers(problems: list[Problem]) -> None:
     """Raise ValueError for a problem whose gold answer is missing or cannot be graded."""
     for problem in problems:
-        if problem.answer is None or normalise(problem.answer, as_text=True) is None:
-            raise ValueError(
-                f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded; one short answer is needed"
-            )
+        if problem.answer is None or normalise(problem.answer, as_text=True) is None:  # as `grade` reads a gold
+            raise ValueError(f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded; valid: a short text")
 
 
 def text_language(text: str) -> str:

@@ -48,8 +48,8 @@ def flags_of(config: type) -> Callable[[Callable[[dict[str, Any]], None]], Calla
     The command receives the values of the flags that were typed, and no others, so that a recipe can fill the rest.
     """
 
-    def decorate(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
-        def wrapper(**flags: Any) -> None:
+    def _decorate(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+        def _wrapper(**flags: Any) -> None:
             command({name: value for name, value in flags.items() if value is not None})
 
         parameters = []
@@ -59,11 +59,11 @@ def flags_of(config: type) -> Callable[[Callable[[dict[str, Any]], None]], Calla
             parameters.append(
                 inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
             )
-        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapper.__doc__ = command.__doc__
-        return wrapper
+        _wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        _wrapper.__doc__ = command.__doc__
+        return _wrapper
 
-    return decorate
+    return _decorate
 
 
 def help_text(setting: Field) -> str:

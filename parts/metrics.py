@@ -190,10 +190,10 @@ def ratios(results: list[Graded], ks: list[int]) -> dict[str, Ratio]:
     """
     each = [result.attempts for result in results]
 
-    def share(holds: Callable[[Attempt], bool]) -> Ratio:
+    def _share(holds: Callable[[Attempt], bool]) -> Ratio:
         return [sum(map(holds, attempts)) / len(attempts) for attempts in each], [1.0] * len(each)
 
-    right = share(lambda a: a.correct)
+    right = _share(lambda a: a.correct)
     counts = [(len(attempts), sum(a.correct for a in attempts)) for attempts in each]
     found = {f"pass@{k}": ([pass_at_k(n, c, k) for n, c in counts], right[1]) for k in ks}
     if len(each[0]) > 1:
@@ -203,18 +203,18 @@ def ratios(results: list[Graded], ks: list[int]) -> dict[str, Ratio]:
     if sizes.keys() == LEVEL_WEIGHTS.keys():
         weights = [LEVEL_WEIGHTS[str(result.level)] / sizes[result.level] for result in results]
         found["difficulty-weighted accuracy"] = [w * a for w, a in zip(weights, right[0], strict=True)], weights
-    found["format rate"] = share(lambda a: a.answer is not None)
+    found["format rate"] = _share(lambda a: a.answer is not None)
     boxes = [float(sum(a.answer is not None for a in attempts)) for attempts in each]
     found["accuracy given a box"] = [float(c) for _, c in counts], boxes
-    found["extraction failures"] = share(lambda a: a.answer is not None and a.canonical is None)
-    found["grader time-outs"] = share(lambda a: a.reason == "time-out")
-    found["lenient accuracy"] = share(lambda a: a.lenient_correct)
+    found["extraction failures"] = _share(lambda a: a.answer is not None and a.canonical is None)
+    found["grader time-outs"] = _share(lambda a: a.reason == "time-out")
+    found["lenient accuracy"] = _share(lambda a: a.lenient_correct)
     matches = [sum(harness_correct(a.completion, r.gold) for a in r.attempts) / len(r.attempts) for r in results]
     found["lm-eval exact match"] = matches, right[1]
     inside = [sum(a.language == r.language for a in r.attempts) / len(r.attempts) for r in results]
     found["in the problem's language"] = inside, right[1]
-    found["in English"] = share(lambda a: a.language == "eng")
-    found["cut at the length limit"] = share(lambda a: a.finish_reason == "length")
+    found["in English"] = _share(lambda a: a.language == "eng")
+    found["cut at the length limit"] = _share(lambda a: a.finish_reason == "length")
     found["mean tokens"] = [sum(a.tokens for a in attempts) / len(attempts) for attempts in each], right[1]
     return found
 

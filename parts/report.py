@@ -27,10 +27,9 @@ Point = tuple[float, float, float, float]  # x, value, low, high
 ENDS = itemgetter("value", "low", "high")  # of an estimate
 PAGE = Path(__file__).with_name("page.html")  # but for its data
 SHOWN_STEPS = 12  # rows of the live table
-COLUMNS = {  # column title -> (metric, format); a run shows those that its method logs
+COLUMNS = {  # column title -> (metric, format); a run shows what its method logs
     "step": ("step", "{:.0f}"),
     "loss": ("loss/objective_nats_per_token", "{:+.4f}"),
-    "objective": ("loss/objective", "{:+.4f}"),
     "reward": ("reward/mean", "{:.3f}"),
     "dead": ("reward/dead_group_frac", "{:.0%}"),
     "KL": ("loss/kl_nats_per_token", "{:.4f}"),
@@ -86,12 +85,9 @@ class Evaluation:
 
 
 class StepView:
-    """Show a line of metrics per step: a live table with a bar on a terminal, plain short lines elsewhere.
+    """Show a line of metrics per step: a live table with a bar on a terminal, plain short lines elsewhere."""
 
-    steps  how many there will be; None where a budget of tokens decides, and then the share of it is shown
-    """
-
-    def __init__(self, console: Console, steps: int | None):
+    def __init__(self, console: Console, steps: int | None):  # None: a budget of tokens decides, its share is shown
         self.console, self.steps = console, steps
         self.rows: list[dict[str, Any]] = []
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -110,11 +106,10 @@ class StepView:
         self.rows = [*self.rows, metrics][-SHOWN_STEPS:]
         place = f"step {metrics['step']}" + (f"/{self.steps}" if self.steps else f", {metrics['progress']:.0%}")
         if self.live:
-            shown = [self._cells(row) for row in self.rows]
-            table = Table(*(Column(title, justify="right") for title in shown[-1]), box=None, header_style="bold")
-            for cells in shown:
-                table.add_row(*cells.values())
-            bar = Table.grid(padding=(0, 1))
+            columns = [Column(title, justify="right") for title in self._cells(metrics)]
+            table, bar = Table(*columns, box=None, header_style="bold"), Table.grid(padding=(0, 1))
+            for row in self.rows:
+                table.add_row(*self._cells(row).values())
             bar.add_row(place, ProgressBar(total=1.0, completed=metrics["progress"], width=60))
             self.live.update(Group(table, bar), refresh=True)
         else:

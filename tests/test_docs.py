@@ -19,6 +19,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CEILINGS = {
     "copsd.py": 800, "eval.py": 450, "kernels.py": 320, "parts/sampler.py": 330, "parts/model.py": 280,
     "parts/data.py": 320, "parts/grading.py": 320, "parts/runs.py": 280, "parts/report.py": 350,
+    # not in the first plan; LOG.md says why they are there
+    "parts/benchmarks.py": 120, "parts/flags.py": 80, "parts/machine.py": 80, "parts/mathcheck.py": 100,
+    "parts/metrics.py": 250,
 }  # fmt: skip
 SOURCES = [ROOT / name for name in CEILINGS]
 FUNCTION_CEILING, LOOP_CEILING = 60, 90
@@ -81,7 +84,9 @@ def test_each_equation_of_the_readme_is_marked_where_it_is_computed():
 
 
 @pytest.mark.parametrize(
-    "name", ["kernels", "eval", "copsd", "parts.sampler", "parts.model", "parts.data", "parts.grading"]
+    "name",
+    ["kernels", "eval", "copsd"]
+    + [f"parts.{name}" for name in ("sampler", "model", "data", "grading", "mathcheck", "metrics", "benchmarks")],
 )
 def test_examples_in_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
