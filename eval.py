@@ -391,7 +391,7 @@ def main(
         console.print(f"completions, verdicts and settings: {out}", soft_wrap=True)
 
 
-def load_evaluations(folder: Path) -> dict[str, tuple[dict[str, Any], list[Graded], Evaluation]]:
+def load_evaluations(folder: Path, name: str) -> dict[str, tuple[dict[str, Any], list[Graded], Evaluation]]:
     """Return by language what --out wrote: the record of settings and identity, the problems, and the report's view."""
     found = {}
     for record_file in [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]:
@@ -406,7 +406,7 @@ def load_evaluations(folder: Path) -> dict[str, tuple[dict[str, Any], list[Grade
             for k in range(1, settings["samples"] + 1)
         }
         summary = runs.read_json(run.folder / "summary.json")
-        view = Evaluation(str(folder), settings, rows, summary, {k: asdict(estimate) for k, estimate in curve.items()})
+        view = Evaluation(name, settings, rows, summary, {k: asdict(estimate) for k, estimate in curve.items()})
         found[settings["lang"]] = (record, results, view)
     if not found:
         raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
@@ -422,8 +422,10 @@ def report_command(
     console = start_program()
     with bad_input():
         evaluations, tests, firsts = [], [], {}
+        unique = len({folder.name for folder in folders}) == len(folders)
         for folder in folders:
-            for language, (record, results, view) in load_evaluations(folder).items():
+            name = folder.name if unique else str(folder)
+            for language, (record, results, view) in load_evaluations(folder, name).items():
                 evaluations.append(view)
                 first_record, first_results, first = firsts.setdefault(language, (record, results, view))
                 if first_record["identity"]["data"] != record["identity"]["data"]:

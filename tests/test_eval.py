@@ -260,13 +260,13 @@ def test_report_compares_evaluations_and_writes_its_files(tmp_path, two_evaluati
     assert result.exit_code == 0, result.output
     assert "Paired tests over problems" in result.stdout
     assert (tmp_path / "report" / "report.html").stat().st_size > 1000
-    change = evaluation.paired_tests(*(evaluation.load_evaluations(Path(f))["swa"][1] for f in two_evaluations))[0]
+    change = evaluation.paired_tests(*(evaluation.load_evaluations(Path(f), f)["swa"][1] for f in two_evaluations))[0]
     assert cell("pass@1", asdict(change)) in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert run_cli("report", two_evaluations[0], "--out", str(tmp_path / "one")).exit_code == 0
 
 
 def test_the_reports_curve_holds_every_k(two_evaluations):
-    record, results, view = evaluation.load_evaluations(Path(two_evaluations[0]))["hau"]
+    record, results, view = evaluation.load_evaluations(Path(two_evaluations[0]), "first")["hau"]
     assert list(view.pass_at_k) == [1, 2]
     assert view.pass_at_k[2] == read_json(Path(two_evaluations[0]) / "hau" / "summary.json")["pass@2"]
     assert [asdict(each) for each in results] == view.problems and record["settings"] == view.settings
