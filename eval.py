@@ -99,10 +99,12 @@ def grade(completion: str, gold: str, *, think_open: bool = False) -> Grade:
 
 
 def check_answers(problems: list[Problem]) -> None:
-    """Raise ValueError for a problem whose gold answer is missing or cannot be graded."""
+    """Raise ValueError for a problem whose gold answer is missing or is none that the grader takes."""
     for problem in problems:
-        if problem.answer is None or normalise(problem.answer) is None:
-            raise ValueError(f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded; a number is needed")
+        try:
+            grade("", problem.answer or "")
+        except ValueError as error:
+            raise ValueError(f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded: {error}") from error
 
 
 def text_language(text: str) -> str:
