@@ -1,8 +1,13 @@
-"""The grader: a table of cases (grading_cases.tsv), numbers written in every script and read back, hostile input."""
+"""The grader: a table of cases (grading_cases.tsv), numbers in every script read back, math-verify, hostile input."""
 
 import doctest
+import os
 import re
+import signal
+import subprocess
+import sys
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parts import grading
-from parts.grading import MAX_ANSWER_CHARS, MAX_EXPONENT, extract_answer, is_correct, normalise
+from parts import grading, mathcheck
+from parts.grading import MAX_ANSWER_CHARS, MAX_EXPONENT, extract_answer, grade, is_correct, normalise
 
 ZEROS = [chr(code) for code in range(0x110000) if unicodedata.decimal(chr(code), None) == 0]  # one per digit script
-VERDICTS = ("right", "wrong", "unclear", "no answer")
+REASONS = {"right", "wrong", "no box", "think block not closed", "no single answer", "time-out"}
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
@@ -32,22 +37,22 @@ CASES = read_cases()
 def test_case_table(text: str, gold: str, verdict: str, why: str):
     is_completion = r"boxed" in text or "think>" in text
     completion = text if is_completion else rf"\boxed{{{text}}}"
-    assert verdict in VERDICTS
-    assert is_correct(completion, gold) == (verdict == "right"), why
-    assert (extract_answer(completion) is None) == (verdict == "no answer"), why
-    if not is_completion:
-        assert (normalise(text) is None) == (verdict == "unclear"), why
+    given = grade(completion, gold)
+    assert given.reason == verdict in REASONS, why
+    assert given.correct == is_correct(completion, gold) == (verdict == "right")
+    assert given.answer == extract_answer(completion)
 
 
 def test_case_table_is_large_and_has_no_repeats():
-    assert len(CASES) >= 150
+    assert len(CASES) >= 200
     assert len({case[:2] for case in CASES}) == len(CASES)
 
 
 def test_docstring_examples():
-    results = doctest.testmod(grading)
-    assert results.attempted > 10
-    assert results.failed == 0
+    for module, least in ((grading, 8), (mathcheck, 1)):
+        results = doctest.testmod(module)
+        assert results.attempted >= least
+        assert results.failed == 0
 
 
 # ---- Think blocks and golds
@@ -69,10 +74,160 @@ def test_a_think_block_opened_in_the_prompt_must_be_closed(completion, answer, a
     assert is_correct(completion, "18", think_open=True) == (answer_when_think_open == "18")
 
 
-@pytest.mark.parametrize("gold", ["", "  ", "18 or 19", "1/0", "9" * (MAX_ANSWER_CHARS + 1)])
+@pytest.mark.parametrize("gold", ["", "  ", "...", "9" * (MAX_ANSWER_CHARS + 1)])
 def test_an_unusable_gold_is_an_error_even_without_an_answer(gold):
     with pytest.raises(ValueError, match="unusable gold answer"):
         is_correct("no box", gold)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason", "lenient"),
+    [
+        (r"\boxed{18}", "right", "18"),
+        (r"\boxed{17}", "wrong", "17"),
+        (r"\boxed{17} or 18", "wrong", "17"),
+        (r"\boxed{18 or 19}, say 18", "no single answer", None),
+        ("9 x 2 = 18 birr.", "no box", "18"),
+        ("18, 17", "no box", "17"),
+        ("It is 0", "no box", "0"),
+        (r"18 \boxed{17", "no box", "17"),
+        (r"\boxed{18} \boxed{} 17", "no box", "17"),
+        ("none", "no box", None),
+        (r"<think>\boxed{18}", "think block not closed", "18"),
+        ("<think>it is ፲፰", "think block not closed", "18"),
+        (r"<think>\boxed{18}</think> so 17", "no box", "18"),
+        ("18 " + "a" * MAX_ANSWER_CHARS, "no box", None),
+    ],
+)
+def test_the_lenient_reading_is_apart(completion, reason, lenient):
+    given = grade(completion, "18")
+    assert (given.reason, given.lenient) == (reason, lenient)
+    assert given.correct == (reason == "right")
+    assert given.lenient_correct == (lenient == "18")
+    assert (given.canonical is None) == (reason not in ("right", "wrong"))
+
+
+def test_what_the_released_evaluation_got_wrong():
+    first, last = r"\boxed{18} no, \boxed{17}", r"\boxed{17} no, \boxed{18}"
+    assert not is_correct(first, "18") and is_correct(last, "18")  # its reward read the first box, its metric the last
+    assert grade(r"\boxed{}", "18").canonical is None  # an empty box could win its majority vote
+    assert grade(r"\boxed{18.0}", "18").canonical == grade(r"\boxed{$18}", "18").canonical  # it voted on raw strings
+    for written in ("१८", "১৮", "๑๘", "፲፰", "$18", "18 birr"):  # math-verify alone rejects each
+        assert is_correct(rf"\boxed{{{written}}}", "18")
+
+
+# ---- math-verify, in workers that are killed at their limit
+
+ROOT_2, HOPELESS = r"2\sqrt{2}", r"\boxed{9^{9^{9^{9}}}}"
+
+
+@pytest.fixture
+def workers(monkeypatch) -> list[subprocess.Popen]:
+    """Begin without a worker and return the list of those that are started."""
+    started = []
+
+    def start(*args, **kwargs):
+        started.append(subprocess.Popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(grading, "_idle_workers", [])
+    monkeypatch.setattr(grading, "Popen", start)
+    return started
+
+
+def test_one_worker_is_started_when_it_is_needed_and_kept(workers):
+    for answer in ("8", "18 or 19", r"\sqrt{324}", r"9 \times 2", "18!"):
+        assert not is_correct(rf"\boxed{{{answer}}}", "18")
+    assert is_correct(rf"\boxed{{{ROOT_2}}}", ROOT_2)
+    assert workers == []
+    assert is_correct(r"\boxed{\sqrt{8}}", ROOT_2) and not is_correct(r"\boxed{\sqrt{9}}", ROOT_2)
+    assert len(workers) == 1
+    assert os.getsid(workers[0].pid) == workers[0].pid  # a session of its own: Ctrl-C does not reach it
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_worker_that_takes_too_long_is_killed(workers, in_thread):
+    def hopeless():
+        return grade(HOPELESS, ROOT_2, limit_s=0.5)
+
+    is_correct(r"\boxed{\sqrt{8}}", ROOT_2)  # starts it, which takes its time
+    given = ThreadPoolExecutor(1).submit(hopeless).result() if in_thread else hopeless()
+    assert (given.reason, given.correct, given.lenient_correct) == ("time-out", False, False)
+    assert given.canonical is not None
+    assert workers[0].returncode in (-signal.SIGPROF, -signal.SIGALRM)  # dead and reaped: no zombie
+    assert is_correct(r"\boxed{\sqrt{8}}", ROOT_2)
+    assert len(workers) == 2 and workers[1].poll() is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["10^{10^{10}}", "10^(10^10)", "(10^9)!", r"\binom{10^8}{10^7}", "(x+1)^{99999}", r"\sum_{n=1}^{10^9} \frac1n"],
+)
+def test_a_hostile_expression_costs_the_limit_at_most(answer):
+    assert grade(rf"\boxed{{{answer}}}", ROOT_2, limit_s=0.3).reason in ("time-out", "wrong")
+
+
+def test_a_limit_of_nothing_is_not_no_limit():
+    assert grade(HOPELESS, ROOT_2, limit_s=0).reason == "time-out"
+
+
+def test_a_worker_that_does_not_even_compute_is_killed_by_the_clock():
+    sleeper = (
+        "import time; from parts import mathcheck; mathcheck.is_same = lambda *_: time.sleep(60); mathcheck.main()"
+    )
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", sleeper], cwd=root, input='["", "", 0.02]', text=True, timeout=50)
+    assert run.returncode == -signal.SIGALRM
+
+
+def test_threads_get_each_their_own_verdict():
+    numbers = range(2, 26)
+    with ThreadPoolExecutor(3) as pool:
+        verdicts = pool.map(lambda n: is_correct(rf"\boxed{{x\sqrt{{{n}}}}}", r"\sqrt{9}x"), numbers)
+    assert [n for n, verdict in zip(numbers, verdicts, strict=True) if verdict] == [9]
+
+
+def test_a_late_reply_after_an_interruption_meets_no_other_question(workers):
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    assert is_correct(r"\boxed{\sqrt{8}}", ROOT_2)
+    os.kill(workers[0].pid, signal.SIGSTOP)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            is_correct(r"\boxed{\sqrt{8}}", ROOT_2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        os.kill(workers[0].pid, signal.SIGCONT)  # now it replies: right
+    assert not is_correct(r"\boxed{\sqrt{9}}", ROOT_2)
+    assert len(workers) == 2
+
+
+def test_without_math_verify_the_error_names_it(workers, monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert not is_correct(r"\boxed{17}", "18")
+    with pytest.raises(OSError, match=r"math-verify .* pip install -r requirements\.txt"):
+        is_correct(r"\boxed{\sqrt{8}}", ROOT_2)
+
+
+def test_a_worker_is_not_shared_with_a_fork_and_ends_with_its_parent():
+    script = r"""if True:
+        import os
+        from parts import grading
+        grading.is_correct(r"\boxed{\sqrt{4}x}", "2x")
+        if os.fork() == 0:
+            os._exit(len(grading._idle_workers))
+        print(os.wait()[1], *(worker.pid for worker in grading._idle_workers))
+    """
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    status, worker = map(int, run.stdout.split())
+    assert status == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
 
 
 # ---- Written in every script and read back
@@ -216,9 +371,16 @@ hostile_text = st.one_of(
 def test_no_text_raises(text):
     answer = normalise(text)
     assert answer is None or answer
+    normalise(text, as_text=True)
     extract_answer(text, think_open=True)
     assert is_correct(text, "123456789") in (True, False)
     is_correct(rf"\boxed{{{text}}}", "18")
+
+
+@settings(quick, max_examples=40)
+@given(hostile_text)
+def test_no_text_breaks_a_worker(text):
+    assert grade(rf"\boxed{{{text}}}", r"x\sqrt{8}", limit_s=0.5).reason in REASONS
 
 
 @settings(quick, max_examples=300)
