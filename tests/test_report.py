@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import html
 import io
 import json
 import math
@@ -140,7 +141,8 @@ def attempt(reason: str, completion: str, tokens: int = 20) -> dict[str, Any]:
     answer = None if reason == "no box" else "18"
     return {
         "completion": completion, "answer": answer, "canonical": answer, "lenient": "18", "correct": reason == "right",
-        "lenient_correct": False, "reason": reason, "tokens": tokens, "finish_reason": "stop", "language": "hau", "seed": 7,
+        "lenient_correct": False, "reason": reason, "tokens": tokens, "finish_reason": "stop", "language": "hau",
+        "seed": 7,
     }  # fmt: skip
 
 
@@ -150,15 +152,8 @@ def evaluation(name: str, lang: str, rights: tuple[int, int]) -> Evaluation:
     for place, right in enumerate(rights):
         wrong = attempt("no box", EVIL, 40) if place == 0 else attempt("wrong", r"\boxed{18}")
         attempts = [attempt("right", rf"{name}: \boxed{{18}}")] * right + [wrong] * (2 - right)
-        problems.append(
-            {
-                "id": f"{lang}-{place}",
-                "problem": f"Mangwaro {place}?",
-                "gold": "18",
-                "level": None,
-                "attempts": attempts,
-            }
-        )
+        problem = {"id": f"{lang}-{place}", "problem": f"Mangwaro {place}?", "gold": "18", "level": None}
+        problems.append({**problem, "attempts": attempts})
     share = sum(rights) / 4
     return Evaluation(
         name, {"lang": lang, "samples": 2}, problems, {"format rate": estimate(0.75), "mean tokens": estimate(25.0)},
@@ -256,36 +251,47 @@ def test_the_page_holds_its_data_whatever_the_completions_say(written):
     found = json.loads(embedded)["runs"][0]["problems"][0]["attempts"][0]["completion"]
     assert found == EVIL.replace("\ud800", "?")  # half a surrogate pair is no text
     assert page.count("<script") == page.count("</script>") == 2
+    assert page.count(embedded) == 1
     loads = r"""(src|href)=|url\(|import\s*\(|fetch\("""
     assert not re.search(loads, page.replace(embedded, ""))  # it opens from disk, without a network
 
 
-def rendered(page: Path, filters: str, profile: Path) -> str:
-    """Return the page as Chromium has it after its script ran."""
+USER = """<script>
+const element = id => document.getElementById(id);
+const view = () => [element("count").textContent, element("problems").innerHTML];
+const views = [view()].concat(CASES.map(filters => {
+  form.reset();
+  for (const name of Object.keys(filters)) form.elements[name][name === "open" ? "checked" : "value"] = filters[name];
+  form.dispatchEvent(new Event("input"));
+  return view();
+}));
+document.body.replaceChildren(make("pre", {}, JSON.stringify([document.title, views])));
+</script></body>"""
+
+
+def test_a_browser_shows_the_filtered_problems_with_their_verdicts(written, tmp_path):
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("needs chromium")
-    flags = ["--no-sandbox", "--headless", "--disable-gpu", f"--user-data-dir={profile}", "--virtual-time-budget=5000"]
-    command = [browser, *flags, "--dump-dom", f"{page.as_uri()}#{filters}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-
-
-@pytest.mark.parametrize(
-    ("filters", "count", "shown", "absent"),
-    [
-        ("open=on", "4 of 4 problems, completions: 16", ["✗ no box", "✗ wrong", "✓ right"], []),
-        ("lang=hau&verdict=no+box&open=on", "1 of 4 problems, completions: 2", ["✗ no box", "lenient reading: 18"], ["✗ wrong"]),
-        ("verdict=not+right&run=COPSD&open=on", "1 of 4 problems, completions: 1", ["swa-0"], ["swa-1", "hau-0"]),
-        ("text=copsd:&open=on", "4 of 4 problems, completions: 7", ["<mark>COPSD:</mark>"], ["✗"]),
-        ("text=MANGWARO+1&run=base", "2 of 4 problems, completions: 4", ["hau-1", "swa-1"], ["hau-0", "✓ right"]),
-        ("solved=some", "1 of 4 problems, completions: 4", ["hau-0", "base: 0/2 right"], ["swa-0"]),
-        ("text=nowhere", "No completion passes these filters.", [], ["class=\"problem\""]),
-    ],
-)  # fmt: skip
-def test_a_browser_shows_the_filtered_problems_with_their_verdicts(written, tmp_path, filters, count, shown, absent):
-    dom = rendered(written / "report.html", filters, tmp_path / "profile")
-    body = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
-    assert f">{count}</output>" in body
-    main = body[body.index("<main") : body.index("</main>")]
-    assert all(text in main for text in shown) and not any(text in main for text in absent)
-    assert "<title>Evaluation report</title>" in body and "<b>" not in main
+    cases = [  # filters, count, what is shown, what is not; those of the first are in the address
+        ({}, "1 of 4 problems, completions: 2", ["✗ no box", "lenient reading: 18", "&lt;b&gt;"], ["✗ wrong", "<b>"]),
+        ({"open": True}, "4 of 4 problems, completions: 16", ["✗ no box", "✗ wrong", "✓ right"], []),
+        ({}, "4 of 4 problems, completions: 16", ["hau-0", "base: 0/2 right", "swa-1"], ["✗ no box"]),
+        ({"verdict": "not right", "run": "COPSD"}, "1 of 4 problems, completions: 1", ["swa-0"], ["swa-1", "hau-0"]),
+        ({"text": "copsd:", "open": True}, "4 of 4 problems, completions: 7", ["<mark>COPSD:</mark>"], ["✗"]),
+        ({"text": "MANGWARO 1", "run": "base"}, "2 of 4 problems, completions: 4", ["hau-1", "swa-1"], ["hau-0"]),
+        ({"solved": "some"}, "1 of 4 problems, completions: 4", ["hau-0"], ["swa-0"]),
+        ({"text": "nowhere"}, "No completion passes these filters.", [], ["class"]),
+    ]
+    page = tmp_path / "page.html"
+    user = USER.replace("CASES", json.dumps([filters for filters, *_ in cases[1:]]))
+    text = (written / "report.html").read_text(encoding="utf-8")
+    page.write_text(text.replace("</body>", user), encoding="utf-8")
+    address = f"{page.as_uri()}#lang=hau&verdict=no+box&open=on"
+    flags = ["--no-sandbox", "--headless", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    found = subprocess.run([browser, *flags, "--dump-dom", address], capture_output=True, text=True, check=True)
+    title, views = json.loads(html.unescape(found.stdout.split("<pre>")[1].split("</pre>")[0]))
+    assert title == "Evaluation report"
+    for (count, problems), (filters, expected, shown, absent) in zip(views, cases, strict=True):
+        assert count == expected, filters
+        assert all(text in problems for text in shown) and not any(text in problems for text in absent), filters
