@@ -37,7 +37,7 @@ from parts.data import (
     prompt_opens_think,
     template_hash,
 )
-from parts.grading import extract_answer, is_correct, normalise
+from parts.grading import grade
 from parts.metrics import (
     LEVEL_WEIGHTS,
     Attempt,
@@ -77,25 +77,6 @@ from parts.sampler import SamplingParams, sample
 
 MAIN_METRICS = ("format rate", "accuracy given a box", "in the problem's language")  # of several languages
 CHUNK = 64  # problems sampled and written together: what a stop can lose
-
-
-@dataclass(frozen=True)
-class Grade:  # until parts.grading has it
-    answer: str | None
-    canonical: str | None
-    lenient: str | None
-    correct: bool
-    lenient_correct: bool
-    reason: str
-
-
-def grade(completion: str, gold: str, *, think_open: bool = False) -> Grade:
-    """Until parts.grading has it."""
-    answer = extract_answer(completion, think_open=think_open)
-    canonical = normalise(answer) if answer else None
-    correct = is_correct(completion, gold, think_open=think_open)
-    reason = "right" if correct else "no box" if answer is None else "wrong" if canonical else "no single answer"
-    return Grade(answer, canonical, canonical, correct, correct, reason)
 
 
 def check_answers(problems: list[Problem]) -> None:
@@ -201,11 +182,8 @@ def keep_fitting(
     if problems and not kept:
         raise ValueError(f"no problem fits the model's context of {context} tokens: lower --max-new-tokens")
     if len(kept) < len(problems):
-        console.print(
-            f"skipped {len(problems) - len(kept)} of {len(problems)} problems: their prompts and {max_new_tokens} new "
-            f"tokens exceed the model's context of {context}",
-            soft_wrap=True,
-        )
+        why = f"their prompts and {max_new_tokens} new tokens exceed the model's context of {context}"
+        console.print(f"skipped {len(problems) - len(kept)} of {len(problems)} problems: {why}", soft_wrap=True)
     return kept
 
 
@@ -428,12 +406,9 @@ def load_evaluations(folder: Path) -> dict[str, tuple[dict[str, Any], list[Grade
         rows, settings = run.whole_rows("problems.jsonl"), record["settings"]
         results = [read_graded(row) for row in rows]
         counts = [(len(result.attempts), sum(a.correct for a in result.attempts)) for result in results]
-        curve = {
-            k: bootstrap([pass_at_k(n, c, k) for n, c in counts], [1.0] * len(counts))
-            for k in range(1, settings["samples"] + 1)
-        }
-        summary = read_json(run.folder / "summary.json")
-        view = Evaluation(str(folder), settings, rows, summary, {k: asdict(estimate) for k, estimate in curve.items()})
+        passes = {k: [pass_at_k(n, c, k) for n, c in counts] for k in range(1, settings["samples"] + 1)}
+        curve = {k: asdict(bootstrap(values, [1.0] * len(values))) for k, values in passes.items()}
+        view = Evaluation(str(folder), settings, rows, read_json(run.folder / "summary.json"), curve)
         found[settings["lang"]] = (record, results, view)
     if not found:
         raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
