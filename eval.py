@@ -38,7 +38,7 @@ from parts.data import (
     prompt_opens_think,
     template_hash,
 )
-from parts.grading import grade, normalise
+from parts.grading import grade
 from parts.machine import keep_freed_memory, pick_device, pick_dtype
 from parts.metrics import (
     LEVEL_WEIGHTS,
@@ -70,10 +70,12 @@ CHUNK = 64  # problems sampled and written together: what a stop can lose
 
 
 def check_answers(problems: list[Problem]) -> None:
-    """Raise ValueError for a problem whose gold answer is missing or cannot be graded."""
+    """Raise ValueError for a problem whose gold answer is missing or is none that the grader takes."""
     for problem in problems:
-        if problem.answer is None or normalise(problem.answer, as_text=True) is None:  # as `grade` reads a gold
-            raise ValueError(f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded; valid: a short text")
+        try:
+            grade("", problem.answer or "")
+        except ValueError as error:
+            raise ValueError(f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded: {error}") from error
 
 
 def text_language(text: str) -> str:
@@ -174,11 +176,8 @@ def keep_fitting(
     if problems and not kept:
         raise ValueError(f"no problem fits the model's context of {context} tokens: lower --max-new-tokens")
     if len(kept) < len(problems):
-        console.print(
-            f"skipped {len(problems) - len(kept)} of {len(problems)} problems: their prompts and {max_new_tokens} new "
-            f"tokens exceed the model's context of {context}",
-            soft_wrap=True,
-        )
+        why = f"their prompts and {max_new_tokens} new tokens exceed the model's context of {context}"
+        console.print(f"skipped {len(problems) - len(kept)} of {len(problems)} problems: {why}", soft_wrap=True)
     return kept
 
 
@@ -401,12 +400,9 @@ def load_evaluations(folder: Path, name: str) -> dict[str, tuple[dict[str, Any],
         rows, settings = run.whole_rows("problems.jsonl"), record["settings"]
         results = [read_graded(row) for row in rows]
         counts = [(len(result.attempts), sum(a.correct for a in result.attempts)) for result in results]
-        curve = {
-            k: bootstrap([pass_at_k(n, c, k) for n, c in counts], [1.0] * len(counts))
-            for k in range(1, settings["samples"] + 1)
-        }
-        summary = runs.read_json(run.folder / "summary.json")
-        view = Evaluation(name, settings, rows, summary, {k: asdict(estimate) for k, estimate in curve.items()})
+        passes = {k: [pass_at_k(n, c, k) for n, c in counts] for k in range(1, settings["samples"] + 1)}
+        curve = {k: asdict(bootstrap(values, [1.0] * len(values))) for k, values in passes.items()}
+        view = Evaluation(name, settings, rows, runs.read_json(run.folder / "summary.json"), curve)
         found[settings["lang"]] = (record, results, view)
     if not found:
         raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
