@@ -103,22 +103,50 @@ def test_copsd_commands_of_the_readme_run(command, tmp_path):
     arguments = shlex.split(command)[2:]
     if "Qwen2.5-1.5B" in arguments:
         pytest.skip("needs the hub; test_hub.py runs it against a local cache")
+    if arguments[0] == "compare":
+        arguments += [
+            "--seeds",
+            "1",
+            "--sweep",
+            "1",
+            "--token-budget",
+            "600",
+            "--batch-size",
+            "8",
+            "--max-new-tokens",
+            "30",
+        ]
+        arguments += [
+            "--eval-problems",
+            "4",
+            "--eval-samples",
+            "2",
+            "--dev-problems",
+            "4",
+            "--out",
+            str(tmp_path / "out"),
+        ]
     if arguments[0] == "train":
-        arguments += ["--steps", "1", "--batch-size", "4", "--eval-problems", "4", "--out", str(tmp_path / "run")]
+        arguments += ["--steps", "1", "--batch-size", "8", "--eval-problems", "4", "--out", str(tmp_path / "run")]
     result = CliRunner().invoke(copsd.app, arguments)
     assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("command", readme_commands("eval.py"))
 def test_eval_commands_of_the_readme_run(command, tmp_path):
-    arguments = shlex.split(command)[2:]
+    arguments = [argument.replace("evaluations/", f"{tmp_path}/") for argument in shlex.split(command)[2:]]
     if "--adapter" in arguments:
         flags = ["--steps", "1", "--batch-size", "4", "--eval-problems", "0", "--out", str(tmp_path / "run")]
         assert CliRunner().invoke(copsd.app, ["train", *flags]).exit_code == 0
         arguments[arguments.index("--adapter") + 1] = str(tmp_path / "run")
-    app = evaluation.typer.Typer()
-    app.command()(evaluation.main)
-    result = CliRunner().invoke(app, [*arguments, "--limit", "4"])
+    if arguments[0] == "report":
+        for seed, folder in enumerate(arguments[1:]):
+            made = ["--pass-at-k", "2", "--limit", "4", "--seed", str(seed), "--out", folder]
+            assert CliRunner().invoke(evaluation.app, made).exit_code == 0
+        arguments += ["--out", str(tmp_path / "report")]
+    else:
+        arguments += ["--limit", "4"]
+    result = CliRunner().invoke(evaluation.app, arguments)
     assert result.exit_code == 0, result.output
 
 
