@@ -14,16 +14,20 @@ Not done: the model's generation_config is never read, no prompt is cut, the glo
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 GROWTH_COLUMNS = 256  # a full cache is copied once per so many tokens
-PREFILL_TOKENS = 2048  # padded prompt tokens in one prefill forward: bounds its memory, and the padding as well
+PREFILL_TOKENS = 512  # padded prompt tokens in one prefill forward: bounds its memory, and the padding as well
+ONEDNN_PRODUCTS = 2**22  # multiplications in a layer from which oneDNN saves more than the two copies around it cost
 FIRST_WIDTH = 256  # candidates tried before a sort of the whole vocabulary
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # Gemma, Cohere, Granite: after the head
 
@@ -102,12 +106,15 @@ def sample(
         for index, ids in enumerate(prompts, start=first_index)
         for number in range(samples_per_prompt)
     ]
+    onednn = torch.backends.mkldnn.is_available() and model.device.type == "cpu" and model.dtype == torch.float32
+    onednn &= model.num_parameters() >= ONEDNN_PRODUCTS  # asked at every operation, it would slow a small model
     training = [module for module in model.modules() if module.training]
     model.eval()  # no dropout, and no gradient checkpointing, which would switch the cache off
     try:
-        for finished, generated in _decode(batch, rows, params, eos_ids, allowed_V, max_rows or len(rows)):
-            if on_progress is not None:
-                on_progress(finished, len(rows), generated)
+        with _OneDNN() if onednn else nullcontext():
+            for finished, generated in _decode(batch, rows, params, eos_ids, allowed_V, max_rows or len(rows)):
+                if on_progress is not None:
+                    on_progress(finished, len(rows), generated)
     finally:
         for module in training:
             module.training = True  # train() would also reach children that were in eval mode
@@ -147,7 +154,6 @@ def _decode(
     """Complete the rows in place; yield (finished rows, generated tokens) after each step."""
     # Longest first: neighbours need little padding and a lack of memory shows at once. Equal prompts become neighbours.
     waiting = deque(sorted(rows, key=lambda row: (-len(row.prompt_ids), row.prompt_ids)))
-    generated = 0
     while waiting or batch._unfinished:
         # An exchange copies the cache, about one step's time: it pays once an eighth of the rows have finished.
         if 8 * batch._unfinished <= 7 * len(batch.rows):
@@ -158,14 +164,12 @@ def _decode(
             logits_BV, uniform_B, allowed_V, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k
         )
         for row, token, logprob in zip(batch.rows, ids_B.tolist(), logprob_B.tolist(), strict=True):
-            if row.finish_reason:
-                continue
-            generated += 1
-            row.completion_ids.append(token)
-            row.logprobs.append(logprob)
-            full = len(row.completion_ids) == params.max_new_tokens
-            row.finish_reason = "stop" if token in eos_ids else "length" if full else ""
-        yield len(rows) - len(waiting) - batch._unfinished, generated
+            if not row.finish_reason:
+                row.completion_ids.append(token)
+                row.logprobs.append(logprob)
+                full = len(row.completion_ids) == params.max_new_tokens
+                row.finish_reason = "stop" if token in eos_ids else "length" if full else ""
+        yield len(rows) - len(waiting) - batch._unfinished, sum(len(row.completion_ids) for row in rows)
         if batch._unfinished:
             batch.step(ids_B)
 
@@ -173,8 +177,8 @@ def _decode(
 @dataclass
 class _History:
     layers: list[Any]  # transformers' cache layers, whose keys and values are [rows, heads, columns, head size]
-    place: tuple[int, slice, slice]  # where this row's keys and values lie in them
-    length: int  # columns
+    row: int  # where this row's keys and values lie in them
+    columns: slice
     hidden_D: Tensor  # the final hidden state of the last id
 
 
@@ -199,19 +203,17 @@ class _Batch:
         kept = [index for index, row in enumerate(self.rows) if not row.finish_reason]
         admitted = [waiting.popleft() for _ in range(min(len(waiting), max_rows - len(kept)))]
         self._prefill([ids for ids in dict.fromkeys(row.prompt_ids for row in admitted) if ids not in self.prompts])
-        layers, column, histories = self.cache.layers, self.cache.get_seq_length(), []
-        for index in kept:
-            place = (index, slice(None), slice(self.starts[index], column))
-            histories.append(_History(layers, place, column - self.starts[index], self.hidden_BD[index]))
+        layers, column = self.cache.layers, self.cache.get_seq_length()
+        histories = [_History(layers, row, slice(self.starts[row], column), self.hidden_BD[row]) for row in kept]
         histories += [self.prompts[row.prompt_ids] for row in admitted]
 
         for index in range(len(layers)):
-            keys = [history.layers[index].keys[history.place] for history in histories]
-            values = [history.layers[index].values[history.place] for history in histories]
+            keys = [old.layers[index].keys[old.row, :, old.columns].transpose(0, 1) for old in histories]
+            values = [old.layers[index].values[old.row, :, old.columns].transpose(0, 1) for old in histories]
             layers[index] = _GrowingLayer(keys, values)  # now, since a whole second cache would double the peak memory
-        longest = max(history.length for history in histories)
-        self.starts = [longest - history.length for history in histories]
-        self.hidden_BD = torch.stack([history.hidden_D for history in histories])
+        lengths = [old.columns.stop - old.columns.start for old in histories]
+        self.starts = [max(lengths) - length for length in lengths]
+        self.hidden_BD = torch.stack([old.hidden_D for old in histories])
         self.rows = [self.rows[index] for index in kept] + admitted
         self.prompts = {ids: self.prompts[ids] for ids in self.prompts.keys() & {row.prompt_ids for row in waiting}}
 
@@ -227,7 +229,7 @@ class _Batch:
             hidden_BPD = self.decoder(input_ids=ids_BP, past_key_values=cache, use_cache=True).last_hidden_state
             for index, ids in enumerate(group):
                 last_D = hidden_BPD[index, len(ids) - 1].clone()  # a view would keep all of hidden_BPD alive
-                self.prompts[ids] = _History(cache.layers, (index, slice(None), slice(len(ids))), len(ids), last_D)
+                self.prompts[ids] = _History(cache.layers, index, slice(0, len(ids)), last_D)
 
     def step(self, ids_B: Tensor) -> None:
         """Append one id to every row and compute the hidden states that follow."""
@@ -237,27 +239,22 @@ class _Batch:
         if any(self.starts):
             # Additive, as eager attention adds a mask: True and False would count as 1 and 0.
             padding_B11T = (torch.arange(column + 1, device=ids_B.device) < start_B1)[:, None, None]
-            zero_B11T = torch.zeros_like(padding_B11T, dtype=self.hidden_BD.dtype)
-            mask_B11T = zero_B11T.masked_fill(padding_B11T, torch.finfo(zero_B11T.dtype).min)
-        self.hidden_BD = self.decoder(
-            input_ids=ids_B[:, None],
-            position_ids=column - start_B1,
-            attention_mask=mask_B11T,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[:, 0]
+            mask_B11T = torch.finfo(self.hidden_BD.dtype).min * padding_B11T.to(self.hidden_BD.dtype)
+        where = {"position_ids": column - start_B1, "attention_mask": mask_B11T, "past_key_values": self.cache}
+        self.hidden_BD = self.decoder(input_ids=ids_B[:, None], **where, use_cache=True).last_hidden_state[:, 0]
 
 
 class _GrowingLayer(DynamicLayer):
-    """One layer's keys and values, from each row's [heads, length, head size], with room for the columns to come.
+    """One layer's keys and values, from each row's [length, heads, head size], with room for the columns to come.
 
     transformers' DynamicLayer copies the whole cache for every token; this one writes the new column in place.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
         super().__init__()
-        self.keys: Tensor = _right_align(keys)
-        self.values: Tensor = _right_align(values)
+        # Padded with zeros: a masked column has weight 0, but 0 times a stray NaN would be NaN.
+        self.keys: Tensor = pad_sequence(keys, batch_first=True, padding_side="left").transpose(1, 2)
+        self.values: Tensor = pad_sequence(values, batch_first=True, padding_side="left").transpose(1, 2)
         self.filled = self.keys.shape[2]
         self.is_initialized = True
 
@@ -275,10 +272,13 @@ class _GrowingLayer(DynamicLayer):
         return self.filled
 
 
-def _right_align(rows: list[Tensor]) -> Tensor:
-    columns_first = [row.transpose(0, 1) for row in rows]
-    # Padded with zeros: a masked column has weight 0, but 0 times a stray NaN would be NaN.
-    return nn.utils.rnn.pad_sequence(columns_first, batch_first=True, padding_side="left").transpose(1, 2)
+class _OneDNN(TorchFunctionMode):
+    """Within it, large linear layers are oneDNN's: MKL, which torch takes for fp32, is half as fast on AMD's CPUs."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear and not kwargs and args[0].numel() * len(args[1]) >= ONEDNN_PRODUCTS:
+            return func(args[0].to_mkldnn(), *args[1:]).to_dense()  # linear goes by its input's layout
+        return func(*args, **(kwargs or {}))
 
 
 def choose_tokens(
