@@ -127,7 +127,8 @@ class Config:
 
     eval_problems: int = setting(32, "problems of the evaluations before and after; 0 is none (ours)", least=0)
     eval_samples: int = setting(8, "completions per problem there; pass@k has k = 1 and this (ours)", least=1)
-    eval_temperature: float = setting(1.0, "of the sampled evaluations; top-p as above, top-k off", least=0)
+    eval_temperature: float = setting(1.0, "of the sampled evaluations, whose top-k is off", least=0)
+    eval_top_p: float = setting(0.95, "of the sampled evaluations", above=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -557,10 +558,7 @@ def save(run: runs.Run, setup: Setup, optimizer: torch.optim.Optimizer, step: in
 
 
 def restore(run: runs.Run, lora: Lora, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Bring adapter and optimiser to the last saved step and drop what was logged after it.
-
-    Returns that step and the tokens sampled up to it, 0 and 0 for a new run.
-    """
+    """Bring adapter, optimiser and logs to the last saved step; return it and the tokens sampled so far, or 0 and 0."""
     step, tensors = run.load_state()
     run.cut_back(step)
     if step:
@@ -588,7 +586,7 @@ def heldout_kl(setup: Setup, seed: int) -> Estimate:
 def measure(setup: Setup, console: Console, when: str) -> dict[str, dict[str, Any]]:
     """Evaluate on the held-out problems, in the target language and, so that forgetting shows, in English."""
     config, columns = setup.config, {}
-    sampled = SamplingParams(config.max_new_tokens, config.eval_temperature, config.top_p, seed=config.seed)
+    sampled = SamplingParams(config.max_new_tokens, config.eval_temperature, config.eval_top_p, seed=config.seed)
     greedy = replace(sampled, temperature=0.0)
     english = pose_in_english([p for p in setup.heldout if p.problem_en], 1.0)
     for problems in [setup.heldout, english] if setup.heldout[0].language != "eng" and english else [setup.heldout]:

@@ -56,6 +56,7 @@ class Tools(NamedTuple):
     prepare: Callable[[Any, Path, Console], tuple[Any, Run]]
     loops: dict[str, Callable[[Any, Run, Any], bool]]  # method -> its loop; False: stopped by a signal
     heldout_kl: Callable[[Any, int], Estimate]
+    ruler: Any = None  # settings: those of COPSD's recipe that every arm, whatever its own, is evaluated with
 
 
 class Stopped(Exception):
@@ -176,21 +177,21 @@ def in_english(problems: list[Problem]) -> list[Problem]:
 
 def evaluate_model(tools: Tools, setup: Any, *, kl: bool, samples: int = 0) -> Results:
     """Return the scores of greedy decoding in both languages, of `samples` completions in the target's, and the KL."""
-    config = setup.config
+    ruler = tools.ruler
 
     def _scores(problems: list[Problem], temperature: float, count: int) -> dict[str, list[float]]:
-        params = SamplingParams(config.max_new_tokens, temperature, config.top_p, seed=0)
-        options = {"samples": count, "thinking": config.thinking, "max_rows": config.sample_rows}
+        params = SamplingParams(ruler.max_new_tokens, temperature, ruler.eval_top_p, seed=0)
+        options = {"samples": count, "thinking": ruler.thinking, "max_rows": ruler.sample_rows}
         return scores(evaluate(setup.model, setup.tokenizer, problems, params, **options))
 
     found: Results = {"greedy": _scores(setup.heldout, 0.0, 1)}
     if english := in_english(setup.heldout):
         found["english"] = _scores(english, 0.0, 1)
     if samples:
-        found["sampled"] = _scores(setup.heldout, config.eval_temperature, samples)
+        found["sampled"] = _scores(setup.heldout, ruler.eval_temperature, samples)
     if kl:
         # To the teacher that reads everything, whatever taught this arm, so that arms are comparable.
-        whole = replace(config, english_problem=True, english_solution=True, divergence="forward_kl", teacher="fixed")
+        whole = replace(ruler, english_problem=True, english_solution=True, divergence="forward_kl", teacher="fixed")
         found["kl"] = asdict(tools.heldout_kl(replace(setup, config=whole, heldout=setup.heldout[:KL_PROBLEMS]), 0))
     return found
 
@@ -456,7 +457,7 @@ def compare(options: dict[str, Any], given: dict[str, Any], console: Console, to
     for method in methods:
         recipe = asdict(configs[method, langs[0]]).items()
         settings |= {f"{method} {name}": value for name, value in recipe if name not in ("method", "out")}
-    root = Run(out)
+    root, tools = Run(out), tools._replace(ruler=main)
     root.check(settings)
     root.create(settings, {})
 

@@ -269,6 +269,7 @@ CHANGES = {
 ELSEWHERE = {
     "model", "top_p", "top_k", "eval_data", "out", "beta", "ema_decay", "thinking", "micro_batch", "chunk_tokens",
     "sample_rows", "gradient_checkpointing", "compile", "device", "eval_problems", "eval_samples", "eval_temperature",
+    "eval_top_p",
     # GRPO's, in test_grpo.py
     "method", "group_size", "scale_rewards", "inner_epochs", "clip_low", "clip_high", "kl_coef", "loss_norm",
     "mask_truncated", "resample_dead_groups",
