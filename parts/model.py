@@ -253,8 +253,8 @@ def save_adapter(lora: Lora, folder: Path, *, base_model: str) -> None:
     config = {**PLAIN_LORA, "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "bias": "none"}
     config |= {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "target_modules": list(lora.targets)}
     tensors = {f"base_model.model.{name}.weight": tensor for name, tensor in lora.sets["current"].items()}
-    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "adapter.partial"
+    folder.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / CONFIG_FILE)
     save_file(tensors, partial, metadata={"format": "pt"})
@@ -262,10 +262,7 @@ def save_adapter(lora: Lora, folder: Path, *, base_model: str) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:
-    """Put the adapter that save_adapter or peft wrote in folder on model; never goes on with the bare base.
-
-    Raises FileNotFoundError for a missing file, ValueError for another kind of adapter or another base's.
-    """
+    """Put the adapter in folder on model: FileNotFoundError or ValueError where it is not all there or does not fit."""
     for file in (CONFIG_FILE, TENSORS_FILE):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"no adapter in {folder}: {file} is missing")
@@ -273,6 +270,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:
     for field, plain in PLAIN_LORA.items():
         if saved.get(field, plain) != plain:
             raise ValueError(f"adapter {folder} has {field}={saved[field]!r}: valid is {plain!r}")
+    if missing := {"r", "lora_alpha", "target_modules"} - saved.keys():
+        raise ValueError(f"adapter {folder}: {CONFIG_FILE} lacks {', '.join(sorted(missing))}")
     targets = tuple(saved["target_modules"])
     lora = attach_lora(model, rank=saved["r"], alpha=saved["lora_alpha"], targets=targets, seed=0)
     tensors = load_file(folder / TENSORS_FILE).items()

@@ -393,3 +393,10 @@ def test_fingerprint_sees_names_shapes_dtypes_and_bytes_but_not_order():
     variants = [{"a": v, "b": b} for v in (a, a + torch.tensor([0, 0, 0, 2**-20]), a.view(2, 2), a.view(torch.int32))]
     fingerprints = {runs.weights_fingerprint(tensors) for tensors in [*variants, {"a": a, "c": b}]}
     assert len(fingerprints) == 5 and all(len(fingerprint) == 16 for fingerprint in fingerprints)
+
+
+def test_an_adapter_whose_settings_are_incomplete_is_an_error_that_names_them(tmp_path, tiny_model):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}', encoding="utf-8")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="lacks lora_alpha, target_modules"):
+        ours.load_adapter(tiny_model, tmp_path)
