@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 import copsd
-from bench.compare import ablation_arms, band, over_seeds, parse_seeds, per_problem, right_within
+from bench.compare import ablation_arms, parse_seeds
+from bench.outcome import band, over_seeds, per_problem, right_within
 from copsd import Config
 
 SMALL = [
