@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import bench.compare
 import copsd
 from bench.compare import ablation_arms, parse_seeds
 from bench.outcome import band, over_seeds, per_problem, right_within
@@ -129,14 +131,24 @@ def test_ablations_change_one_setting_at_a_time():
 
 
 def test_an_ablation_is_one_table(tmp_path, monkeypatch):
-    import bench.compare
-
     monkeypatch.setattr(bench.compare, "ABLATIONS", (("clip_mode", ("none", "entry")),))
     result = run_cli(*SMALL, "--ablate", "--seeds", "1", "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     assert (
         "| Hausa: clip mode=entry |" in result.stdout and "| Hausa: clip mode=entry against recipe |" in result.stdout
     )
+
+
+def test_the_sweep_picks_the_best_rate_and_the_lowest_of_equals(monkeypatch):
+    right = {0.1: 1.0, 0.2: 3.0, 0.4: 3.0, 0.8: 2.0}
+
+    def evaluated(tools, arm, *rest, **options):
+        return {"final": {"greedy": {"correct": [right[arm.settings["lr"]]], "n": [4.0]}}}
+
+    monkeypatch.setattr(bench.compare, "timed", evaluated)
+    unused: Any = None
+    found = bench.compare.sweep(unused, {"lang": "hau"}, 0.1, "grpo", [8.0, 4.0, 2.0, 1.0], Path("out"), unused)
+    assert found["picked"] == 0.2 and found["accuracy"] == {"0.8": 0.5, "0.4": 0.75, "0.2": 0.75, "0.1": 0.25}
 
 
 def test_seeds_are_a_count_or_a_list():

@@ -335,12 +335,16 @@ def test_a_token_budget_ends_the_run_and_the_rate_falls_with_it(tmp_path, method
     assert loop(setup, run, StepView(QUIET, None)) and len(jsonl(run.folder / "metrics.jsonl")) == len(rows)
 
 
-def test_a_step_in_which_everything_is_masked_changes_nothing(tmp_path):
-    setup, run = make_setup(tmp_path, mask_truncated=True, max_new_tokens=3, steps=1)
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_step_in_which_everything_is_masked_changes_nothing(tmp_path, monkeypatch, masked):
+    monkeypatch.setattr(copsd, "is_correct", lambda text, gold, think_open: len(text) % 2 == 0)  # no dead groups
+    setup, run = make_setup(tmp_path, mask_truncated=masked, max_new_tokens=5, steps=1, temperature=3.0)
     start = [tensor.clone() for tensor in setup.lora.parameters()]
     copsd.train_grpo(setup, run, StepView(QUIET, 1))
-    assert jsonl(run.folder / "metrics.jsonl")[0]["rollout/clipped_frac"] == 1
-    assert all(torch.equal(tensor, before) for tensor, before in zip(setup.lora.parameters(), start, strict=True))
+    metrics = jsonl(run.folder / "metrics.jsonl")[0]
+    assert metrics["rollout/clipped_frac"] == 1 and metrics["reward/dead_group_frac"] < 1
+    unchanged = all(torch.equal(tensor, before) for tensor, before in zip(setup.lora.parameters(), start, strict=True))
+    assert unchanged == masked
 
 
 FLAGS = {
