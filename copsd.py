@@ -170,14 +170,13 @@ def completion_hidden(model: PreTrainedModel, prompts: list[list[int]], completi
     return final_hidden(model, ids_BT.to(model.device))[scored_BT.to(model.device)]
 
 
-def distil(setup: Setup, problems: list[Problem], rollouts: list[Rollout]) -> tuple[Tensor, dict[str, Tensor]]:
+def distil(setup: Setup, privileged: list[list[int]], rollouts: list[Rollout]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return Eq. (1)'s summand at every completion token, loss_N in nats, and what to log of each, by name.
 
-    Student and teacher score the same token ids; only what stands before them differs. Gradient to the student only.
+    privileged  the teacher's prompt for each rollout: both roles score the same ids. Gradient to the student only
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
-    privileged = [teacher_prompt(config, problem, setup.tokenizer) for problem in problems]
     student_ND = completion_hidden(setup.model, [rollout.prompt_ids for rollout in rollouts], completions)
     with teacher_view(setup.lora, config.teacher):
         teacher_ND = completion_hidden(setup.model, privileged, completions)
@@ -353,10 +352,11 @@ def train_copsd(setup: Setup, run: runs.Run, view: StepView) -> bool:
 
             # The loss, micro-batch by micro-batch; each adds its share of the one mean over the step's tokens.
             tally = runs.Tally()
+            privileged = [teacher_prompt(config, problem, setup.tokenizer) for problem in problems]
             for rows in micro_batches(rollouts, config.micro_batch):
                 batch = [rollouts[row] for row in rows]
                 lengths = [len(rollout.completion_ids) for rollout in batch]
-                loss_N, stats = distil(setup, [problems[row] for row in rows], batch)
+                loss_N, stats = distil(setup, [privileged[row] for row in rows], batch)
                 loss = reduce_loss(  # Eq. (1), 1/N
                     loss_N, lengths, reduction=config.reduction, step_tokens=step_tokens, step_rows=len(rollouts)
                 )
@@ -380,7 +380,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: StepView) -> bool:
             metrics = {"step": step, "progress": done, "sampled_tokens": sampled, **copsd_metrics(tally)}
             metrics |= {"update/grad_norm": grad_norm, "update/lr": lr, "update/skipped_in_a_row": skipped}
             student = count_tokens(rollouts, prompts=True)
-            teacher = step_tokens + sum(len(teacher_prompt(config, problem, setup.tokenizer)) for problem in problems)
+            teacher = step_tokens + sum(map(len, privileged))
             metrics |= work_metrics(rollouts, watch, sampled=step_tokens, scored=student + teacher, updated=student)
             run.append("metrics.jsonl", [metrics])
             scores = {"kl_nats_per_token": tally.row_means("kl_N")}
@@ -574,10 +574,11 @@ def heldout_kl(setup: Setup, seed: int) -> Estimate:
     Problems without an English side are left out, as the teacher cannot read them; nan if that is all.
     """
     problems = [problem for problem in setup.heldout if teachable(setup.config, problem)]
+    privileged = [teacher_prompt(setup.config, problem, setup.tokenizer) for problem in problems]
     rollouts = roll_out(setup, problems, seed=seed)
     kl_sums, lengths = [0.0] * len(rollouts), [len(rollout.completion_ids) for rollout in rollouts]
     for rows in micro_batches(rollouts, setup.config.micro_batch):
-        _, stats = distil(setup, [problems[row] for row in rows], [rollouts[row] for row in rows])
+        _, stats = distil(setup, [privileged[row] for row in rows], [rollouts[row] for row in rows])
         for row, kl_C in zip(rows, stats["kl_N"].split([lengths[row] for row in rows]), strict=True):
             kl_sums[row] = kl_C.sum().item()
     return bootstrap(kl_sums, [float(length) for length in lengths])
@@ -753,9 +754,10 @@ def compare_command(given: dict[str, Any]) -> None:
     console = start_program()
     own = {f.name: f.default for f in fields(CompareConfig)[len(fields(Config)) :]} | {"lang": Config.lang, "out": None}
     options = {name: given.pop(name, default) for name, default in own.items()}
+    tools = compare.Tools(configure, prepare, LOOPS, heldout_kl, pose_in_english)
     try:
         with bad_input():
-            compare.compare(options, given, console, compare.Tools(configure, prepare, LOOPS, heldout_kl))
+            compare.compare(options, given, console, tools)
     except (compare.Stopped, KeyboardInterrupt) as stop:
         console.print("stopped; finished arms are kept, and the same command goes on from here")
         raise typer.Exit(130) from stop

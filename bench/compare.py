@@ -51,6 +51,7 @@ class Tools(NamedTuple):
     prepare: Callable[[Any, Path, Console], tuple[Any, Run]]
     loops: dict[str, Callable[[Any, Run, Any], bool]]  # method -> its loop; False: stopped by a signal
     heldout_kl: Callable[[Any, int], Estimate]
+    pose_in_english: Callable[[list[Problem], float], list[Problem]]
     ruler: Any = None  # settings: those of COPSD's recipe that every arm, whatever its own, is evaluated with
 
 
@@ -125,7 +126,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def write_split(tools: Tools, config: Any, folder: Path, dev_count: int) -> dict[str, Path]:
+def write_split(config: Any, folder: Path, dev_count: int) -> dict[str, Path]:
     """Write the training problems in two parts and the test problems, so that no arm can see another split."""
     files = {name: folder / f"{name}.jsonl" for name in ("train", "dev", "test")}
     if all(file.is_file() for file in files.values()):
@@ -154,11 +155,6 @@ def write_split(tools: Tools, config: Any, folder: Path, dev_count: int) -> dict
 # ---- Evaluate
 
 
-def in_english(problems: list[Problem]) -> list[Problem]:
-    """Return the problems that have an English side, posed in English."""
-    return [replace(p, problem=p.problem_en, language="eng") for p in problems if p.problem_en]
-
-
 def evaluate_model(tools: Tools, setup: Any, *, kl: bool, samples: int = 0) -> Results:
     """Return the scores of greedy decoding in both languages, of `samples` completions in the target's, and the KL."""
     ruler = tools.ruler
@@ -169,7 +165,7 @@ def evaluate_model(tools: Tools, setup: Any, *, kl: bool, samples: int = 0) -> R
         return scores(evaluate(setup.model, setup.tokenizer, problems, params, **options))
 
     found: Results = {"greedy": _scores(setup.heldout, 0.0, 1)}
-    if english := in_english(setup.heldout):
+    if english := tools.pose_in_english([p for p in setup.heldout if p.problem_en], 1.0):
         found["english"] = _scores(english, 0.0, 1)
     if samples:
         found["sampled"] = _scores(setup.heldout, ruler.eval_temperature, samples)
@@ -203,7 +199,7 @@ def run_arm(tools: Tools, arm: Arm, progress: Any, console: Console, *, on_test:
             raise ValueError(f"{arm.folder}: {error}") from error
         if not finished:
             raise Stopped
-        results = {"points": [], "final": {}}
+        points = []
         steps = {row["step"]: row for row in run.whole_rows("metrics.jsonl")}
         for adapter in sorted((arm.folder / "adapters").glob("step_*"))[0 if on_test else -1 :]:
             load_checkpoint(setup, adapter)
@@ -213,9 +209,8 @@ def run_arm(tools: Tools, arm: Arm, progress: Any, console: Console, *, on_test:
             seconds = sum(row["time_s"] for row in steps.values() if row["step"] <= step)
             updates = step * (config.inner_epochs if config.method == "grpo" else 1)
             cost = {"step": step, "sampled_tokens": steps[step]["sampled_tokens"], "train_s": seconds}
-            results["points"].append({**cost, "updates": updates, **found})
-            if last:
-                results["final"] = {**cost, "updates": updates, **found}
+            points.append({**cost, "updates": updates, **found})
+        results = {"points": points, "final": points[-1]}
     write_json(path, results)
     return results
 
@@ -275,33 +270,33 @@ def compare(options: dict[str, Any], given: dict[str, Any], console: Console, to
     root.create(settings, {})
 
     # Problems, the base, and from its completions' mean length what a budget of --steps is in tokens.
-    arms_of = list(ablation_arms(main)) if ablate else methods
+    variants = ablation_arms(main) if ablate else {}
+    arms_of = list(variants) if ablate else methods
     sweeps = 0 if ablate else len(factors) * len(methods)
     count = len(langs) * (1 + len(arms_of) * len(seeds)) + sweeps
     progress = Progress(console, count, len(langs) * (0.1 + len(arms_of) * len(seeds)) + sweeps / 2)
     found: dict[str, dict[str, list[Results]]] = {}
-    common: dict[str, dict[str, Any]] = {}
     rates: dict[str, Any] = {}
     for lang in langs:
-        files = write_split(tools, configs["copsd", lang], out / lang, options["dev_problems"])
-        common[lang] = {**given, "lang": lang, "data": str(files["train"]), "eval_data": str(files["test"]),
-                        "max_new_tokens": main.max_new_tokens}  # fmt: skip
-        arm = Arm("base", out / lang / "base", {**common[lang], "out": str(out / lang / "base"), "seed": 0})
+        files = write_split(configs["copsd", lang], out / lang, options["dev_problems"])
+        common = {**given, "lang": lang, "data": str(files["train"]), "eval_data": str(files["test"]),
+                  "max_new_tokens": main.max_new_tokens}  # fmt: skip
+        arm = Arm("base", out / lang / "base", {**common, "out": str(out / lang / "base"), "seed": 0})
         found[lang] = {"base": [timed(tools, arm, f"{lang}, base", 0.1, progress)]}
         length = float(np.mean(found[lang]["base"][0]["final"]["sampled"]["tokens"]))
         budget = main.token_budget or int(main.steps * main.batch_size * length)
-        common[lang] |= {"token_budget": budget, "save_every": max(1, main.steps // CHECKPOINTS)}
+        common |= {"token_budget": budget, "save_every": max(1, main.steps // CHECKPOINTS)}
         if lang == langs[0] and not ablate:
-            shared = {**common[lang], "eval_data": str(files["dev"]), "eval_problems": options["dev_problems"],
+            shared = {**common, "eval_data": str(files["dev"]), "eval_problems": options["dev_problems"],
                       "token_budget": budget // 2, "seed": SWEEP_SEED}  # fmt: skip
             for method in methods:
                 rates[method] = sweep(tools, shared, configs[method, lang].lr, method, factors, out, progress)
         for name in arms_of:
-            flags = ablation_arms(main)[name] if ablate else {"method": name, "lr": rates[name]["picked"]}
+            flags = variants[name] if ablate else {"method": name, "lr": rates[name]["picked"]}
             found[lang][name] = []
             for seed in seeds:
                 folder = out / lang / f"{name.replace(' ', '-')}-{seed}"
-                arm = Arm(name, folder, {**common[lang], **flags, "seed": seed, "out": str(folder)})
+                arm = Arm(name, folder, {**common, **flags, "seed": seed, "out": str(folder)})
                 title = f"{lang}, {LABELS.get(name, name)}, seed {seed}"
                 found[lang][name].append(timed(tools, arm, title, 1.0, progress))
 

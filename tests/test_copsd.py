@@ -47,6 +47,10 @@ def nudge(setup, scale: float = 0.05) -> None:
             tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
 
 
+def read_by_teacher(setup, problems: list) -> list[list[int]]:
+    return [copsd.teacher_prompt(setup.config, problem, setup.tokenizer) for problem in problems]
+
+
 # What is scored
 
 
@@ -75,11 +79,11 @@ def test_every_completion_token_is_scored_once_and_eos_is_among_them(tmp_path):
     setup, _ = make_setup(tmp_path, max_new_tokens=64)
     rollouts = roll_out(setup, setup.train[:8], seed=0)
     assert any(r.finish_reason == "stop" and r.completion_ids[-1] == setup.tokenizer.eos_token_id for r in rollouts)
-    loss_N, stats = distil(setup, setup.train[:8], rollouts)
+    loss_N, stats = distil(setup, read_by_teacher(setup, setup.train[:8]), rollouts)
     tokens = sum(len(r.completion_ids) for r in rollouts)
     assert len(loss_N) == len(stats["kl_N"]) == tokens
     cut = [r.__class__(r.prompt_ids, r.completion_ids[:-1], r.logprobs[:-1], "length") for r in rollouts]
-    assert len(distil(setup, setup.train[:8], cut)[0]) == tokens - len(rollouts)
+    assert len(distil(setup, read_by_teacher(setup, setup.train[:8]), cut)[0]) == tokens - len(rollouts)
 
 
 def test_student_and_teacher_prompts_end_in_the_same_tokens(tmp_path):
@@ -100,7 +104,9 @@ def test_a_teacher_that_reads_the_students_prompt_gives_no_loss_and_no_gradient(
     setup, _ = make_setup(tmp_path, divergence=kind, clip_mode="none")
     monkeypatch.setattr(copsd, "teacher_prompt", copsd.student_prompt)
     rollouts = roll_out(setup, setup.train[:4], seed=0)
-    loss_N, stats = distil(setup, setup.train[:4], rollouts)  # B = 0: the adapter changes nothing yet
+    loss_N, stats = distil(
+        setup, read_by_teacher(setup, setup.train[:4]), rollouts
+    )  # B = 0: the adapter changes nothing yet
     loss_N.sum().backward()
     assert loss_N.abs().max() == 0 and stats["kl_N"].abs().max() == 0
     assert all(tensor.grad is None or tensor.grad.abs().max() == 0 for tensor in setup.lora.parameters())
@@ -111,7 +117,7 @@ def test_the_loss_is_the_divergence_between_two_plain_forwards(tmp_path):
     nudge(setup)
     problem = setup.train[0]
     rollout = roll_out(setup, [problem], seed=0)[0]
-    loss_N, _ = distil(setup, [problem], [rollout])
+    loss_N, _ = distil(setup, read_by_teacher(setup, [problem]), [rollout])
 
     def logits(prompt: list[int]) -> torch.Tensor:
         ids = torch.tensor([prompt + rollout.completion_ids])
@@ -136,7 +142,8 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batches(tmp_path, r
         for tensor in setup.lora.parameters():
             tensor.grad = None
         for rows in micro_batches(rollouts, size):
-            loss_N, _ = distil(setup, [problems[row] for row in rows], [rollouts[row] for row in rows])
+            privileged = read_by_teacher(setup, [problems[row] for row in rows])
+            loss_N, _ = distil(setup, privileged, [rollouts[row] for row in rows])
             lengths = [len(rollouts[row].completion_ids) for row in rows]
             reduce_loss(loss_N, lengths, reduction=reduction, step_tokens=step_tokens, step_rows=7).backward()
         gradients.append(torch.cat([t.grad.flatten() for t in setup.lora.parameters() if t.grad is not None]))
