@@ -65,7 +65,11 @@ from parts.report import (
 )
 from parts.sampler import SamplingParams, sample
 
-MAIN_METRICS = ("format rate", "accuracy given a box", "in the problem's language")  # of several languages
+MAIN_METRICS = (
+    "format rate",
+    "accuracy given a box",
+    "in the problem's language",
+)  # of several languages
 CHUNK = 64  # problems sampled and written together: what a stop can lose
 
 
@@ -75,7 +79,9 @@ def check_answers(problems: list[Problem]) -> None:
         try:
             grade("", problem.answer or "")
         except ValueError as error:
-            raise ValueError(f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded: {error}") from error
+            raise ValueError(
+                f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded: {error}"
+            ) from error
 
 
 def text_language(text: str) -> str:
@@ -117,13 +123,25 @@ def evaluate(
     """
     check_answers(problems)
     think_open = prompt_opens_think(tokenizer, thinking)
-    prompts = [build_prompt(problem, problem.language, tokenizer, thinking=thinking) for problem in problems]
+    prompts = [
+        build_prompt(problem, problem.language, tokenizer, thinking=thinking)
+        for problem in problems
+    ]
     groups = sample(
-        model, prompts, params, samples_per_prompt=samples, first_index=first_index, max_rows=max_rows,
-        on_progress=on_progress, eos_ids=eos_ids(model, tokenizer), valid_ids=valid_ids(tokenizer),
-    )  # fmt: skip
+        model,
+        prompts,
+        params,
+        samples_per_prompt=samples,
+        first_index=first_index,
+        max_rows=max_rows,
+        on_progress=on_progress,
+        eos_ids=eos_ids(model, tokenizer),
+        valid_ids=valid_ids(tokenizer),
+    )
     results = []
-    for index, (problem, rollouts) in enumerate(zip(problems, groups, strict=True), start=first_index):
+    for index, (problem, rollouts) in enumerate(
+        zip(problems, groups, strict=True), start=first_index
+    ):
         attempts = []
         for number, rollout in enumerate(rollouts):
             text = str(tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
@@ -132,8 +150,17 @@ def evaluate(
             seed = f"{params.seed}/{index}/{number}"
             attempts.append(Attempt(text, **graded, **end, language=text_language(text), seed=seed))
         prompt_hash = hashlib.sha256(repr(rollouts[0].prompt_ids).encode()).hexdigest()[:12]
-        level = next((name for name in LEVEL_WEIGHTS if problem.id.startswith(f"{name}-")), None)  # PolyMath's ids
-        about = (problem.id, problem.language, problem.problem, str(problem.answer), prompt_hash, level)
+        level = next(
+            (name for name in LEVEL_WEIGHTS if problem.id.startswith(f"{name}-")), None
+        )  # PolyMath's ids
+        about = (
+            problem.id,
+            problem.language,
+            problem.problem,
+            str(problem.answer),
+            prompt_hash,
+            level,
+        )
         results.append(Graded(*about, attempts))
     return results
 
@@ -152,13 +179,17 @@ def evaluate_resumably(
     """
     done = [read_graded(row) for row in run.whole_rows("problems.jsonl")] if run else []
     if run and [graded.id for graded in done] != [problem.id for problem in problems[: len(done)]]:
-        raise ValueError(f"{run.folder / 'problems.jsonl'} has other problems; choose another --out")
+        raise ValueError(
+            f"{run.folder / 'problems.jsonl'} has other problems; choose another --out"
+        )
     for start in range(0, len(problems), CHUNK):
         chunk = problems[start : start + CHUNK]
         if len(done) < start + len(chunk):
             place = f"problems {start + 1} to {start + len(chunk)} of {len(problems)}"
             with SamplingProgress(console, f"{title}, {place}") as progress:
-                graded = evaluate_chunk(chunk, first_index=start, on_progress=progress.update)[len(done) - start :]
+                graded = evaluate_chunk(chunk, first_index=start, on_progress=progress.update)[
+                    len(done) - start :
+                ]
             if run:
                 run.append("problems.jsonl", [asdict(each) for each in graded])
             done += graded
@@ -166,18 +197,34 @@ def evaluate_resumably(
 
 
 def keep_fitting(
-    problems: list[Problem], prompts: list[list[int]], console: Console, *, context: int, max_new_tokens: int
+    problems: list[Problem],
+    prompts: list[list[int]],
+    console: Console,
+    *,
+    context: int,
+    max_new_tokens: int,
 ) -> list[Problem]:
     """Return the problems whose prompts leave room for max_new_tokens; the others are left out whole, never cut.
 
     Says how many were left out. Raises ValueError if that is all of them.
     """
-    kept = [p for p, prompt in zip(problems, prompts, strict=True) if len(prompt) + max_new_tokens <= context]
+    kept = [
+        p
+        for p, prompt in zip(problems, prompts, strict=True)
+        if len(prompt) + max_new_tokens <= context
+    ]
     if problems and not kept:
-        raise ValueError(f"no problem fits the model's context of {context} tokens: lower --max-new-tokens")
+        raise ValueError(
+            f"no problem fits the model's context of {context} tokens: lower --max-new-tokens"
+        )
     if len(kept) < len(problems):
-        why = f"their prompts and {max_new_tokens} new tokens exceed the model's context of {context}"
-        console.print(f"skipped {len(problems) - len(kept)} of {len(problems)} problems: {why}", soft_wrap=True)
+        why = (
+            f"their prompts and {max_new_tokens} new tokens exceed the model's context of {context}"
+        )
+        console.print(
+            f"skipped {len(problems) - len(kept)} of {len(problems)} problems: {why}",
+            soft_wrap=True,
+        )
     return kept
 
 
@@ -218,7 +265,9 @@ class Settings:
 
     def sampling(self) -> SamplingParams:
         """Return the sampler's part; ValueError for a value out of range."""
-        return SamplingParams(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed)
+        return SamplingParams(
+            self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed
+        )
 
 
 def sampling_plan(
@@ -227,15 +276,21 @@ def sampling_plan(
     """Return the ks of pass@k with 1 among them, the completions per problem, and the temperature."""
     if greedy:
         if samples not in (None, 1) or temperature not in (None, 0):
-            raise ValueError("--greedy is one completion at temperature 0: leave out --samples and --temperature")
+            raise ValueError(
+                "--greedy is one completion at temperature 0: leave out --samples and --temperature"
+            )
         pass_at_k, samples, temperature = pass_at_k or "1", 1, 0.0
     try:
         ks = {int(k) for k in (pass_at_k or "8").split(",")}
     except ValueError as error:
-        raise ValueError(f"--pass-at-k is {pass_at_k}; valid: numbers such as 8 or 1,4,8,12") from error
+        raise ValueError(
+            f"--pass-at-k is {pass_at_k}; valid: numbers such as 8 or 1,4,8,12"
+        ) from error
     samples = max(ks) if samples is None else samples
     if not 1 <= min(ks) <= max(ks) <= samples:
-        raise ValueError(f"--pass-at-k is {pass_at_k or 8} and --samples {samples}; valid: 1 <= k <= samples")
+        raise ValueError(
+            f"--pass-at-k is {pass_at_k or 8} and --samples {samples}; valid: 1 <= k <= samples"
+        )
     return sorted({1, *ks}), samples, 1.0 if temperature is None else temperature
 
 
@@ -243,7 +298,9 @@ def pick_languages(lang: str, benchmark: str) -> list[Language]:
     """Return the languages that --lang names; "all" are those that the benchmark has."""
     if lang != "all":
         return list(dict.fromkeys(find_language(code.strip()) for code in lang.split(",")))
-    found = [language for language in languages().values() if has_language(benchmark, asdict(language))]
+    found = [
+        language for language in languages().values() if has_language(benchmark, asdict(language))
+    ]
     if not found:
         raise FileNotFoundError(f"{benchmark} has no files that are known by a language")
     return found
@@ -261,7 +318,9 @@ def load_benchmark(
     for file in files:
         rows = load_problems(file, language=language.iso3)
         if benchmark in BENCHMARKS and len(rows) != BENCHMARKS[benchmark].rows:
-            raise ValueError(f"{file} has {len(rows)} problems, {benchmark} has {BENCHMARKS[benchmark].rows}")
+            raise ValueError(
+                f"{file} has {len(rows)} problems, {benchmark} has {BENCHMARKS[benchmark].rows}"
+            )
         problems += rows
     check_answers(problems)
     return problems[:limit], commit
@@ -277,28 +336,47 @@ def load_network(
     if settings.adapter is not None:
         path = Path(settings.adapter)
         if runs.recorded_fingerprint(path) not in (None, base):
-            raise ValueError(f"adapter {path} was trained on other base weights than those of {settings.model}")
-        adapter = runs.weights_fingerprint(load_adapter(network, runs.adapter_folder(path)).state_dict())
+            raise ValueError(
+                f"adapter {path} was trained on other base weights than those of {settings.model}"
+            )
+        adapter = runs.weights_fingerprint(
+            load_adapter(network, runs.adapter_folder(path)).state_dict()
+        )
     dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
     return network, {"base_weights": base, "adapter_weights": adapter, "dtype": dtype}
 
 
 def evaluate_all(
-    settings: Settings, folder: Path, out: Path | None, console: Console, *, revision: str, device: str, dtype: str,
+    settings: Settings,
+    folder: Path,
+    out: Path | None,
+    console: Console,
+    *,
+    revision: str,
+    device: str,
+    dtype: str,
     batch_rows: int,
-) -> dict[str, list[Graded]]:  # fmt: skip
+) -> dict[str, list[Graded]]:
     """Evaluate every language of the settings, each into a folder of its own where there are several."""
     settings.sampling()  # refuses what is out of range before anything is loaded
     chosen = pick_languages(settings.lang, settings.benchmark)
-    loaded = [load_benchmark(settings.benchmark, language, revision, settings.limit) for language in chosen]
+    loaded = [
+        load_benchmark(settings.benchmark, language, revision, settings.limit)
+        for language in chosen
+    ]
     tokenizer = load_tokenizer(folder)
     network, weights = load_network(settings, folder, device=device, dtype=dtype)
     results = {}
     for language, (problems, commit) in zip(chosen, loaded, strict=True):
         one = replace(settings, lang=language.iso3)
-        prompts = [build_prompt(problem, language, tokenizer, thinking=one.thinking) for problem in problems]
+        prompts = [
+            build_prompt(problem, language, tokenizer, thinking=one.thinking)
+            for problem in problems
+        ]
         context = network.config.max_position_embeddings
-        problems = keep_fitting(problems, prompts, console, context=context, max_new_tokens=one.max_new_tokens)
+        problems = keep_fitting(
+            problems, prompts, console, context=context, max_new_tokens=one.max_new_tokens
+        )
         data = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
         template = template_hash(tokenizer, language, one.thinking)
         identity = {**weights, "prompt_template": template, "data": data, "data_revision": commit}
@@ -307,13 +385,20 @@ def evaluate_all(
             run.check(asdict(one), identity)
             run.create(asdict(one), identity)
         evaluate_chunk = partial(
-            evaluate, network, tokenizer, params=one.sampling(), samples=one.samples, thinking=one.thinking,
+            evaluate,
+            network,
+            tokenizer,
+            params=one.sampling(),
+            samples=one.samples,
+            thinking=one.thinking,
             max_rows=batch_rows,
-        )  # fmt: skip
+        )
         title = f"{language.english}, {one.samples} samples a problem"
         results[language.iso3] = evaluate_resumably(evaluate_chunk, problems, run, console, title)
         if run:
-            runs.write_json(run.folder / "summary.json", as_plain(summarise(results[language.iso3], one.ks)))
+            runs.write_json(
+                run.folder / "summary.json", as_plain(summarise(results[language.iso3], one.ks))
+            )
     return results
 
 
@@ -324,12 +409,16 @@ def results_table(settings: Settings, results: dict[str, list[Graded]]) -> Table
     title += f"{' or '.join(map(str, counts))} problems x {settings.samples}"
     if len(results) == 1:
         summaries = {code: summarise(graded, settings.ks) for code, graded in results.items()}
-        return estimates_table(title, {code: as_plain(summary) for code, summary in summaries.items()})
+        return estimates_table(
+            title, {code: as_plain(summary) for code, summary in summaries.items()}
+        )
     found = {code: ratios(graded, settings.ks) for code, graded in results.items()}
     columns = {}
     for name in (*(f"pass@{k}" for k in settings.ks), *MAIN_METRICS):
         rows = {code: bootstrap(*metrics[name]) for code, metrics in found.items()}
-        columns[name] = as_plain({**rows, "mean": bootstrap_mean([metrics[name] for metrics in found.values()])})
+        columns[name] = as_plain(
+            {**rows, "mean": bootstrap_mean([metrics[name] for metrics in found.values()])}
+        )
     return estimates_table(title, columns)
 
 
@@ -344,25 +433,49 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    pass_at_k: Annotated[str | None, typer.Option(help="k, or several: 1,4,8,12; 1 is always reported [8]")] = None,
-    samples: Annotated[int | None, typer.Option(help="completions per problem [the largest k]")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="one completion a problem, at temperature 0")] = False,
-    model: Annotated[str, typer.Option(help="a local folder, org/name, or a name such as Qwen2.5-1.5B")] = "lab/tiny",
-    adapter: Annotated[Path | None, typer.Option(help="a run folder, or an adapter folder as peft writes it")] = None,
-    lang: Annotated[str, typer.Option(help="ISO 639-1 or 639-3 code, several with commas, or all")] = "hau",
-    benchmark: Annotated[str | None, typer.Option(help=f"{', '.join(BENCHMARKS)}, a folder, a file [recipe's]")] = None,
-    revision: Annotated[str, typer.Option(help="of a benchmark on the hub: a branch, a tag or a commit")] = "main",
-    limit: Annotated[int | None, typer.Option(help="evaluate the first so many problems only")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy [1]", show_default=False)] = None,
+    pass_at_k: Annotated[
+        str | None, typer.Option(help="k, or several: 1,4,8,12; 1 is always reported [8]")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="completions per problem [the largest k]")
+    ] = None,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="one completion a problem, at temperature 0")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="a local folder, org/name, or a name such as Qwen2.5-1.5B")
+    ] = "lab/tiny",
+    adapter: Annotated[
+        Path | None, typer.Option(help="a run folder, or an adapter folder as peft writes it")
+    ] = None,
+    lang: Annotated[
+        str, typer.Option(help="ISO 639-1 or 639-3 code, several with commas, or all")
+    ] = "hau",
+    benchmark: Annotated[
+        str | None, typer.Option(help=f"{', '.join(BENCHMARKS)}, a folder, a file [recipe's]")
+    ] = None,
+    revision: Annotated[
+        str, typer.Option(help="of a benchmark on the hub: a branch, a tag or a commit")
+    ] = "main",
+    limit: Annotated[
+        int | None, typer.Option(help="evaluate the first so many problems only")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy [1]", show_default=False)
+    ] = None,
     top_p: Annotated[float, typer.Option(help="nucleus; 1 is off")] = 0.95,
     top_k: Annotated[int, typer.Option(help="0 is off")] = 0,
-    max_new_tokens: Annotated[int | None, typer.Option(help="tokens per completion [the recipe's, else 4096]")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="tokens per completion [the recipe's, else 4096]")
+    ] = None,
     thinking: Annotated[str, typer.Option(help="auto, on or off")] = "auto",
     batch_rows: Annotated[int, typer.Option(help="completions decoded at once")] = 256,
     seed: Annotated[int, typer.Option(help="of the sampler")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="folder for completions and results [nothing is written]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for completions and results [nothing is written]")
+    ] = None,
 ) -> None:
     """Sample, grade and print pass@k with its companions and 95 % intervals."""
     if context.invoked_subcommand:
@@ -379,28 +492,54 @@ def main(
         if limit is not None and limit < 1:
             raise ValueError(f"--limit is {limit}; valid: 1 or more")
         settings = Settings(
-            model, str(adapter) if adapter else None, source, lang, samples, temperature, top_p, top_k, tokens,
-            thinking, seed, ks, limit,
-        )  # fmt: skip
+            model,
+            str(adapter) if adapter else None,
+            source,
+            lang,
+            samples,
+            temperature,
+            top_p,
+            top_k,
+            tokens,
+            thinking,
+            seed,
+            ks,
+            limit,
+        )
         results = evaluate_all(
-            settings, folder, out, console, revision=revision, device=device, dtype=dtype, batch_rows=batch_rows
+            settings,
+            folder,
+            out,
+            console,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            batch_rows=batch_rows,
         )
     console.print(results_table(settings, results))
     if out:
         console.print(f"completions, verdicts and settings: {out}", soft_wrap=True)
 
 
-def load_evaluations(folder: Path, name: str) -> dict[str, tuple[dict[str, Any], list[Graded], Evaluation]]:
+def load_evaluations(
+    folder: Path, name: str
+) -> dict[str, tuple[dict[str, Any], list[Graded], Evaluation]]:
     """Return by language what --out wrote: the record of settings and identity, the problems, and the report's view."""
     found = {}
     for record_file in [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]:
         run, record = runs.Run(record_file.parent, "settings"), runs.read_json(record_file)
         if not (run.folder / "summary.json").is_file():
-            raise ValueError(f"{run.folder} is not finished: the command that began it goes on with it")
+            raise ValueError(
+                f"{run.folder} is not finished: the command that began it goes on with it"
+            )
         rows, settings = run.whole_rows("problems.jsonl"), record["settings"]
         results = [read_graded(row) for row in rows]
-        counts = [(len(result.attempts), sum(a.correct for a in result.attempts)) for result in results]
-        passes = {k: [pass_at_k(n, c, k) for n, c in counts] for k in range(1, settings["samples"] + 1)}
+        counts = [
+            (len(result.attempts), sum(a.correct for a in result.attempts)) for result in results
+        ]
+        passes = {
+            k: [pass_at_k(n, c, k) for n, c in counts] for k in range(1, settings["samples"] + 1)
+        }
         curve = {k: asdict(bootstrap(values, [1.0] * len(values))) for k, values in passes.items()}
         view = Evaluation(name, settings, rows, runs.read_json(run.folder / "summary.json"), curve)
         found[settings["lang"]] = (record, results, view)
@@ -411,7 +550,9 @@ def load_evaluations(folder: Path, name: str) -> dict[str, tuple[dict[str, Any],
 
 @app.command("report")
 def report_command(
-    folders: Annotated[list[Path], typer.Argument(help="what --out wrote; the others are compared with the first")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="what --out wrote; the others are compared with the first")
+    ],
     out: Annotated[Path, typer.Option(help="folder for the report")] = Path("evaluations/report"),
 ) -> None:
     """Write tables, figures and a page for the browser; evaluations after the first are tested against it."""
@@ -423,17 +564,29 @@ def report_command(
             name = folder.name if unique else str(folder)
             for language, (record, results, view) in load_evaluations(folder, name).items():
                 evaluations.append(view)
-                first_record, first_results, first = firsts.setdefault(language, (record, results, view))
+                first_record, first_results, first = firsts.setdefault(
+                    language, (record, results, view)
+                )
                 if first_record["identity"]["data"] != record["identity"]["data"]:
-                    raise ValueError(f"{first.name} and {view.name} are of different problems in {language}")
+                    raise ValueError(
+                        f"{first.name} and {view.name} are of different problems in {language}"
+                    )
                 if first is not view:
                     change, *p_values = paired_tests(first_results, results)
                     cells = [cell("pass@1", asdict(change)), *(f"{p:.3g}" for p in p_values)]
                     tests.append([language, f"{first.name} to {view.name}", *cells])
         benchmarks = {view.settings["benchmark"] for view in evaluations}
         if len(benchmarks) > 1:
-            raise ValueError(f"these evaluations are of different benchmarks: {', '.join(sorted(benchmarks))}")
-        header = ["language", "runs", "change of pass@1", "p, permutation of pass@1", "p, McNemar of majorities"]
+            raise ValueError(
+                f"these evaluations are of different benchmarks: {', '.join(sorted(benchmarks))}"
+            )
+        header = [
+            "language",
+            "runs",
+            "change of pass@1",
+            "p, permutation of pass@1",
+            "p, McNemar of majorities",
+        ]
         tables = [text_table("Paired tests over problems", header, tests)] if tests else []
         files = write_report(evaluations, tables, out)
     console.print(*report_tables(evaluations), *tables, sep="\n")

@@ -67,14 +67,18 @@ def divergence(
     """
     _check_options(kind, beta, temperature, clip_mode, clip)
     if student_logits_NV.shape != teacher_logits_NV.shape:
-        raise ValueError(f"logits must share one [N, V], got {student_logits_NV.shape} and {teacher_logits_NV.shape}")
+        raise ValueError(
+            f"logits must share one [N, V], got {student_logits_NV.shape} and {teacher_logits_NV.shape}"
+        )
     log_q_NV = _scale(student_logits_NV, temperature).log_softmax(-1)
     log_p_NV = _scale(teacher_logits_NV.detach(), temperature).log_softmax(-1)
     summand_NV = _summand(kind, log_p_NV, log_q_NV, beta)
     if clip_mode == "entry":
         summand_NV = summand_NV.clamp(max=clip)  # Eq. (2)
     loss_N = summand_NV.sum(-1)  # Eq. (1), D
-    return loss_N.clamp(max=clip) if clip_mode == "token" else loss_N  # not Eq. (2): a token's loss as a whole
+    return (
+        loss_N.clamp(max=clip) if clip_mode == "token" else loss_N
+    )  # not Eq. (2): a token's loss as a whole
 
 
 def chunked_divergence(
@@ -108,7 +112,9 @@ def chunked_divergence(
     _check_projection(head_VD, chunk_tokens, student_ND, teacher_ND)
     if compile is None:
         compile = chunk_tokens * len(head_VD) >= 2**22 and _compiler_works(head_VD.device.type)
-    rows = chunk_tokens if compile else min(chunk_tokens, max(len(student_ND), 1))  # compiled: one shape for all calls
+    rows = (
+        chunk_tokens if compile else min(chunk_tokens, max(len(student_ND), 1))
+    )  # compiled: one shape for all calls
     # As tensors: a Python number would be baked into the compiled code, and each new value would compile it again.
     dtype = torch.promote_types(head_VD.dtype, torch.float32)
     numbers = torch.tensor([temperature, beta, clip or 0.0], dtype=dtype, device=head_VD.device)
@@ -120,12 +126,21 @@ def chunked_divergence(
     if clip_mode == "token":
         loss_N = loss_N.clamp(max=clip)  # not Eq. (2): as in `divergence`
     clipped_frac = (loss_N < kl_N).sum() / max(len(loss_N), 1)
-    stats = {"kl_N": kl_N, "teacher_entropy_N": teacher_entropy_N, "student_entropy_N": student_entropy_N}
+    stats = {
+        "kl_N": kl_N,
+        "teacher_entropy_N": teacher_entropy_N,
+        "student_entropy_N": student_entropy_N,
+    }
     return loss_N, {**stats, "clipped_frac": clipped_frac}
 
 
 def chunked_logprob(
-    hidden_ND: Tensor, head_VD: Tensor, ids_N: Tensor, *, temperature: float = 1.0, chunk_tokens: int = 256
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    ids_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Return logprob_N of the chosen ids and entropy_N of their distributions, in nats, a chunk of logits at a time.
 
@@ -137,16 +152,24 @@ def chunked_logprob(
     _check_options("forward_kl", 0.5, temperature, "none", None)
     _check_projection(head_VD, chunk_tokens, hidden_ND)
     if ids_N.shape != hidden_ND.shape[:1]:
-        raise ValueError(f"ids must be [N] for {len(hidden_ND)} hidden states, got {list(ids_N.shape)}")
+        raise ValueError(
+            f"ids must be [N] for {len(hidden_ND)} hidden states, got {list(ids_N.shape)}"
+        )
     chunks = [
-        checkpoint(_logprob_chunk, hidden_CD, head_VD.detach(), ids_C, temperature, use_reentrant=False)
-        for hidden_CD, ids_C in zip(hidden_ND.split(chunk_tokens), ids_N.split(chunk_tokens), strict=True)
+        checkpoint(
+            _logprob_chunk, hidden_CD, head_VD.detach(), ids_C, temperature, use_reentrant=False
+        )
+        for hidden_CD, ids_C in zip(
+            hidden_ND.split(chunk_tokens), ids_N.split(chunk_tokens), strict=True
+        )
     ]
     logprobs, entropies = zip(*chunks, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def reduce_loss(loss_N: Tensor, lengths: list[int], *, reduction: str, step_tokens: int, step_rows: int) -> Tensor:
+def reduce_loss(
+    loss_N: Tensor, lengths: list[int], *, reduction: str, step_tokens: int, step_rows: int
+) -> Tensor:
     """Return this micro-batch's share of the step's loss, a scalar; the shares of any split add up to the same loss.
 
     loss_N     per-token losses of the micro-batch's rows, one row after the other; `lengths` counts each row's tokens
@@ -159,11 +182,15 @@ def reduce_loss(loss_N: Tensor, lengths: list[int], *, reduction: str, step_toke
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}; valid: {', '.join(REDUCTIONS)}")
     if sum(lengths) != len(loss_N):
-        raise ValueError(f"lengths must add up to the {len(loss_N)} tokens of the loss, got {sum(lengths)}")
+        raise ValueError(
+            f"lengths must add up to the {len(loss_N)} tokens of the loss, got {sum(lengths)}"
+        )
     if reduction == "token":
         return loss_N.sum() / step_tokens  # Eq. (1), 1/N: the step's N
     lengths_B = torch.tensor(lengths, dtype=torch.int64, device=loss_N.device)
-    return (loss_N / lengths_B.repeat_interleave(lengths_B)).sum() / step_rows  # not Eq. (1): rows weigh the same
+    return (
+        loss_N / lengths_B.repeat_interleave(lengths_B)
+    ).sum() / step_rows  # not Eq. (1): rows weigh the same
 
 
 class _Options(NamedTuple):
@@ -176,14 +203,21 @@ class _Options(NamedTuple):
 
 
 def _walk_chunks(
-    student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor, options: _Options, chunk_tokens: int, compile: bool
+    student_ND: Tensor,
+    teacher_ND: Tensor,
+    head_VD: Tensor,
+    options: _Options,
+    chunk_tokens: int,
+    compile: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the four rows of `_score` for every token, and the gradient of each token's D on its hidden state.
 
     The passes over a chunk are compiled one by one, and then none writes a [C, V] tensor except over student_CV;
     compiled as a whole they would keep three, and take twice as long on a CPU.
     """
-    normalise, score, gradient_ = [_prepare(step, compile) for step in (_normalise, _score, _gradient_)]
+    normalise, score, gradient_ = [
+        _prepare(step, compile) for step in (_normalise, _score, _gradient_)
+    ]
     with_gradient = student_ND.requires_grad and torch.is_grad_enabled()
     student_ND, teacher_ND, head_VD = student_ND.detach(), teacher_ND.detach(), head_VD.detach()
     scores_4N = head_VD.new_zeros(4, len(student_ND), dtype=options.temperature.dtype)
@@ -211,7 +245,9 @@ def _normalise(logits_CV: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
     return max_C1, (scaled_CV - max_C1).exp().sum(-1, keepdim=True).log()
 
 
-def _score(student_CV: Tensor, teacher_CV: Tensor, normalisers, options: _Options) -> tuple[Tensor, Tensor]:
+def _score(
+    student_CV: Tensor, teacher_CV: Tensor, normalisers, options: _Options
+) -> tuple[Tensor, Tensor]:
     """Return [D, D unclipped, teacher entropy, student entropy] of each token and the sum of Eq. (3)."""
     log_p_CV, log_q_CV, summand_CV, slope_CV = _terms(student_CV, teacher_CV, normalisers, options)
     loss_C = kl_C = summand_CV.sum(-1)  # Eq. (1), D
@@ -219,16 +255,22 @@ def _score(student_CV: Tensor, teacher_CV: Tensor, normalisers, options: _Option
         loss_C = summand_CV.clamp(max=options.clip).sum(-1)  # Eq. (2)
     teacher_entropy_C = -(log_p_CV.exp() * log_p_CV).sum(-1)
     student_entropy_C = -(log_q_CV.exp() * log_q_CV).sum(-1)
-    return torch.stack([loss_C, kl_C, teacher_entropy_C, student_entropy_C]), slope_CV.sum(-1, keepdim=True)
+    return torch.stack([loss_C, kl_C, teacher_entropy_C, student_entropy_C]), slope_CV.sum(
+        -1, keepdim=True
+    )
 
 
-def _gradient_(student_CV: Tensor, teacher_CV: Tensor, normalisers, slope_sum_C1: Tensor, options: _Options) -> None:
+def _gradient_(
+    student_CV: Tensor, teacher_CV: Tensor, normalisers, slope_sum_C1: Tensor, options: _Options
+) -> None:
     """Overwrite student_CV, which is not read again, with the gradient of D on it."""
     _, log_q_CV, _, slope_CV = _terms(student_CV, teacher_CV, normalisers, options)
     student_CV.copy_((slope_CV - log_q_CV.exp() * slope_sum_C1) / options.temperature)  # Eq. (3)
 
 
-def _terms(student_CV: Tensor, teacher_CV: Tensor, normalisers, options: _Options) -> tuple[Tensor, ...]:
+def _terms(
+    student_CV: Tensor, teacher_CV: Tensor, normalisers, options: _Options
+) -> tuple[Tensor, ...]:
     """Return log p, log q, the summands of D, and g of Eq. (3).
 
     g_v is q_v dsummand_v/dq_v for an unclipped entry and 0 for a clipped one; to both, forward_kl adds one q_v and
@@ -268,12 +310,16 @@ def _summand(kind: str, log_p_NV: Tensor, log_q_NV: Tensor, beta: float | Tensor
 
 def _ratios_to_mixture(ratio_NV: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return log q/M and log p/M from log q/p, with M = beta p + (1 - beta) q; both exactly zero where p = q."""
-    ratio_NV = ratio_NV.clamp(max=80)  # exp(80) fits fp32, and a p that much smaller than q does not count
+    ratio_NV = ratio_NV.clamp(
+        max=80
+    )  # exp(80) fits fp32, and a p that much smaller than q does not count
     mixture_NV = torch.log1p((1 - beta) * torch.expm1(ratio_NV))
     return ratio_NV - mixture_NV, -mixture_NV
 
 
-def _logprob_chunk(hidden_CD: Tensor, head_VD: Tensor, ids_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _logprob_chunk(
+    hidden_CD: Tensor, head_VD: Tensor, ids_C: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each id of a chunk and the entropy at its position."""
     log_q_CV = _scale(hidden_CD @ head_VD.T, temperature).log_softmax(-1)
     logprob_C = log_q_CV.gather(-1, ids_C.unsqueeze(-1)).squeeze(-1)
@@ -292,12 +338,17 @@ def _compiler_works(device_type: str) -> bool:
     try:
         torch.compile(torch.neg)(torch.zeros(8, device=device_type))
     except TorchDynamoException as error:
-        warnings.warn(f"divergences run eagerly, as torch.compile fails: {str(error).splitlines()[0]}", stacklevel=3)
+        warnings.warn(
+            f"divergences run eagerly, as torch.compile fails: {str(error).splitlines()[0]}",
+            stacklevel=3,
+        )
         return False
     return True
 
 
-def _check_options(kind: str, beta: float, temperature: float, clip_mode: str, clip: float | None) -> None:
+def _check_options(
+    kind: str, beta: float, temperature: float, clip_mode: str, clip: float | None
+) -> None:
     """Raise ValueError for an unknown name or a number outside its range."""
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -306,7 +357,9 @@ def _check_options(kind: str, beta: float, temperature: float, clip_mode: str, c
     if clip_mode not in CLIP_MODES:
         raise ValueError(f"unknown clip_mode {clip_mode!r}; valid: {', '.join(CLIP_MODES)}")
     if kind == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"jsd needs 0 < beta < 1, got {beta}; its ends are the kinds forward_kl and reverse_kl")
+        raise ValueError(
+            f"jsd needs 0 < beta < 1, got {beta}; its ends are the kinds forward_kl and reverse_kl"
+        )
     if clip_mode != "none" and (clip is None or not clip > 0):
         raise ValueError(f"clip_mode {clip_mode!r} needs a positive clip in nats, got {clip}")
 
@@ -317,4 +370,6 @@ def _check_projection(head_VD: Tensor, chunk_tokens: int, *hidden_states: Tensor
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     shapes = [list(tensor.shape) for tensor in (*hidden_states, head_VD)]
     if any(shape != [shapes[0][0], shapes[-1][-1]] for shape in shapes[:-1]):
-        raise ValueError(f"hidden states must be [N, D], with one N, and the head [V, D]; got {shapes}")
+        raise ValueError(
+            f"hidden states must be [N, D], with one N, and the head [V, D]; got {shapes}"
+        )

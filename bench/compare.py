@@ -49,7 +49,9 @@ class Tools(NamedTuple):
 
     configure: Callable[[dict[str, Any]], tuple[Any, Path]]
     prepare: Callable[[Any, Path, Console], tuple[Any, Run]]
-    loops: dict[str, Callable[[Any, Run, Any], bool]]  # method -> its loop; False: stopped by a signal
+    loops: dict[
+        str, Callable[[Any, Run, Any], bool]
+    ]  # method -> its loop; False: stopped by a signal
     heldout_kl: Callable[[Any, int], Estimate]
     pose_in_english: Callable[[list[Problem], float], list[Problem]]
     ruler: Any = None  # settings: those of COPSD's recipe that every arm, whatever its own, is evaluated with
@@ -89,7 +91,11 @@ class Progress:
     def show(self, metrics: dict[str, Any]) -> None:
         """Take a step's metrics, as StepView does."""
         if time.monotonic() - self.printed > (0.5 if self.console.is_terminal else self.EVERY_S):
-            self._print(f"step {metrics['step']}, {metrics['progress']:.0%}", min(1.0, metrics["progress"]), last=False)
+            self._print(
+                f"step {metrics['step']}, {metrics['progress']:.0%}",
+                min(1.0, metrics["progress"]),
+                last=False,
+            )
 
     def finish(self, said: str, *, earlier: bool = False) -> None:
         """End the arm with what came out of it; `earlier`: an earlier call did the work."""
@@ -100,10 +106,21 @@ class Progress:
     def _print(self, said: str, share: float, *, last: bool) -> None:
         self.printed = time.monotonic()
         done = self.done - self.before + share * self.size
-        left = (self.printed - self.started) / done * (self.units - self.done - share * self.size) if done else 0.0
-        line = f"{self.arm}/{self.arms} {self.title}: {said}" + (f"; {left / 60:.0f} min left" if left > 1 else "")
+        left = (
+            (self.printed - self.started) / done * (self.units - self.done - share * self.size)
+            if done
+            else 0.0
+        )
+        line = f"{self.arm}/{self.arms} {self.title}: {said}" + (
+            f"; {left / 60:.0f} min left" if left > 1 else ""
+        )
         end = "\n" if last or not self.console.is_terminal else "\r"
-        self.console.print(line.ljust(100 if self.console.is_terminal else 0), end=end, highlight=False, soft_wrap=True)
+        self.console.print(
+            line.ljust(100 if self.console.is_terminal else 0),
+            end=end,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def parse_list(text: str, what: str, convert: Callable[[str], Any]) -> list[Any]:
@@ -122,7 +139,9 @@ def parse_seeds(text: str) -> list[int]:
     seeds = parse_list(text, "seeds", int)
     seeds = list(range(seeds[0])) if len(seeds) == 1 and "," not in text else seeds
     if not seeds or min(seeds) < 0 or SWEEP_SEED in seeds:
-        raise ValueError(f"--seeds is {text!r}; valid: a count of 1 or more, or seeds from 0 as in 0,4,7")
+        raise ValueError(
+            f"--seeds is {text!r}; valid: a count of 1 or more, or seeds from 0 as in 0,4,7"
+        )
     return seeds
 
 
@@ -132,7 +151,9 @@ def write_split(config: Any, folder: Path, dev_count: int) -> dict[str, Path]:
     if all(file.is_file() for file in files.values()):
         return files
     lang = config.lang
-    train = load_problems(Path(config.data) if config.data else hub_training_file(lang), language=lang)
+    train = load_problems(
+        Path(config.data) if config.data else hub_training_file(lang), language=lang
+    )
     if config.eval_data:
         test = load_problems(Path(config.eval_data), language=lang)[: config.eval_problems]
     else:
@@ -141,10 +162,16 @@ def write_split(config: Any, folder: Path, dev_count: int) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, problems in (("train", train), ("dev", dev), ("test", test)):
         rows = [
-            {"id": p.id, "problem": p.problem_en, "solution": p.solution_en, "answer": p.answer,
-             "problem_translated": p.problem, "language": p.language}
+            {
+                "id": p.id,
+                "problem": p.problem_en,
+                "solution": p.solution_en,
+                "answer": p.answer,
+                "problem_translated": p.problem,
+                "language": p.language,
+            }
             for p in problems
-        ]  # fmt: skip
+        ]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         partial = files[name].with_suffix(".partial")
         partial.write_text(text, encoding="utf-8")
@@ -171,8 +198,16 @@ def evaluate_model(tools: Tools, setup: Any, *, kl: bool, samples: int = 0) -> R
         found["sampled"] = _scores(setup.heldout, ruler.eval_temperature, samples)
     if kl:
         # To the teacher that reads everything, whatever taught this arm, so that arms are comparable.
-        whole = replace(ruler, english_problem=True, english_solution=True, divergence="forward_kl", teacher="fixed")
-        found["kl"] = asdict(tools.heldout_kl(replace(setup, config=whole, heldout=setup.heldout[:KL_PROBLEMS]), 0))
+        whole = replace(
+            ruler,
+            english_problem=True,
+            english_solution=True,
+            divergence="forward_kl",
+            teacher="fixed",
+        )
+        found["kl"] = asdict(
+            tools.heldout_kl(replace(setup, config=whole, heldout=setup.heldout[:KL_PROBLEMS]), 0)
+        )
     return found
 
 
@@ -180,10 +215,14 @@ def evaluate_model(tools: Tools, setup: Any, *, kl: bool, samples: int = 0) -> R
 def load_checkpoint(setup: Any, adapter: Path) -> None:
     """Put a saved adapter in the place of the one that was trained."""
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
-        setup.lora.sets["current"][name.removeprefix("base_model.model.").removesuffix(".weight")].copy_(tensor)
+        setup.lora.sets["current"][
+            name.removeprefix("base_model.model.").removesuffix(".weight")
+        ].copy_(tensor)
 
 
-def run_arm(tools: Tools, arm: Arm, progress: Any, console: Console, *, on_test: bool = True) -> Results:
+def run_arm(
+    tools: Tools, arm: Arm, progress: Any, console: Console, *, on_test: bool = True
+) -> Results:
     """Train an arm from where it stands and evaluate its checkpoints; what is finished is read, not done again."""
     path = arm.folder / "results.json"
     if path.is_file():
@@ -191,7 +230,10 @@ def run_arm(tools: Tools, arm: Arm, progress: Any, console: Console, *, on_test:
     config, folder = tools.configure(arm.settings)
     setup, run = tools.prepare(config, folder, console)
     if arm.name == "base":
-        results = {"points": [], "final": evaluate_model(tools, setup, kl=True, samples=config.eval_samples)}
+        results = {
+            "points": [],
+            "final": evaluate_model(tools, setup, kl=True, samples=config.eval_samples),
+        }
     else:
         try:
             finished = tools.loops[config.method](setup, run, progress)
@@ -205,10 +247,16 @@ def run_arm(tools: Tools, arm: Arm, progress: Any, console: Console, *, on_test:
             load_checkpoint(setup, adapter)
             step = int(adapter.name.removeprefix("step_"))
             last = step == max(steps)
-            found = evaluate_model(tools, setup, kl=on_test, samples=config.eval_samples if last and on_test else 0)
+            found = evaluate_model(
+                tools, setup, kl=on_test, samples=config.eval_samples if last and on_test else 0
+            )
             seconds = sum(row["time_s"] for row in steps.values() if row["step"] <= step)
             updates = step * (config.inner_epochs if config.method == "grpo" else 1)
-            cost = {"step": step, "sampled_tokens": steps[step]["sampled_tokens"], "train_s": seconds}
+            cost = {
+                "step": step,
+                "sampled_tokens": steps[step]["sampled_tokens"],
+                "train_s": seconds,
+            }
             points.append({**cost, "updates": updates, **found})
         results = {"points": points, "final": points[-1]}
     write_json(path, results)
@@ -227,7 +275,9 @@ def ablation_arms(config: Any) -> dict[str, dict[str, Any]]:
     """Return the arms of --ablate: the recipe as it is, and each value of ABLATIONS that is not the recipe's."""
     arms: dict[str, dict[str, Any]] = {"recipe": {}}
     for setting, values in ABLATIONS:
-        flags = {value: f"{setting}={value}" for value in values if value != getattr(config, setting)}
+        flags = {
+            value: f"{setting}={value}" for value in values if value != getattr(config, setting)
+        }
         arms |= {flag.replace("_", " "): {setting: value} for value, flag in flags.items()}
     return arms
 
@@ -240,11 +290,17 @@ def read_options(
     seeds = parse_seeds(options["seeds"])
     factors = parse_list(options["sweep"], "sweep", float)
     if min(factors) <= 0:
-        raise ValueError(f"--sweep is {options['sweep']!r}; valid: factors above 0, such as 0.5,1,2")
+        raise ValueError(
+            f"--sweep is {options['sweep']!r}; valid: factors above 0, such as 0.5,1,2"
+        )
     if options["dev_problems"] < 1:
         raise ValueError(f"--dev-problems is {options['dev_problems']}; valid: 1 or more")
     methods = ["copsd"] if options["ablate"] else ["grpo", "copsd"]
-    configs = {(m, lang): tools.configure({**given, "method": m, "lang": lang})[0] for m in methods for lang in langs}
+    configs = {
+        (m, lang): tools.configure({**given, "method": m, "lang": lang})[0]
+        for m in methods
+        for lang in langs
+    }
     return langs, seeds, factors, configs
 
 
@@ -258,13 +314,17 @@ def compare(options: dict[str, Any], given: dict[str, Any], console: Console, to
     methods, ablate = list(dict.fromkeys(method for method, _ in configs)), options["ablate"]
     main = configs["copsd", langs[0]]
     if main.eval_problems < 1:
-        raise ValueError(f"--eval-problems is {main.eval_problems}; valid: 1 or more, for arms are compared on them")
+        raise ValueError(
+            f"--eval-problems is {main.eval_problems}; valid: 1 or more, for arms are compared on them"
+        )
     names = f"{Path(main.model).name}-{'-'.join(langs)}"
     out = Path(options["out"] or f"runs/{'ablate' if ablate else 'compare'}-{names}")
     settings = {name: str(value) for name, value in options.items() if name != "out"}
     for method in methods:
         recipe = asdict(configs[method, langs[0]]).items()
-        settings |= {f"{method} {name}": value for name, value in recipe if name not in ("method", "out")}
+        settings |= {
+            f"{method} {name}": value for name, value in recipe if name not in ("method", "out")
+        }
     root, tools = Run(out), tools._replace(ruler=main)
     root.check(settings)
     root.create(settings, {})
@@ -279,18 +339,32 @@ def compare(options: dict[str, Any], given: dict[str, Any], console: Console, to
     rates: dict[str, Any] = {}
     for lang in langs:
         files = write_split(configs["copsd", lang], out / lang, options["dev_problems"])
-        common = {**given, "lang": lang, "data": str(files["train"]), "eval_data": str(files["test"]),
-                  "max_new_tokens": main.max_new_tokens}  # fmt: skip
-        arm = Arm("base", out / lang / "base", {**common, "out": str(out / lang / "base"), "seed": 0})
+        common = {
+            **given,
+            "lang": lang,
+            "data": str(files["train"]),
+            "eval_data": str(files["test"]),
+            "max_new_tokens": main.max_new_tokens,
+        }
+        arm = Arm(
+            "base", out / lang / "base", {**common, "out": str(out / lang / "base"), "seed": 0}
+        )
         found[lang] = {"base": [timed(tools, arm, f"{lang}, base", 0.1, progress)]}
         length = float(np.mean(found[lang]["base"][0]["final"]["sampled"]["tokens"]))
         budget = main.token_budget or int(main.steps * main.batch_size * length)
         common |= {"token_budget": budget, "save_every": max(1, main.steps // CHECKPOINTS)}
         if lang == langs[0] and not ablate:
-            shared = {**common, "eval_data": str(files["dev"]), "eval_problems": options["dev_problems"],
-                      "token_budget": budget // 2, "seed": SWEEP_SEED}  # fmt: skip
+            shared = {
+                **common,
+                "eval_data": str(files["dev"]),
+                "eval_problems": options["dev_problems"],
+                "token_budget": budget // 2,
+                "seed": SWEEP_SEED,
+            }
             for method in methods:
-                rates[method] = sweep(tools, shared, configs[method, lang].lr, method, factors, out, progress)
+                rates[method] = sweep(
+                    tools, shared, configs[method, lang].lr, method, factors, out, progress
+                )
         for name in arms_of:
             flags = variants[name] if ablate else {"method": name, "lr": rates[name]["picked"]}
             found[lang][name] = []
@@ -306,29 +380,47 @@ def compare(options: dict[str, Any], given: dict[str, Any], console: Console, to
     if not ablate:
         draw(found, out, main.max_new_tokens)
     console.print("\n\n".join(tables), highlight=False, soft_wrap=True)
-    console.print(f"{out}: compare.json, tables.md" + ("" if ablate else ", compare*.png and .svg"), highlight=False)
+    console.print(
+        f"{out}: compare.json, tables.md" + ("" if ablate else ", compare*.png and .svg"),
+        highlight=False,
+    )
 
 
-def timed(tools: Tools, arm: Arm, title: str, size: float, progress: Progress, **options: Any) -> Results:
+def timed(
+    tools: Tools, arm: Arm, title: str, size: float, progress: Progress, **options: Any
+) -> Results:
     """Run an arm under a progress line that ends with its accuracy."""
     progress.start(title, size)
     earlier = (arm.folder / "results.json").is_file()
     results = run_arm(tools, arm, progress, Console(quiet=True), **options)
     seconds = results["final"].get("train_s", 0.0)
-    progress.finish(f"greedy accuracy {accuracy(results['final']):.3f}, trained {seconds:.0f} s", earlier=earlier)
+    progress.finish(
+        f"greedy accuracy {accuracy(results['final']):.3f}, trained {seconds:.0f} s",
+        earlier=earlier,
+    )
     return results
 
 
 def sweep(
-    tools: Tools, shared: dict[str, Any], lr: float, method: str, factors: list[float], out: Path, progress: Progress
+    tools: Tools,
+    shared: dict[str, Any],
+    lr: float,
+    method: str,
+    factors: list[float],
+    out: Path,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Train a method at each factor of its rate and return the rate with the best accuracy on the development split."""
     accuracies = {}
     for factor in factors:
         folder = out / shared["lang"] / "sweep" / f"{method}-{factor * lr:g}"
-        arm = Arm(method, folder, {**shared, "method": method, "lr": factor * lr, "out": str(folder)})
+        arm = Arm(
+            method, folder, {**shared, "method": method, "lr": factor * lr, "out": str(folder)}
+        )
         title = f"{shared['lang']}, sweep, {LABELS[method]}, lr {factor * lr:g}"
-        accuracies[factor * lr] = accuracy(timed(tools, arm, title, 0.5, progress, on_test=False)["final"])
+        accuracies[factor * lr] = accuracy(
+            timed(tools, arm, title, 0.5, progress, on_test=False)["final"]
+        )
     picked = max(sorted(accuracies), key=lambda rate: accuracies[rate])  # the lowest of equals
     return {
         "picked": picked,

@@ -31,15 +31,23 @@ MIB = 2**20
 
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=512, help="N; memory is also measured at 4 N")
     parser.add_argument("--hidden", type=int, default=896, help="D")
     parser.add_argument("--vocab", type=int, default=151936, help="V")
-    parser.add_argument("--repeats", type=int, default=5, help="turns that are timed, after one that is not")
-    parser.add_argument("--chunk-tokens", type=int, default=256, help="rows of logits alive at a time in ours")
-    parser.add_argument("--peak-of", choices=["naive", "ours"], help="print the peak bytes of this one and stop")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="turns that are timed, after one that is not"
+    )
+    parser.add_argument(
+        "--chunk-tokens", type=int, default=256, help="rows of logits alive at a time in ours"
+    )
+    parser.add_argument(
+        "--peak-of", choices=["naive", "ours"], help="print the peak bytes of this one and stop"
+    )
     return parser.parse_args()
 
 
@@ -53,7 +61,9 @@ def make_inputs(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     return student_ND.requires_grad_(), teacher_ND, head_VD
 
 
-def make_contestants(arguments: argparse.Namespace) -> dict[str, Callable[[Tensor, Tensor, Tensor], None]]:
+def make_contestants(
+    arguments: argparse.Namespace,
+) -> dict[str, Callable[[Tensor, Tensor, Tensor], None]]:
     """Return the two versions by name; each does one forward and one backward pass."""
 
     def naive(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> None:
@@ -63,7 +73,9 @@ def make_contestants(arguments: argparse.Namespace) -> dict[str, Callable[[Tenso
     def ours(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> None:
         """Keep a chunk of them at a time."""
         chunk_tokens = arguments.chunk_tokens
-        loss_N, _ = kernels.chunked_divergence(student_ND, teacher_ND, head_VD, chunk_tokens=chunk_tokens, **LOSS)
+        loss_N, _ = kernels.chunked_divergence(
+            student_ND, teacher_ND, head_VD, chunk_tokens=chunk_tokens, **LOSS
+        )
         loss_N.sum().backward()
 
     return {"naive": naive, "ours": ours}
@@ -97,7 +109,9 @@ def print_times(arguments: argparse.Namespace) -> None:
             synchronize(arguments.device)
             seconds[name].append(time.perf_counter() - started)
     seconds = {name: times[1:] for name, times in seconds.items()}
-    print(f"\n{'':8}{'median s':>10}{'min .. max':>20}{'x floor':>10}{'min .. max':>16}{'x naive':>10}")
+    print(
+        f"\n{'':8}{'median s':>10}{'min .. max':>20}{'x floor':>10}{'min .. max':>16}{'x naive':>10}"
+    )
     for name, times in seconds.items():
         to_floor = [mine / other for mine, other in zip(times, seconds["floor"], strict=True)]
         to_naive = [mine / other for mine, other in zip(times, seconds["naive"], strict=True)]
@@ -134,21 +148,31 @@ def measure_peak(arguments: argparse.Namespace) -> int:
         return torch.cuda.max_memory_allocated() - before
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     contestant(*inputs)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024  # Linux counts in KiB
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    ) * 1024  # Linux counts in KiB
 
 
 def print_peaks(arguments: argparse.Namespace) -> None:
     """Measure every peak in a process of its own and print them with their ratios."""
     peaks = {}
-    for name, tokens in [("naive", arguments.tokens), ("ours", arguments.tokens), ("ours", 4 * arguments.tokens)]:
+    for name, tokens in [
+        ("naive", arguments.tokens),
+        ("ours", arguments.tokens),
+        ("ours", 4 * arguments.tokens),
+    ]:
         flags = ["--device", arguments.device, "--dtype", arguments.dtype, "--tokens", str(tokens)]
         flags += ["--hidden", str(arguments.hidden), "--vocab", str(arguments.vocab)]
         flags += ["--chunk-tokens", str(arguments.chunk_tokens), "--peak-of", name]
-        child = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, check=True)
+        child = subprocess.run(
+            [sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, check=True
+        )
         peaks[name, tokens] = int(child.stdout)
     print(f"{'':8}{'tokens':>10}{'peak MiB':>20}{'of naive':>10}")
     for (name, tokens), peak in peaks.items():
-        print(f"{name:8}{tokens:10}{peak / MIB:20.0f}{peak / peaks['naive', arguments.tokens]:10.3f}")
+        print(
+            f"{name:8}{tokens:10}{peak / MIB:20.0f}{peak / peaks['naive', arguments.tokens]:10.3f}"
+        )
 
 
 def main() -> None:

@@ -28,7 +28,9 @@ def scores(results: list[Graded]) -> dict[str, list[float]]:
         "correct": [float(sum(a.correct for a in r.attempts)) for r in results],
         "formatted": [float(sum(a.answer is not None for a in r.attempts)) for r in results],
         "tokens": [sum(a.tokens for a in r.attempts) / len(r.attempts) for r in results],
-        "tokens_if_right": [float(r.attempts[0].tokens if r.attempts[0].correct else 0) for r in results],
+        "tokens_if_right": [
+            float(r.attempts[0].tokens if r.attempts[0].correct else 0) for r in results
+        ],
     }
 
 
@@ -47,7 +49,9 @@ def per_problem(metric: str, found: Results) -> tuple[list[float], list[float]]:
     if metric == "mean tokens":
         return greedy["tokens"], ones
     k, sampled = int(metric.removeprefix("pass@")), found["sampled"]
-    values = [pass_at_k(int(n), int(c), k) for n, c in zip(sampled["n"], sampled["correct"], strict=True)]
+    values = [
+        pass_at_k(int(n), int(c), k) for n, c in zip(sampled["n"], sampled["correct"], strict=True)
+    ]
     return values, [1.0] * len(values)
 
 
@@ -63,8 +67,14 @@ def metrics_of(found: Results) -> list[str]:
     """Return the metrics that these results have, in the tables' order."""
     samples = int(found["sampled"]["n"][0])
     english = ["English greedy accuracy"] if "english" in found else []
-    return ["greedy accuracy", *(f"pass@{k}" for k in sorted({1, samples})), "format rate", "accuracy given a box",
-            *english, "mean tokens"]  # fmt: skip
+    return [
+        "greedy accuracy",
+        *(f"pass@{k}" for k in sorted({1, samples})),
+        "format rate",
+        "accuracy given a box",
+        *english,
+        "mean tokens",
+    ]
 
 
 def summarise_language(arms: dict[str, list[Results]], pairs: Any) -> dict[str, Any]:
@@ -75,16 +85,31 @@ def summarise_language(arms: dict[str, list[Results]], pairs: Any) -> dict[str, 
     for name, runs in finals.items():
         summary["arms"][name] = {metric: over_seeds(metric, runs) for metric in metrics}
         kl = [run["kl"]["value"] for run in runs]
-        costs = {key: [run.get(key, 0) for run in runs] for key in ("sampled_tokens", "train_s", "updates")}
-        summary["arms"][name]["KL to the teacher, nats/token"] = {"value": float(np.mean(kl)), "by_seed": kl}
+        costs = {
+            key: [run.get(key, 0) for run in runs]
+            for key in ("sampled_tokens", "train_s", "updates")
+        }
+        summary["arms"][name]["KL to the teacher, nats/token"] = {
+            "value": float(np.mean(kl)),
+            "by_seed": kl,
+        }
         summary["arms"][name] |= costs
     for first, second in pairs:
         tests = {}
         for metric in metrics:
-            if metric not in ("accuracy given a box", "mean tokens"):  # the first has no value for some problems
-                ends = [[per_problem(metric, run)[0] for run in finals[name]] for name in (first, second)]
+            if metric not in (
+                "accuracy given a box",
+                "mean tokens",
+            ):  # the first has no value for some problems
+                ends = [
+                    [per_problem(metric, run)[0] for run in finals[name]]
+                    for name in (first, second)
+                ]
                 one, other = (np.mean(values, axis=0).tolist() for values in ends)
-                tests[metric] = {**asdict(difference(one, other)), "p": paired_permutation(one, other)}
+                tests[metric] = {
+                    **asdict(difference(one, other)),
+                    "p": paired_permutation(one, other),
+                }
         summary["pairs"][f"{second} - {first}"] = tests
     return summary
 
@@ -109,8 +134,12 @@ def arms_table(summaries: dict[str, Any], labels: dict[str, str]) -> str:
         for name, found in summary["arms"].items():
             metrics = [metric for metric in found if isinstance(found[metric], dict)]
             header = ["", *metrics, "sampled tokens", "seconds", "updates"]
-            cells = [number(found[metric], 1 if metric == "mean tokens" else 3) for metric in metrics]
-            costs = [f"{np.mean(found[key]):.0f}" for key in ("sampled_tokens", "train_s", "updates")]
+            cells = [
+                number(found[metric], 1 if metric == "mean tokens" else 3) for metric in metrics
+            ]
+            costs = [
+                f"{np.mean(found[key]):.0f}" for key in ("sampled_tokens", "train_s", "updates")
+            ]
             rows.append([f"{find_language(lang).english}: {labels[name]}", *cells, *costs])
     return markdown_table(header, rows)
 
@@ -122,20 +151,32 @@ def pairs_table(summaries: dict[str, Any], labels: dict[str, str]) -> str:
         for pair, tests in summary["pairs"].items():
             second, first = pair.split(" - ")
             header = ["", *tests]
-            rows.append([f"{find_language(lang).english}: {labels[second]} against {labels[first]}",
-                         *(interval(test) for test in tests.values())])  # fmt: skip
+            rows.append(
+                [
+                    f"{find_language(lang).english}: {labels[second]} against {labels[first]}",
+                    *(interval(test) for test in tests.values()),
+                ]
+            )
     return markdown_table(header, rows)
 
 
 def write_outcome(
-    out: Path, found: dict[str, dict[str, list[Results]]], pairs: Any, labels: dict[str, str], rates: dict[str, Any]
+    out: Path,
+    found: dict[str, dict[str, list[Results]]],
+    pairs: Any,
+    labels: dict[str, str],
+    rates: dict[str, Any],
 ) -> list[str]:
     """Write compare.json and tables.md; return the tables: arms, pairs and, where rates were picked, the sweep."""
     summaries = {lang: summarise_language(arms, pairs) for lang, arms in found.items()}
     tables = [arms_table(summaries, labels), pairs_table(summaries, labels)]
     if rates:
         lines = [
-            [labels[method], *(f"{a:.3f}" for a in rate["accuracy"].values()), f"{rate['picked']:g}"]
+            [
+                labels[method],
+                *(f"{a:.3f}" for a in rate["accuracy"].values()),
+                f"{rate['picked']:g}",
+            ]
             for method, rate in rates.items()
         ]
         factors = next(iter(rates.values()))["factors"]
@@ -149,9 +190,14 @@ def write_outcome(
 def band(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float, float, float]]:
     """Return the mean of curves, one a seed, with the smallest and the largest, at points that all of them reach."""
     grid = np.linspace(0, min(curve[-1][0] for curve in curves), POINTS)
-    lines = np.array([np.interp(grid, [x for x, _ in curve], [value for _, value in curve]) for curve in curves])
+    lines = np.array(
+        [np.interp(grid, [x for x, _ in curve], [value for _, value in curve]) for curve in curves]
+    )
     columns = (grid, lines.mean(axis=0), lines.min(axis=0), lines.max(axis=0))
-    return [(float(x), float(v), float(low), float(high)) for x, v, low, high in zip(*columns, strict=True)]
+    return [
+        (float(x), float(v), float(low), float(high))
+        for x, v, low, high in zip(*columns, strict=True)
+    ]
 
 
 def over_training(
@@ -164,19 +210,25 @@ def over_training(
     """Return a curve for each trained arm, from the base's on: the value of its checkpoints against x in `unit`s."""
     start = (0.0, value(arms["base"][0]["final"]))
     return {
-        LABELS[name]: band([[start, *((point[x] / unit, value(point)) for point in run["points"])] for run in runs])
+        LABELS[name]: band(
+            [[start, *((point[x] / unit, value(point)) for point in run["points"])] for run in runs]
+        )
         for name, runs in arms.items()
         if name != "base"
     }
 
 
-def at_the_end(arms: dict[str, list[Results]], xs: list[int], value: Callable[[Results, int], float]) -> dict[str, Any]:
+def at_the_end(
+    arms: dict[str, list[Results]], xs: list[int], value: Callable[[Results, int], float]
+) -> dict[str, Any]:
     """Return a curve for every arm: a value of its last evaluation that depends on x."""
     curves = {}
     for name, runs in arms.items():
         lines = np.array([[value(run["final"], x) for x in xs] for run in runs])
         ends = zip(xs, lines.mean(axis=0), lines.min(axis=0), lines.max(axis=0), strict=True)
-        curves[LABELS[name]] = [(float(x), float(v), float(low), float(high)) for x, v, low, high in ends]
+        curves[LABELS[name]] = [
+            (float(x), float(v), float(low), float(high)) for x, v, low, high in ends
+        ]
     return curves
 
 
@@ -196,24 +248,62 @@ def language_panels(arms: dict[str, list[Results]], limit: int) -> list[Panel]:
     samples = int(arms["base"][0]["final"]["sampled"]["n"][0])
     limits = [max(1, limit * part // 16) for part in range(1, 17)]
     panels = [
-        Panel("Greedy accuracy", tokens, "accuracy", over_training(arms, share("greedy accuracy")),
-              y_range=unit),
-        Panel("The same against time", "seconds of training", "accuracy",
-              over_training(arms, share("greedy accuracy"), x="train_s", unit=1.0), y_range=unit),
-        Panel("Format rate", tokens, "share with a box", over_training(arms, share("format rate")),
-              y_range=unit),
-        Panel("Accuracy given a box", tokens, "accuracy",
-              over_training(arms, share("accuracy given a box")), y_range=unit),
-        Panel("pass@k after training", "k, attempts", "pass@k",
-              at_the_end(arms, list(range(1, samples + 1)), lambda found, k: share(f"pass@{k}")(found)), y_range=unit),
-        Panel("Right within a limit", "max new tokens", "greedy accuracy", at_the_end(arms, limits, right_within),
-              y_range=unit),
-        Panel("KL(teacher, student), unclipped", tokens, "nats per token",
-              over_training(arms, lambda found: found["kl"]["value"])),
-    ]  # fmt: skip
+        Panel(
+            "Greedy accuracy",
+            tokens,
+            "accuracy",
+            over_training(arms, share("greedy accuracy")),
+            y_range=unit,
+        ),
+        Panel(
+            "The same against time",
+            "seconds of training",
+            "accuracy",
+            over_training(arms, share("greedy accuracy"), x="train_s", unit=1.0),
+            y_range=unit,
+        ),
+        Panel(
+            "Format rate",
+            tokens,
+            "share with a box",
+            over_training(arms, share("format rate")),
+            y_range=unit,
+        ),
+        Panel(
+            "Accuracy given a box",
+            tokens,
+            "accuracy",
+            over_training(arms, share("accuracy given a box")),
+            y_range=unit,
+        ),
+        Panel(
+            "pass@k after training",
+            "k, attempts",
+            "pass@k",
+            at_the_end(
+                arms, list(range(1, samples + 1)), lambda found, k: share(f"pass@{k}")(found)
+            ),
+            y_range=unit,
+        ),
+        Panel(
+            "Right within a limit",
+            "max new tokens",
+            "greedy accuracy",
+            at_the_end(arms, limits, right_within),
+            y_range=unit,
+        ),
+        Panel(
+            "KL(teacher, student), unclipped",
+            tokens,
+            "nats per token",
+            over_training(arms, lambda found: found["kl"]["value"]),
+        ),
+    ]
     if "english" in arms["base"][0]["final"]:
         curves = over_training(arms, share("English greedy accuracy"))
-        panels.insert(6, Panel("English: greedy accuracy", tokens, "accuracy", curves, y_range=unit))
+        panels.insert(
+            6, Panel("English: greedy accuracy", tokens, "accuracy", curves, y_range=unit)
+        )
     return panels
 
 
@@ -223,7 +313,11 @@ def draw(found: dict[str, dict[str, list[Results]]], out: Path, limit: int) -> N
     for lang, arms in found.items():
         curves = over_training(arms, share("greedy accuracy"))
         title = f"{find_language(lang).english}: greedy accuracy"
-        panels.append(Panel(title, "sampled tokens, thousands", "accuracy", curves, y_range=(0.0, 1.02)))
+        panels.append(
+            Panel(title, "sampled tokens, thousands", "accuracy", curves, y_range=(0.0, 1.02))
+        )
         files = [out / f"compare_{lang}.{suffix}" for suffix in ("png", "svg")]
         curves_figure(language_panels(arms, limit), files, columns=2)
-    curves_figure(panels, [out / f"compare.{suffix}" for suffix in ("png", "svg")], columns=len(panels))
+    curves_figure(
+        panels, [out / f"compare.{suffix}" for suffix in ("png", "svg")], columns=len(panels)
+    )

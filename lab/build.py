@@ -46,7 +46,9 @@ CHAT_TEMPLATE = (
 EOS_ID = 2  # the special tokens come first: <|endoftext|>, <|im_start|>, <|im_end|>
 IGNORED = -100  # F.cross_entropy's default ignore_index
 REPORT_EVERY = 200  # steps
-Row = tuple[list[int], list[int], list[bool]]  # prompt ids, completion ids, which of them are learned
+Row = tuple[
+    list[int], list[int], list[bool]
+]  # prompt ids, completion ids, which of them are learned
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Mix:
     whole: float = 0.7  # of those, the share that read both the English problem and the English solution; the rest
     # lack one of the two, half each, so that the ablations of the teacher's context mean something here
     target_alone: float = 0.0002  # share of rows that read a target-language problem with no help
-    slips: float = 0.0  # of the privileged rows, the share whose solution slips and goes on consistently
+    slips: float = (
+        0.0  # of the privileged rows, the share whose solution slips and goes on consistently
+    )
     lr: float = 2e-3  # peak, after a linear warm-up, before a cosine to zero
     warmup: int = 100
     weight_decay: float = 0.05
@@ -75,25 +79,38 @@ def build_tokenizer(rng: random.Random, vocabulary: int = 1024) -> PreTrainedTok
     raw = Tokenizer(models.BPE())
     raw.normalizer = normalizers.NFC()
     raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     raw.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     texts = ["user\n", "assistant\n"] * 2000
     for code in LANGUAGES:
-        texts += [str(value) for key, value in asdict(find_language(code)).items() if key != "benchmarks"] * 2000
+        texts += [
+            str(value) for key, value in asdict(find_language(code)).items() if key != "benchmarks"
+        ] * 2000
     for _ in range(4000):
         drawn = draw_training(rng)
-        texts += [text for code in LANGUAGES for text in (words(drawn, code), solution(drawn, code))]
+        texts += [
+            text for code in LANGUAGES for text in (words(drawn, code), solution(drawn, code))
+        ]
     raw.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False, model_max_length=512,
-    )  # fmt: skip
+        tokenizer_object=raw,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
 
 
 def build_model(vocabulary: int, seed: int) -> Qwen3ForCausalLM:
@@ -119,17 +136,29 @@ def build_model(vocabulary: int, seed: int) -> Qwen3ForCausalLM:
 
 
 def make_row(
-    drawn: Drawn, code: str, tokenizer: PreTrainedTokenizerFast, pieces: list[tuple[str, bool]], **prompt: Any
+    drawn: Drawn,
+    code: str,
+    tokenizer: PreTrainedTokenizerFast,
+    pieces: list[tuple[str, bool]],
+    **prompt: Any,
 ) -> Row:
     """Return the row of a problem in the language `code` whose completion is `pieces` and EOS.
 
     Pieces begin with a space or with the completion, so tokenising them one by one is tokenising them together.
     """
-    problem = Problem("", words(drawn, code), words(drawn, "eng"), solution(drawn, "eng"), None, code)
-    encoded = [(tokenizer.encode(text, add_special_tokens=False), learned) for text, learned in pieces]
+    problem = Problem(
+        "", words(drawn, code), words(drawn, "eng"), solution(drawn, "eng"), None, code
+    )
+    encoded = [
+        (tokenizer.encode(text, add_special_tokens=False), learned) for text, learned in pieces
+    ]
     completion_ids = [token for ids, _ in encoded for token in ids]
     learned = [learned for ids, learned in encoded for _ in ids]
-    return build_prompt(problem, code, tokenizer, **prompt), [*completion_ids, EOS_ID], [*learned, True]
+    return (
+        build_prompt(problem, code, tokenizer, **prompt),
+        [*completion_ids, EOS_ID],
+        [*learned, True],
+    )
 
 
 def draw_row(rng: random.Random, mix: Mix, tokenizer: PreTrainedTokenizerFast) -> Row:
@@ -167,7 +196,9 @@ def exact_share(model: Qwen3ForCausalLM, rows: list[Row]) -> float:
     right = 0
     for start in range(0, len(rows), 50):
         ids_BT, labels_BT = collate(rows[start : start + 50])
-        wrong_BT = (model(input_ids=ids_BT, use_cache=False).logits.argmax(-1) != labels_BT) & (labels_BT != IGNORED)
+        wrong_BT = (model(input_ids=ids_BT, use_cache=False).logits.argmax(-1) != labels_BT) & (
+            labels_BT != IGNORED
+        )
         right += int((~wrong_BT.any(dim=1)).sum())
     return right / len(rows)
 
@@ -179,7 +210,9 @@ def report(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: in
     for role, codes in (("student", LANGUAGES), ("teacher", TARGETS)):
         lines.append(f"{role}:")
         for code in codes:
-            rows = [make_row(d, code, tokenizer, [(solution(d, code), True)], role=role) for d in drawns]
+            rows = [
+                make_row(d, code, tokenizer, [(solution(d, code), True)], role=role) for d in drawns
+            ]
             lines.append(f"{code} {exact_share(model, rows):.2f}")
     return " ".join(lines)
 
@@ -197,12 +230,18 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, mix: Mix,
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": mix.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.98), fused=True,
-    )  # fmt: skip
+        [
+            {"params": matrices, "weight_decay": mix.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
     started = time.monotonic()
     for step in range(mix.steps):
-        rows = sorted((draw_row(rng, mix, tokenizer) for _ in range(mix.rows)), key=lambda row: len(row[0]))
+        rows = sorted(
+            (draw_row(rng, mix, tokenizer) for _ in range(mix.rows)), key=lambda row: len(row[0])
+        )
         tokens = sum(sum(learned) for _, _, learned in rows)
         total = 0.0
         for start in range(0, len(rows), 32):
@@ -219,13 +258,18 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, mix: Mix,
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % REPORT_EVERY == 0 or step == mix.steps - 1:
-            print(f"step {step + 1}  {time.monotonic() - started:.0f} s  loss {total:.4f} nats/token  "
-                  f"{report(model, tokenizer, mix.seed)}", flush=True)  # fmt: skip
+            print(
+                f"step {step + 1}  {time.monotonic() - started:.0f} s  loss {total:.4f} nats/token  "
+                f"{report(model, tokenizer, mix.seed)}",
+                flush=True,
+            )
             model.save_pretrained(out)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="folder to write the model and the problems into")] = HERE,
+    out: Annotated[
+        Path, typer.Option(help="folder to write the model and the problems into")
+    ] = HERE,
     seed: Annotated[int, typer.Option(help="of everything")] = 0,
 ) -> None:
     """Write problems/, then train and write tiny/."""

@@ -17,11 +17,15 @@ TARGETS = LANGUAGES[1:]
 TEST_SHARE = 5  # one pair in five is never trained on
 SPECIFICATION = json.loads((HERE / "templates.json").read_text(encoding="utf-8"))
 TEMPLATES = {template["id"]: template for template in SPECIFICATION["templates"]}
-NEW_WORDING = tuple(name for name in TEMPLATES if name.startswith("new_"))  # nothing trains on these
+NEW_WORDING = tuple(
+    name for name in TEMPLATES if name.startswith("new_")
+)  # nothing trains on these
 KNOWN_WORDING = tuple(name for name in TEMPLATES if not name.startswith("new_"))
 # In one step, "+" and "*" can be guessed from the numbers' size: in the sets the other templates come three times.
 SET_WORDING = tuple(
-    name for name in KNOWN_WORDING for _ in range(1 if TEMPLATES[name]["steps"] in (["a + b"], ["a * b"]) else 3)
+    name
+    for name in KNOWN_WORDING
+    for _ in range(1 if TEMPLATES[name]["steps"] in (["a + b"], ["a * b"]) else 3)
 )
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -91,14 +95,22 @@ def slipped(drawn: Drawn, language: str, rng: random.Random) -> list[tuple[str, 
     if len(plan) == 2:  # the plan still holds: its second step goes on from the slipped value
         known = {**dict(zip("abc", drawn.numbers, strict=False)), "first": value}
         left, symbol, right = plan[1].split()
-        second, result = f" {known[left]} {symbol} {known[right]}", OPERATORS[symbol](known[left], known[right])
+        second, result = (
+            f" {known[left]} {symbol} {known[right]}",
+            OPERATORS[symbol](known[left], known[right]),
+        )
     else:
         second, result = _any_sum(rng, (value, *drawn.numbers))
         second = f" {second}"
     if result < 0:
         return slipped(drawn, language, rng)
     ending = f" = {result}{rest.format(answer=result)}"
-    return [(f"{opening}{first}", False), (f" = {value}{joint}", True), (second, len(plan) == 2), (ending, True)]
+    return [
+        (f"{opening}{first}", False),
+        (f" = {value}{joint}", True),
+        (second, len(plan) == 2),
+        (ending, True),
+    ]
 
 
 def _any_sum(rng: random.Random, numbers: tuple[int, ...]) -> tuple[str, int]:
@@ -116,7 +128,9 @@ def draw(rng: random.Random, templates: tuple[str, ...]) -> Drawn:
         template = TEMPLATES[rng.choice(templates)]
         numbers = tuple(rng.randint(low, high) for low, high in template["ranges"].values())
         name, friend = rng.choice(SPECIFICATION["names"]), rng.choice(SPECIFICATION["friends"])
-        drawn = Drawn(template["id"], numbers, name, friend, rng.randrange(len(SPECIFICATION["things"])))
+        drawn = Drawn(
+            template["id"], numbers, name, friend, rng.randrange(len(SPECIFICATION["things"]))
+        )
         if all(value >= 1 for _, value in equations(drawn)):
             return drawn
 
@@ -129,7 +143,9 @@ def draw_training(rng: random.Random) -> Drawn:
             return drawn
 
 
-def draw_set(rng: random.Random, count: int, templates: tuple[str, ...], *, held_out: bool) -> list[Drawn]:
+def draw_set(
+    rng: random.Random, count: int, templates: tuple[str, ...], *, held_out: bool
+) -> list[Drawn]:
     """Draw `count` problems with distinct (template, numbers) pairs on one side of the split, the templates in turn."""
     found: dict[tuple[str, tuple[int, ...]], Drawn] = {}
     while len(found) < count:
@@ -147,7 +163,9 @@ def write_problems(folder: Path, seed: int) -> None:
     """
     rng = random.Random(seed)
     sets = {
-        "train": draw_set(rng, 500, SET_WORDING, held_out=False),  # 500, as the paper has for an AfriMGSM language
+        "train": draw_set(
+            rng, 500, SET_WORDING, held_out=False
+        ),  # 500, as the paper has for an AfriMGSM language
         "test": draw_set(rng, 250, SET_WORDING, held_out=True),  # 250, as AfriMGSM has
         "new_wording": draw_set(rng, 60, NEW_WORDING, held_out=True),
     }
@@ -168,4 +186,7 @@ def write_problems(folder: Path, seed: int) -> None:
                 }
                 for row, drawn in enumerate(drawns)
             ]
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            path.write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                encoding="utf-8",
+            )

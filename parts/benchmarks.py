@@ -28,18 +28,27 @@ class Benchmark:
 BENCHMARKS = {
     "lab": Benchmark(None, ("{iso3}/test.jsonl",), 250, "eng hau swa yor"),
     "afrimgsm": Benchmark(
-        "masakhane/afrimgsm", ("{iso3}/test.tsv",), 250,
+        "masakhane/afrimgsm",
+        ("{iso3}/test.tsv",),
+        250,
         "amh eng ewe fra hau ibo kin lin lug orm sna sot swa twi vai wol xho yor zul",
     ),
-    "mgsm": Benchmark("juletxara/mgsm", ("mgsm_{iso1}.tsv",), 250, "ben deu eng fra jpn rus spa swa tel tha zho"),
+    "mgsm": Benchmark(
+        "juletxara/mgsm", ("mgsm_{iso1}.tsv",), 250, "ben deu eng fra jpn rus spa swa tel tha zho"
+    ),
     "msvamp": Benchmark(
-        "Mathoctopus/MSVAMP", ("test_{english}.json",), 1000, "ben deu eng fra jpn rus spa swa tha zho",
+        "Mathoctopus/MSVAMP",
+        ("test_{english}.json",),
+        1000,
+        "ben deu eng fra jpn rus spa swa tha zho",
     ),
     "polymath": Benchmark(
-        "Qwen/PolyMath", tuple(f"{{iso1}}/{level}.parquet" for level in LEVELS), 125,
+        "Qwen/PolyMath",
+        tuple(f"{{iso1}}/{level}.parquet" for level in LEVELS),
+        125,
         "ben deu eng fra jpn rus spa swa tel tha zho",
     ),
-}  # fmt: skip
+}
 
 
 def has_language(benchmark: str, names: Mapping[str, str | None]) -> bool:
@@ -48,7 +57,9 @@ def has_language(benchmark: str, names: Mapping[str, str | None]) -> bool:
         return names["iso3"] in BENCHMARKS[benchmark].languages.split()
     path = _local(benchmark, names)
     if path.is_file() and "{lang}" not in benchmark:
-        raise ValueError(f"{benchmark} is one file: name its language, all is for named benchmarks and folders")
+        raise ValueError(
+            f"{benchmark} is one file: name its language, all is for named benchmarks and folders"
+        )
     return path.is_file() or any(_inside(path, layout, names) for layout in BENCHMARKS.values())
 
 
@@ -66,10 +77,14 @@ def find_files(
         if path.is_file():
             return [path], None
         if not path.is_dir():
-            raise FileNotFoundError(f"no benchmark {path}; valid: a file, a folder, {', '.join(BENCHMARKS)}")
+            raise FileNotFoundError(
+                f"no benchmark {path}; valid: a file, a folder, {', '.join(BENCHMARKS)}"
+            )
         found = list(filter(None, (_inside(path, layout, names) for layout in BENCHMARKS.values())))
         if len(found) != 1:
-            raise FileNotFoundError(f"{path} has files for {names['english']} in {len(found)} known layouts, not in 1")
+            raise FileNotFoundError(
+                f"{path} has files for {names['english']} in {len(found)} known layouts, not in 1"
+            )
         return found[0], None
     layout = BENCHMARKS[benchmark]
     if not has_language(benchmark, names):
@@ -77,7 +92,9 @@ def find_files(
     folder = _fetch(layout, names, revision) if layout.repo else LAB
     files = _inside(folder, layout, names)
     if len(files) != len(layout.files):
-        raise FileNotFoundError(f"{benchmark} has {len(files)} files for {names['english']}, not {len(layout.files)}")
+        raise FileNotFoundError(
+            f"{benchmark} has {len(files)} files for {names['english']}, not {len(layout.files)}"
+        )
     return files, folder.name if layout.repo else None
 
 
@@ -94,7 +111,9 @@ def _fetch(layout: Benchmark, names: Mapping[str, str | None], revision: str) ->
     ends = [end.format(**names) for end in layout.files]
     wanted = [*ends, *(f"*/{end}" for end in ends)]
     try:
-        folder = snapshot_download(str(layout.repo), repo_type="dataset", revision=revision, allow_patterns=wanted)
+        folder = snapshot_download(
+            str(layout.repo), repo_type="dataset", revision=revision, allow_patterns=wanted
+        )
     except OSError as error:
         raise FileNotFoundError(
             f"cannot reach revision {revision} of {layout.repo} on the hub; pass --benchmark FOLDER instead"

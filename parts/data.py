@@ -23,7 +23,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ROLES = ("student", "teacher")
 THINKING = ("auto", "on", "off")
-PROBLEM_COLUMNS = ("problem_translated", "problem", "question", "m_query")  # m_query and response are MSVAMP's
+PROBLEM_COLUMNS = (
+    "problem_translated",
+    "problem",
+    "question",
+    "m_query",
+)  # m_query and response are MSVAMP's
 ANSWER_COLUMNS = ("answer_number", "answer", "response")  # the first that is not empty
 
 
@@ -69,7 +74,10 @@ def languages() -> dict[str, Language]:
     """Return every language of languages.json by its ISO 639-3 code."""
     records = json.loads(Path(__file__).with_name("languages.json").read_text(encoding="utf-8"))
     benchmarks = {iso3: tuple(record.pop("benchmarks")) for iso3, record in records.items()}
-    return {iso3: Language(iso3=iso3, benchmarks=benchmarks[iso3], **record) for iso3, record in records.items()}
+    return {
+        iso3: Language(iso3=iso3, benchmarks=benchmarks[iso3], **record)
+        for iso3, record in records.items()
+    }
 
 
 def find_language(code: str) -> Language:
@@ -77,7 +85,10 @@ def find_language(code: str) -> Language:
     for language in languages().values():
         if code.lower() in (language.iso3, language.iso1):
             return language
-    valid = ", ".join(f"{known.iso3} ({known.iso1})" if known.iso1 else known.iso3 for known in languages().values())
+    valid = ", ".join(
+        f"{known.iso3} ({known.iso1})" if known.iso1 else known.iso3
+        for known in languages().values()
+    )
     raise ValueError(f"unknown language {code!r}; valid codes: {valid}")
 
 
@@ -86,15 +97,25 @@ def _open_assistant_turn(user_turn: str, tokenizer: Tokenizer, thinking: str) ->
     if thinking not in THINKING:
         raise ValueError(f"unknown thinking mode {thinking!r}; valid: {', '.join(THINKING)}")
     if not tokenizer.chat_template:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model")
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model"
+        )
     template, enabled = tokenizer.get_chat_template(), thinking != "off"
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": enabled}
+    options: dict[str, Any] = {
+        "tokenize": False,
+        "add_generation_prompt": True,
+        "enable_thinking": enabled,
+    }
     text = str(tokenizer.apply_chat_template([{"role": "user", "content": user_turn}], **options))
-    already_open = text.rstrip().endswith("<think>")  # DeepSeek-R1 and Qwen3-Thinking open the block themselves
+    already_open = text.rstrip().endswith(
+        "<think>"
+    )  # DeepSeek-R1 and Qwen3-Thinking open the block themselves
     opens = already_open or (enabled and ("enable_thinking" in template or "<think>" in template))
     if thinking != "auto" and opens != enabled:
         habit = "always opens a think block" if opens else "has no think block"
-        raise ValueError(f"thinking {thinking!r} does not fit this chat template, which {habit}; use 'auto'")
+        raise ValueError(
+            f"thinking {thinking!r} does not fit this chat template, which {habit}; use 'auto'"
+        )
     if not opens:
         return text, False
     return (text.rstrip("\n") if already_open else f"{text}<think>") + "\n", True
@@ -110,9 +131,13 @@ def _refuse_control_text(problem: Problem, tokenizer: Tokenizer) -> None:
     text = "\n".join(filter(None, (problem.problem, problem.problem_en, problem.solution_en)))
     for token in tokenizer.added_tokens_decoder.values():
         # DeepSeek-R1 does not mark its turn tokens special; Gemma adds runs of blanks that are ordinary text.
-        is_control = token.content.strip() and (token.special or token.content in tokenizer.get_chat_template())
+        is_control = token.content.strip() and (
+            token.special or token.content in tokenizer.get_chat_template()
+        )
         if is_control and token.content in text:
-            raise ValueError(f"problem {problem.id!r} spells the control token {token.content!r}; drop it")
+            raise ValueError(
+                f"problem {problem.id!r} spells the control token {token.content!r}; drop it"
+            )
 
 
 def _user_turn(problem: Problem, language: Language, role: str, shown: dict[str, bool]) -> str:
@@ -121,7 +146,9 @@ def _user_turn(problem: Problem, language: Language, role: str, shown: dict[str,
         return f"{problem.problem}\n\n{language.instruction}"
     missing = [field for field in shown if shown[field] and not getattr(problem, field)]
     if missing:
-        raise ValueError(f"problem {problem.id!r} has no {' and no '.join(missing)}, which the teacher's prompt shows")
+        raise ValueError(
+            f"problem {problem.id!r} has no {' and no '.join(missing)}, which the teacher's prompt shows"
+        )
     blocks = [f"{language.problem_label}\n{problem.problem}"]
     if shown["problem_en"]:
         blocks.append(f"{language.english_problem_label}\n{problem.problem_en}")
@@ -166,7 +193,9 @@ def render_prompt(
     return f"{text}{language.opening}\n"
 
 
-def build_prompt(problem: Problem, language: str | Language, tokenizer: Tokenizer, **options: Any) -> list[int]:
+def build_prompt(
+    problem: Problem, language: str | Language, tokenizer: Tokenizer, **options: Any
+) -> list[int]:
     """Return render_prompt's text, with its options, as token ids: tokenised here once, and never decoded again."""
     text = render_prompt(problem, language, tokenizer, **options)
     return tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
@@ -175,7 +204,10 @@ def build_prompt(problem: Problem, language: str | Language, tokenizer: Tokenize
 def template_hash(tokenizer: Tokenizer, language: str | Language, thinking: str = "auto") -> str:
     """Return 12 hex digits that change with either role's prompt: template, wordings, mode, a date in the template."""
     placeholder = Problem("placeholder", "PROBLEM", "ENGLISH PROBLEM", "SOLUTION", None, "eng")
-    texts = [render_prompt(placeholder, language, tokenizer, role=role, thinking=thinking) for role in ROLES]
+    texts = [
+        render_prompt(placeholder, language, tokenizer, role=role, thinking=thinking)
+        for role in ROLES
+    ]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
@@ -185,7 +217,9 @@ def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """
     is_tsv = path.suffix.lower() == ".tsv"
     text = io.StringIO(path.read_text(encoding="utf-8-sig"))
-    reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(text)
+    reader = (
+        csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(text)
+    )
     header, body = next(reader, []), reader
     if is_tsv and len(header) == 2 and header[1].strip("- ").replace(",", "").isdecimal():
         header, body = ["question", "answer"], chain([header], reader)
@@ -207,37 +241,59 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     elif suffix == ".json" and text.lstrip().startswith("["):
         yield from ((f"row {number}", row) for number, row in enumerate(json.loads(text)))
     elif suffix in (".json", ".jsonl"):  # MSVAMP's .json files have a line of JSON per row, too
-        for number, line in filter(lambda line: line[1].strip(), enumerate(text.split("\n"), start=1)):
+        for number, line in filter(
+            lambda line: line[1].strip(), enumerate(text.split("\n"), start=1)
+        ):
             try:
                 yield f"line {number}", json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
     elif suffix == ".parquet":
-        yield from ((f"row {number}", row) for number, row in enumerate(parquet.read_table(path).to_pylist()))
+        yield from (
+            (f"row {number}", row)
+            for number, row in enumerate(parquet.read_table(path).to_pylist())
+        )
     else:
-        raise ValueError(f"unknown extension {suffix!r}; valid: .jsonl, .json, .tsv, .csv, .parquet")
+        raise ValueError(
+            f"unknown extension {suffix!r}; valid: .jsonl, .json, .tsv, .csv, .parquet"
+        )
 
 
 def _text(row: dict[str, Any], column: str, where: str) -> str | None:
     """Return a cell as NFC text without outer blanks, None where it is absent or blank."""
     value = row.get(column)
     if not isinstance(value, str | int | float | None):
-        raise ValueError(f"{where}: {column} must be text or a number, not a {type(value).__name__}")
+        raise ValueError(
+            f"{where}: {column} must be text or a number, not a {type(value).__name__}"
+        )
     return unicodedata.normalize("NFC", "" if value is None else str(value)).strip() or None
 
 
 def _problem(row: dict[str, Any], number: int, where: str, language: Language) -> Problem:
     column = next((name for name in PROBLEM_COLUMNS if name in row), None)
     if not column:
-        raise ValueError(f"{where}: needs a column {', '.join(PROBLEM_COLUMNS)}; has {', '.join(row)}")
+        raise ValueError(
+            f"{where}: needs a column {', '.join(PROBLEM_COLUMNS)}; has {', '.join(row)}"
+        )
     problem = _text(row, column, where)
     if not problem:
         raise ValueError(f"{where}: empty {column}")
     column_en = "problem" if column == "problem_translated" else column
-    has_english = column != column_en or language.iso3 == "eng"  # in a plain file all is in the problems' language
-    problem_en, solution_en = (_text(row, name, where) if has_english else None for name in (column_en, "solution"))
+    has_english = (
+        column != column_en or language.iso3 == "eng"
+    )  # in a plain file all is in the problems' language
+    problem_en, solution_en = (
+        _text(row, name, where) if has_english else None for name in (column_en, "solution")
+    )
     answer = next(filter(None, (_text(row, name, where) for name in ANSWER_COLUMNS)), None)
-    return Problem(_text(row, "id", where) or str(number), problem, problem_en, solution_en, answer, language.iso3)
+    return Problem(
+        _text(row, "id", where) or str(number),
+        problem,
+        problem_en,
+        solution_en,
+        answer,
+        language.iso3,
+    )
 
 
 def load_problems(path: Path, *, language: str | None = None) -> list[Problem]:
@@ -265,12 +321,16 @@ def load_problems(path: Path, *, language: str | None = None) -> list[Problem]:
                 others.add(str(named))
                 continue
             if not spoken:
-                raise ValueError(f"{where}: {f'unknown language {named!r}' if named else 'no language named'}")
+                raise ValueError(
+                    f"{where}: {f'unknown language {named!r}' if named else 'no language named'}"
+                )
             problem = _problem(row, number, where, spoken)
             if problems.setdefault((problem.language, problem.id), problem) is not problem:
                 raise ValueError(f"{where}: duplicate id {problem.id!r}")
         if not problems:
-            raise ValueError(f"no problems{f' in {language}' if language else ''}; languages: {sorted(others)}")
+            raise ValueError(
+                f"no problems{f' in {language}' if language else ''}; languages: {sorted(others)}"
+            )
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}: {error}") from error
     return list(problems.values())
@@ -289,21 +349,31 @@ def hub_training_file(language: str | Language) -> Path:
     try:
         folder = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=patterns))
     except OSError as error:
-        raise FileNotFoundError(f"cannot reach {repo} on the hub; pass --data FILE instead") from error
+        raise FileNotFoundError(
+            f"cannot reach {repo} on the hub; pass --data FILE instead"
+        ) from error
     files = [file.relative_to(folder).as_posix() for file in folder.rglob("*.parquet")]
     matches = [file for file in files if any(fnmatchcase(file, pattern) for pattern in patterns)]
     if len(matches) != 1:
-        raise FileNotFoundError(f"{repo} has {len(matches)} files for {language.english}, not 1; pass --data FILE")
+        raise FileNotFoundError(
+            f"{repo} has {len(matches)} files for {language.english}, not 1; pass --data FILE"
+        )
     return folder / matches[0]
 
 
-def split_heldout(problems: list[Problem], count: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+def split_heldout(
+    problems: list[Problem], count: int, seed: int
+) -> tuple[list[Problem], list[Problem]]:
     """Return (train, heldout); held out is every row of `count` distinct problem texts, drawn under the seed."""
     texts = list(dict.fromkeys(row.problem for row in problems))
     if not 0 <= count < len(texts):
-        raise ValueError(f"cannot hold out {count} of {len(texts)} distinct problems; valid: 0 to {len(texts) - 1}")
+        raise ValueError(
+            f"cannot hold out {count} of {len(texts)} distinct problems; valid: 0 to {len(texts) - 1}"
+        )
     held = set(random.Random(seed).sample(texts, count))
-    return [row for row in problems if row.problem not in held], [row for row in problems if row.problem in held]
+    return [row for row in problems if row.problem not in held], [
+        row for row in problems if row.problem in held
+    ]
 
 
 def pick_order(count: int, *, seed: int, step: int, batch: int) -> list[int]:
@@ -316,5 +386,7 @@ def pick_order(count: int, *, seed: int, step: int, batch: int) -> list[int]:
     """
     epoch, offset = divmod(step * batch, count)
     epochs = range(epoch, epoch + 1 + (offset + batch - 1) // count)
-    order = [i for epoch in epochs for i in random.Random(f"{seed}/{epoch}").sample(range(count), count)]
+    order = [
+        i for epoch in epochs for i in random.Random(f"{seed}/{epoch}").sample(range(count), count)
+    ]
     return order[offset : offset + batch]

@@ -33,9 +33,13 @@ def check_settings(config: Any) -> None:
     """Raise ValueError for the first setting that is not what its field allows, saying what is."""
     for f in fields(config):
         value, name = getattr(config, f.name), f.name.replace("_", "-")
-        least, above, most, choices = (f.metadata[key] for key in ("least", "above", "most", "choices"))
+        least, above, most, choices = (
+            f.metadata[key] for key in ("least", "above", "most", "choices")
+        )
         if choices and value not in choices:
-            raise ValueError(f"unknown {f.name.replace('_', ' ')} {value!r}; valid: {', '.join(choices)}")
+            raise ValueError(
+                f"unknown {f.name.replace('_', ' ')} {value!r}; valid: {', '.join(choices)}"
+            )
         if isinstance(value, int | float) and not (least <= value <= most and value > above):
             bounds = {f"{least} or more": least, f"above {above}": above, f"up to {most}": -most}
             valid = [text for text, bound in bounds.items() if bound > -math.inf]
@@ -57,7 +61,9 @@ def flags_of(config: type) -> Callable[[Callable[[dict[str, Any]], None]], Calla
             option = typer.Option(help=help_text(f), show_default=False)
             annotation = Annotated[f.type | None, option]
             parameters.append(
-                inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+                inspect.Parameter(
+                    f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+                )
             )
         _wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         _wrapper.__doc__ = command.__doc__
@@ -70,5 +76,8 @@ def help_text(setting: Field) -> str:
     """Return a flag's help: doc, choices, default, each method's where they differ; the doc says what None is."""
     choices, by_method = setting.metadata["choices"], setting.metadata["by_method"]
     text = setting.metadata["doc"] + (f": {', '.join(choices)}" if choices else "")
-    defaults = [str(setting.default), *(f"{method}: {value}" for method, value in by_method.items())]
+    defaults = [
+        str(setting.default),
+        *(f"{method}: {value}" for method, value in by_method.items()),
+    ]
     return text if setting.default is None else f"{text} [{'; '.join(defaults)}]"

@@ -23,14 +23,24 @@ from dataclasses import dataclass
 from fractions import Fraction
 from subprocess import DEVNULL, PIPE, Popen
 
-MAX_ANSWER_CHARS = 400  # a longer box is an essay or an attack, and int() refuses more than 4300 digits
+MAX_ANSWER_CHARS = (
+    400  # a longer box is an essay or an attack, and int() refuses more than 4300 digits
+)
 MAX_EXPONENT = 100  # 10^(10^10) would fill the memory
-MATH_LIMIT_S = 5.0  # math-verify takes a tenth of a second for a usual answer, and hours for 9^(9^9)
+MATH_LIMIT_S = (
+    5.0  # math-verify takes a tenth of a second for a usual answer, and hours for 9^(9^9)
+)
 
 _idle_workers: list[Popen[str]] = []
-os.register_at_fork(after_in_child=_idle_workers.clear)  # a forked child would take its parent's replies
-atexit.register(lambda: [(worker.kill(), worker.wait()) for worker in _idle_workers])  # none outlives this process
-_BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")  # what counts for nesting; an escaped brace is skipped
+os.register_at_fork(
+    after_in_child=_idle_workers.clear
+)  # a forked child would take its parent's replies
+atexit.register(
+    lambda: [(worker.kill(), worker.wait()) for worker in _idle_workers]
+)  # none outlives this process
+_BRACES = re.compile(
+    r"\\boxed\s*\{|\\[{}]|[{}]"
+)  # what counts for nesting; an escaped brace is skipped
 _NUMERAL = re.compile(r"-?\d+(?:/\d+)?")  # the canonical string of a number, and of nothing else
 
 
@@ -38,15 +48,21 @@ _NUMERAL = re.compile(r"-?\d+(?:/\d+)?")  # the canonical string of a number, an
 class Grade:
     """What a completion is worth. The lenient reading is reported apart: it never makes an answer correct."""
 
-    answer: str | None  # content of the last complete box after the think block; None: not formatted
+    answer: (
+        str | None
+    )  # content of the last complete box after the think block; None: not formatted
     canonical: str | None  # the answer normalised; None: no single answer
-    lenient: str | None  # canonical; where there is no answer, from the last box anywhere or else the last number
+    lenient: (
+        str | None
+    )  # canonical; where there is no answer, from the last box anywhere or else the last number
     correct: bool
     lenient_correct: bool
     reason: str  # "right", "wrong", "no box", "think block not closed", "no single answer", "time-out" (math-verify's)
 
 
-def grade(completion: str, gold: str, *, think_open: bool = False, limit_s: float = MATH_LIMIT_S) -> Grade:
+def grade(
+    completion: str, gold: str, *, think_open: bool = False, limit_s: float = MATH_LIMIT_S
+) -> Grade:
     r"""Return whether the completion's boxed answer equals the gold, and why.
 
     completion, think_open  as in `extract_answer`; no completion raises
@@ -58,7 +74,9 @@ def grade(completion: str, gold: str, *, think_open: bool = False, limit_s: floa
     """
     expected = normalise(gold, as_text=True)
     if expected is None:
-        raise ValueError(f"unusable gold answer {gold[:80]!r}: give one number or one short text, like '18' or '7/2'")
+        raise ValueError(
+            f"unusable gold answer {gold[:80]!r}: give one number or one short text, like '18' or '7/2'"
+        )
     only_number = _NUMERAL.fullmatch(expected) is not None
 
     def _judge(answer: str) -> tuple[str | None, str]:
@@ -67,7 +85,9 @@ def grade(completion: str, gold: str, *, think_open: bool = False, limit_s: floa
             return None, "no single answer"
         if canonical == expected or only_number:
             return canonical, "right" if canonical == expected else "wrong"
-        same = _is_same_mathematics(gold, canonical if _NUMERAL.fullmatch(canonical) else answer, limit_s)
+        same = _is_same_mathematics(
+            gold, canonical if _NUMERAL.fullmatch(canonical) else answer, limit_s
+        )
         return canonical, "time-out" if same is None else "right" if same else "wrong"
 
     answer = extract_answer(completion, think_open=think_open)
@@ -77,8 +97,17 @@ def grade(completion: str, gold: str, *, think_open: bool = False, limit_s: floa
     numbers, _ = _find_numbers(_plain_text(completion.strip()[-MAX_ANSWER_CHARS:]))
     last_number = "".join(str(number) for number in numbers[-1:] if number is not None)
     lenient, verdict = _judge(extract_answer(re.sub("</?think>", " ", completion)) or last_number)
-    unclosed = extract_answer(completion + r"\boxed{0}", think_open=think_open) is None  # not even this one would count
-    return Grade(None, None, lenient, False, verdict == "right", "think block not closed" if unclosed else "no box")
+    unclosed = (
+        extract_answer(completion + r"\boxed{0}", think_open=think_open) is None
+    )  # not even this one would count
+    return Grade(
+        None,
+        None,
+        lenient,
+        False,
+        verdict == "right",
+        "think block not closed" if unclosed else "no box",
+    )
 
 
 def is_correct(completion: str, gold: str, *, think_open: bool = False) -> bool:
@@ -146,7 +175,9 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
     elif any(map(_ENDS_IN_NAME.search, left_sides[1:])):  # two equations
         text = ""
     numbers, skeleton = _find_numbers(text)
-    shape = "".join("a" if unicodedata.category(character)[0] in "LM" else character for character in skeleton)
+    shape = "".join(
+        "a" if unicodedata.category(character)[0] in "LM" else character for character in skeleton
+    )
     if numbers and not _PROSE.sub("", shape) and not _VARIABLE.search(skeleton):
         if len(numbers) == 1 and numbers[0] is not None and not _CHANGING_WORDS.search(skeleton):
             return str(numbers[0])
@@ -161,9 +192,13 @@ def _is_same_mathematics(gold: str, answer: str, limit_s: float) -> bool | None:
     """
     command = [sys.executable, "-P", os.path.join(os.path.dirname(__file__), "mathcheck.py")]
     try:
-        worker = _idle_workers.pop()  # after an interruption its late reply must meet no other question
+        worker = (
+            _idle_workers.pop()
+        )  # after an interruption its late reply must meet no other question
     except IndexError:  # a new interpreter, no fork: threads and CUDA do not survive one
-        worker = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, start_new_session=True)
+        worker = Popen(
+            command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, start_new_session=True
+        )
     assert worker.stdin and worker.stdout
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps([gold, answer, limit_s]), file=worker.stdin, flush=True)
@@ -171,7 +206,9 @@ def _is_same_mathematics(gold: str, answer: str, limit_s: float) -> bool | None:
         _idle_workers.append(worker)
         return json.loads(reply)
     if worker.wait() > 0:  # no signal ended it
-        raise OSError(f"math-verify does not run ({' '.join(command)} says why): pip install -r requirements.txt")
+        raise OSError(
+            f"math-verify does not run ({' '.join(command)} says why): pip install -r requirements.txt"
+        )
     return None
 
 
@@ -197,18 +234,27 @@ _REWRITES = (
     (r"(?<=\d)/[=-](?!\s*\d)", " "),  # 500/= and 500/-: so many shillings
     (rf"(?<!\w){_CURRENCY_PREFIX}(?=\d)", ""),
     (r"(?<!\w)(?:minus|negative|moins|menos|hasi)(?!\w)\s*|[负負]|マイナス", " -"),
-    (r"((?:^|[:=])\s*[-+])\s+(?=[\d.])", r"\1"),  # "- 18" is -18, but the dash of "answer - 18" is not read
+    (
+        r"((?:^|[:=])\s*[-+])\s+(?=[\d.])",
+        r"\1",
+    ),  # "- 18" is -18, but the dash of "answer - 18" is not read
 )
 # \text{...} and its like, and braces that belong to no command: only their content counts.
-_WRAPPER = re.compile(r"(?:\\(?:text(?:bf|it)?|math(?:rm|bf|it)|mbox|underline)\s*|(?<![\w}^\\]))\{([^{}]*)\}")
+_WRAPPER = re.compile(
+    r"(?:\\(?:text(?:bf|it)?|math(?:rm|bf|it)|mbox|underline)\s*|(?<![\w}^\\]))\{([^{}]*)\}"
+)
 _INEQUALITY = re.compile(r"[<>≤≥≠!]|\\(?:leq?|geq?|lt|gt|neq?)(?![a-z])")
 _ENDS_IN_NAME = re.compile(r"[^\W\d_]\s*$")
-_NAME = re.compile(r"[^\d+*/^×·|{}-]*")  # left of the "=" of a gold that is no equation: x, f(x), (a, b)
+_NAME = re.compile(
+    r"[^\d+*/^×·|{}-]*"
+)  # left of the "=" of a gold that is no equation: x, f(x), (a, b)
 
 
 def _plain_text(answer: str) -> str:
     """Return the answer with ASCII digits, one kind of minus, space and apostrophe, no LaTeX wrapping, no currency."""
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda run: "^" + unicodedata.normalize("NFKC", run[0]), answer)
+    text = re.sub(
+        "[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda run: "^" + unicodedata.normalize("NFKC", run[0]), answer
+    )
     text = unicodedata.normalize("NFC", "".join(map(_plain_character, text)).casefold())
     wrappers_left = True
     while wrappers_left:  # innermost first; each round but the last removes a pair of braces
@@ -228,7 +274,9 @@ def _plain_character(character: str) -> str:
     if category == "Sc":
         return "$"
     folded = unicodedata.normalize("NFKC", _SAME_AS.get(character, character))
-    if category == "No":  # ², ①, ፲ stay, for NFKC would turn "1①" into "11"; "½" gets spaces, for "3½"
+    if (
+        category == "No"
+    ):  # ², ①, ፲ stay, for NFKC would turn "1①" into "11"; "½" gets spaces, for "3½"
         return f" {folded.replace('⁄', '/')} " if "⁄" in folded else character
     return "".join(_SAME_AS.get(part, part) for part in folded)
 
@@ -274,7 +322,15 @@ def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
 # Groups of three by one repeated mark, or Indian groups; group 1 is the mark.
 _GROUPED = re.compile(r"[1-9]\d{0,2}([.,' ])\d{3}(?:\1\d{3})*|[1-9]\d?(?:,\d\d)+,\d{3}")
 # Largest first; the count before a unit is smaller than this: 二十百 is no numeral, 二十万 is, and so is ፼፼.
-_COUNT_LIMITS = {"億": 10**8, "万": 10**4, "千": 10, "百": 10, "十": 10, "፼": float("inf"), "፻": 100}
+_COUNT_LIMITS = {
+    "億": 10**8,
+    "万": 10**4,
+    "千": 10,
+    "百": 10,
+    "十": 10,
+    "፼": float("inf"),
+    "፻": 100,
+}
 
 
 def _read_number(match: re.Match[str]) -> Fraction | None:
@@ -282,19 +338,27 @@ def _read_number(match: re.Match[str]) -> Fraction | None:
     value = None
     if match["exponent"]:
         factor, exponent = _read_figure(match["factor"] or "1"), int(match["exponent"])
-        value = None if factor is None or abs(exponent) > MAX_EXPONENT else factor * Fraction(10) ** exponent
+        value = (
+            None
+            if factor is None or abs(exponent) > MAX_EXPONENT
+            else factor * Fraction(10) ** exponent
+        )
     elif fraction := match["part"] or match["fraction"]:
         top, bottom = (_read_figure(figure.strip()) for figure in fraction.split("/"))
         if top is not None and bottom and (not match["whole"] or top < bottom):
             value = int(match["whole"] or 0) + top / bottom
     else:
-        value = _read_numeral(match["numeral"]) if match["numeral"] else _read_figure(match["figure"])
+        value = (
+            _read_numeral(match["numeral"]) if match["numeral"] else _read_figure(match["figure"])
+        )
     return -value if value and match["sign"] == "-" else value
 
 
 def _read_figure(figure: str) -> Fraction | None:
     """Read ASCII digits with separators, by the table in `normalise`."""
-    is_grouped = _GROUPED.fullmatch(figure) and not re.fullmatch(r"\d+\.\d+", figure)  # 1.000 is one, 1,000 a thousand
+    is_grouped = _GROUPED.fullmatch(figure) and not re.fullmatch(
+        r"\d+\.\d+", figure
+    )  # 1.000 is one, 1,000 a thousand
     decimal = None if is_grouped else re.fullmatch(r"(.*)([.,])(\d+)", figure)
     whole, mark, part = decimal.groups() if decimal else (figure, None, "0")
     if re.search(r"\D", whole) and (not _GROUPED.fullmatch(whole) or (mark and mark in whole)):
@@ -317,4 +381,8 @@ def _read_numeral(numeral: str) -> Fraction | None:
             return count * size + rest
     if re.fullmatch("[፲-፺]?[፩-፱]?", numeral):
         return Fraction(sum(int(unicodedata.numeric(character)) for character in numeral))
-    return _read_figure("".join(str(int(unicodedata.numeric(c))) if c.isalpha() or c == "〇" else c for c in numeral))
+    return _read_figure(
+        "".join(
+            str(int(unicodedata.numeric(c))) if c.isalpha() or c == "〇" else c for c in numeral
+        )
+    )

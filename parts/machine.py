@@ -17,16 +17,25 @@ def pick_device(device: str) -> str:
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if device == "auto":
         return "cuda" if gpus else "cpu"
-    present = ["cpu", *(["cuda"] if gpus else []), *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+    present = [
+        "cpu",
+        *(["cuda"] if gpus else []),
+        *gpus,
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
     if device not in present:
-        raise ValueError(f"no device {device!r} here: valid on this machine are auto, {', '.join(present)}")
+        raise ValueError(
+            f"no device {device!r} here: valid on this machine are auto, {', '.join(present)}"
+        )
     return device
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
     """Return the base weights' dtype; "auto" is bfloat16 on a GPU that has it, else float32. ValueError if unknown."""
     if dtype == "auto":
-        native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        native = device.startswith("cuda") and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
         return torch.bfloat16 if native else torch.float32
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: valid are auto, {', '.join(DTYPES)}")

@@ -23,7 +23,9 @@ _COMMAND = re.compile(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+|\b(?:and|or)\b")
 _WORD_OR_RATIO = re.compile(r"[^\W\d_]{3}|\d\s*:\s*\d")
 _ONLY_LETTERS = re.compile(r"(?:\\text\w*|[^\W\d_]|[\s{}])*")
 _EQUALS = re.compile(r"(?<![<>!])=")
-_NAME = re.compile(r"(?:_(?:\{\w+\}|\w)|[^\d\\+*/^|_-]|\\(?!sqrt|frac)[a-zA-Z]+)*")  # x, f(x), S_4, \theta
+_NAME = re.compile(
+    r"(?:_(?:\{\w+\}|\w)|[^\d\\+*/^|_-]|\\(?!sqrt|frac)[a-zA-Z]+)*"
+)  # x, f(x), S_4, \theta
 _SIGNS = {"−": "-", "–": "-", "∞": r"\infty ", "·": r"\cdot ", "∈": r"\in "}
 # Signal, timer, seconds for each second of the limit: computing, and by the clock, should it hang without computing.
 _LIMITS = ((signal.SIGPROF, signal.ITIMER_PROF, 1), (signal.SIGALRM, signal.ITIMER_REAL, 60))
@@ -48,9 +50,15 @@ def is_same(gold: str, answer: str) -> bool:
 
 def _latex(text: str) -> str:
     """Return the text as math-verify reads it: ASCII digits and commands, no dollars, no delimiters, no full stop."""
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda run: "^{" + unicodedata.normalize("NFKC", run[0]) + "}", text)
-    text = "".join(str(unicodedata.decimal(character, _SIGNS.get(character, character))) for character in text)
-    return re.sub(r"\$|(?<!\\)\\[()\[\]]", " ", re.sub(r"√\s?(\d+|\w)", r"\\sqrt{\1}", text)).strip(" .,;:?")
+    text = re.sub(
+        "[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda run: "^{" + unicodedata.normalize("NFKC", run[0]) + "}", text
+    )
+    text = "".join(
+        str(unicodedata.decimal(character, _SIGNS.get(character, character))) for character in text
+    )
+    return re.sub(r"\$|(?<!\\)\\[()\[\]]", " ", re.sub(r"√\s?(\d+|\w)", r"\\sqrt{\1}", text)).strip(
+        " .,;:?"
+    )
 
 
 def _are_equal(gold: str, answer: str) -> bool:
@@ -59,7 +67,9 @@ def _are_equal(gold: str, answer: str) -> bool:
         parse(rf"\boxed{{{text}}}", _WHOLE_BOX, "no_fallback", "first_match", parsing_timeout=0)
         for text in (gold, answer)
     )
-    return verify(parsed_gold, parsed_answer, float_rounding=50, numeric_precision=50, timeout_seconds=0)
+    return verify(
+        parsed_gold, parsed_answer, float_rounding=50, numeric_precision=50, timeout_seconds=0
+    )
 
 
 def main() -> None:

@@ -18,7 +18,10 @@ LEVEL_WEIGHTS = {
 }  # PolyMath's levels, and its paper's weights
 Ratio = tuple[list[float], list[float]]  # a numerator and a denominator per problem
 RESAMPLES = 2000  # of the bootstrap; the interval's ends then move by less than 0.3 points from seed to seed
-EXACT_FLIPS, FLIPS = 14, 20_000  # of the permutation test: all sign patterns of so many problems, or so many drawn
+EXACT_FLIPS, FLIPS = (
+    14,
+    20_000,
+)  # of the permutation test: all sign patterns of so many problems, or so many drawn
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,9 @@ def bootstrap_mean(languages: list[Ratio], *, seed: int = 0) -> Estimate:
     for pairs in (np.array(language, dtype=float) for language in languages):
         if not pairs[1].sum():
             return Estimate(math.nan, math.nan, math.nan)
-        drawn = np.random.default_rng(seed).integers(pairs.shape[1], size=(RESAMPLES, pairs.shape[1]))
+        drawn = np.random.default_rng(seed).integers(
+            pairs.shape[1], size=(RESAMPLES, pairs.shape[1])
+        )
         above, below = np.hstack([pairs.sum(axis=1, keepdims=True), pairs[:, drawn].sum(axis=2)])
         ratios.append(above / np.where(below > 0, below, math.nan))
     value, *resampled = np.mean(ratios, axis=0)
@@ -198,24 +203,35 @@ def ratios(results: list[Graded], ks: list[int]) -> dict[str, Ratio]:
     found = {f"pass@{k}": ([pass_at_k(n, c, k) for n, c in counts], right[1]) for k in ks}
     if len(each[0]) > 1:
         found[f"avg@{len(each[0])}"] = right
-    found |= {f"maj@{k}": ([float(majority_correct(a[:k])) for a in each], right[1]) for k in ks if k > 1}
+    found |= {
+        f"maj@{k}": ([float(majority_correct(a[:k])) for a in each], right[1]) for k in ks if k > 1
+    }
     sizes = Counter(result.level for result in results)
     if sizes.keys() == LEVEL_WEIGHTS.keys():
         weights = [LEVEL_WEIGHTS[str(result.level)] / sizes[result.level] for result in results]
-        found["difficulty-weighted accuracy"] = [w * a for w, a in zip(weights, right[0], strict=True)], weights
+        found["difficulty-weighted accuracy"] = (
+            [w * a for w, a in zip(weights, right[0], strict=True)],
+            weights,
+        )
     found["format rate"] = _share(lambda a: a.answer is not None)
     boxes = [float(sum(a.answer is not None for a in attempts)) for attempts in each]
     found["accuracy given a box"] = [float(c) for _, c in counts], boxes
     found["extraction failures"] = _share(lambda a: a.answer is not None and a.canonical is None)
     found["grader time-outs"] = _share(lambda a: a.reason == "time-out")
     found["lenient accuracy"] = _share(lambda a: a.lenient_correct)
-    matches = [sum(harness_correct(a.completion, r.gold) for a in r.attempts) / len(r.attempts) for r in results]
+    matches = [
+        sum(harness_correct(a.completion, r.gold) for a in r.attempts) / len(r.attempts)
+        for r in results
+    ]
     found["lm-eval exact match"] = matches, right[1]
     inside = [sum(a.language == r.language for a in r.attempts) / len(r.attempts) for r in results]
     found["in the problem's language"] = inside, right[1]
     found["in English"] = _share(lambda a: a.language == "eng")
     found["cut at the length limit"] = _share(lambda a: a.finish_reason == "length")
-    found["mean tokens"] = [sum(a.tokens for a in attempts) / len(attempts) for attempts in each], right[1]
+    found["mean tokens"] = (
+        [sum(a.tokens for a in attempts) / len(attempts) for attempts in each],
+        right[1],
+    )
     return found
 
 
@@ -231,6 +247,11 @@ def paired_tests(first: list[Graded], second: list[Graded]) -> tuple[Estimate, f
 
     They are of the permutation test on pass@1 and of McNemar's test on the majority answers.
     """
-    shares = [[sum(a.correct for a in r.attempts) / len(r.attempts) for r in results] for results in (first, second)]
-    majorities = [[majority_correct(result.attempts) for result in results] for results in (first, second)]
+    shares = [
+        [sum(a.correct for a in r.attempts) / len(r.attempts) for r in results]
+        for results in (first, second)
+    ]
+    majorities = [
+        [majority_correct(result.attempts) for result in results] for results in (first, second)
+    ]
     return difference(*shares), paired_permutation(*shares), mcnemar(*majorities)

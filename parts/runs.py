@@ -36,7 +36,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}") from error
+        raise ValueError(
+            f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}"
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -83,12 +85,18 @@ def provenance() -> dict[str, Any]:
     """Return what a result may depend on beside its settings: versions, platform, git commit (None outside a clone)."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     commit = subprocess.run(
-        [*git, "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True, check=False
+        [*git, "rev-parse", "--verify", "--quiet", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain"], capture_output=True, text=True, check=False
+    )
     return {
         "command": sys.argv,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "git_commit": commit.stdout.strip() or None,
@@ -102,7 +110,9 @@ def adapter_folder(path: Path) -> Path:
         return path
     saved = sorted((path / "adapters").glob("step_*"))
     if not saved:
-        raise FileNotFoundError(f"{path} is neither an adapter folder nor a run folder with a saved adapter")
+        raise FileNotFoundError(
+            f"{path} is neither an adapter folder nor a run folder with a saved adapter"
+        )
     return saved[-1]
 
 
@@ -127,10 +137,14 @@ class Run:
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return
         if not file.is_file():
-            raise ValueError(f"{self.folder} exists and is not a run folder (no {file.name}); choose another --out")
+            raise ValueError(
+                f"{self.folder} exists and is not a run folder (no {file.name}); choose another --out"
+            )
         stored = read_json(file)
         for name, wanted in ((self.record, config), ("identity", identity or {})):
-            differing = [key for key, value in wanted.items() if stored.get(name, {}).get(key) != value]
+            differing = [
+                key for key, value in wanted.items() if stored.get(name, {}).get(key) != value
+            ]
             if differing:
                 raise ValueError(
                     f"{self.folder} holds a run that differs in {', '.join(differing)}; choose another --out"
@@ -167,7 +181,11 @@ class Run:
             path = self.folder / file
             if path.is_file():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+                whole = [
+                    line
+                    for line in lines
+                    if line.endswith("\n") and json.loads(line)["step"] <= step
+                ]
                 partial = path.with_name(file + ".partial")
                 partial.write_text("".join(whole), encoding="utf-8")
                 os.replace(partial, path)
@@ -185,7 +203,9 @@ class Run:
         if not path.is_file():
             return 0, {}
         with safe_open(path, framework="pt") as file:
-            return int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return int(file.metadata()["step"]), {
+                name: file.get_tensor(name) for name in file.keys()
+            }  # noqa: SIM118
 
 
 class Tally:
@@ -196,7 +216,9 @@ class Tally:
         self.tokens: dict[str, list[Tensor]] = {}
         self.rows: list[tuple[int, int]] = []  # row, tokens
 
-    def add(self, loss: Tensor, stats: dict[str, Tensor], rows: list[int], lengths: list[int]) -> None:
+    def add(
+        self, loss: Tensor, stats: dict[str, Tensor], rows: list[int], lengths: list[int]
+    ) -> None:
         """Add a micro-batch: its share of the loss, its tokens' statistics, its rows and their lengths."""
         self.loss += loss.item()
         self.rows += zip(rows, lengths, strict=True)
@@ -210,11 +232,18 @@ class Tally:
     def row_means(self, name: str) -> dict[int, float]:
         """Return a statistic's mean over each row's tokens."""
         by_row = torch.cat(self.tokens[name]).split([length for _, length in self.rows])
-        return {row: tokens_C.mean().item() for (row, _), tokens_C in zip(self.rows, by_row, strict=True)}
+        return {
+            row: tokens_C.mean().item()
+            for (row, _), tokens_C in zip(self.rows, by_row, strict=True)
+        }
 
 
 def completion_rows(
-    step: int, problems: list[Any], rollouts: list[Any], scores: Mapping[str, Any], decode: Callable[..., Any]
+    step: int,
+    problems: list[Any],
+    rollouts: list[Any],
+    scores: Mapping[str, Any],
+    decode: Callable[..., Any],
 ) -> list[dict[str, Any]]:
     """Return some of the step's rollouts whole, for completions.jsonl, evenly spread: English ones come first.
 
@@ -239,7 +268,11 @@ def completion_rows(
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimiser's state as flat named tensors: "optimizer/3/exp_avg"."""
     state = optimizer.state_dict()["state"]
-    return {f"optimizer/{index}/{name}": tensor for index, entry in state.items() for name, tensor in entry.items()}
+    return {
+        f"optimizer/{index}/{name}": tensor
+        for index, entry in state.items()
+        for name, tensor in entry.items()
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -262,7 +295,9 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, before[number])
 
-    before: dict[int, Any] = {n: signal.signal(n, _remember) for n in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {
+        n: signal.signal(n, _remember) for n in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield received
     finally:

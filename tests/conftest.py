@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a broken test; read at import
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # a test that reaches for the network is a broken test; read at import
 
 import pytest
 import torch
@@ -18,10 +20,16 @@ def build_tiny_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
     """Return a random fp32 Qwen2 in eval mode whose head (300) is wider than its tokenizer (290), as Qwen's are."""
     torch.manual_seed(seed)
     settings = {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
         "initializer_range": 0.3,  # ten times the usual: logits far enough apart that a wrong position shows
-    }  # fmt: skip
+    }
     return Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides})).eval()
 
 

@@ -16,9 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # copies of the real files, where there are any
 COMMIT = "c" * 40
 REPOS = {
-    "afrimgsm": "masakhane/afrimgsm", "mgsm": "juletxara/mgsm", "msvamp": "Mathoctopus/MSVAMP",
+    "afrimgsm": "masakhane/afrimgsm",
+    "mgsm": "juletxara/mgsm",
+    "msvamp": "Mathoctopus/MSVAMP",
     "polymath": "Qwen/PolyMath",
-}  # fmt: skip
+}
 
 
 def names(code: str) -> dict:
@@ -41,12 +43,17 @@ def fill(folder: Path, benchmark: str, code: str, rows: int) -> None:
         (folder / f"mgsm_{language.iso1}.tsv").write_text(text, encoding="utf-8")
     elif benchmark == "msvamp":
         row = '{"m_query": "Ngapi %d?", "equation": "+ number0 number1", "response": "%d.0"}\n'
-        (folder / f"test_{language.english}.json").write_text("".join(row % (number, number) for number in numbers))
+        (folder / f"test_{language.english}.json").write_text(
+            "".join(row % (number, number) for number in numbers)
+        )
     else:
         for level in LEVELS:
             (folder / str(language.iso1)).mkdir(exist_ok=True)
             table = {"id": [f"{level}-{language.iso1}-{number}" for number in numbers]}
-            table |= {"question": [f"Ngapi {number}?" for number in numbers], "answer": [str(n) for n in numbers]}
+            table |= {
+                "question": [f"Ngapi {number}?" for number in numbers],
+                "answer": [str(n) for n in numbers],
+            }
             parquet.write_table(pa.table(table), folder / str(language.iso1) / f"{level}.parquet")
 
 
@@ -72,8 +79,15 @@ def test_a_named_benchmark_comes_from_the_hub_with_its_commit_and_all_its_rows(h
     hub(benchmark, "eng", rows)  # another language beside it
     swahili = find_language("swa")
     problems, commit = load_benchmark(benchmark, swahili, "main", None)
-    assert commit == COMMIT and len(problems) == rows * files and {p.language for p in problems} == {"swa"}
-    assert len({problem.id for problem in problems}) == len(problems) and float(str(problems[7].answer)) == 7
+    assert (
+        commit == COMMIT
+        and len(problems) == rows * files
+        and {p.language for p in problems} == {"swa"}
+    )
+    assert (
+        len({problem.id for problem in problems}) == len(problems)
+        and float(str(problems[7].answer)) == 7
+    )
     assert len(load_benchmark(benchmark, swahili, COMMIT, 3)[0]) == 3  # by its commit, and limited
 
 
@@ -93,7 +107,9 @@ def test_a_level_that_is_missing_is_an_error(hub, tmp_path):
 
 
 def test_what_the_cache_does_not_hold_offline_says_what_to_pass_instead(hub):
-    with pytest.raises(FileNotFoundError, match=r"cannot reach revision v9 of juletxara/mgsm.*--benchmark FOLDER"):
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot reach revision v9 of juletxara/mgsm.*--benchmark FOLDER"
+    ):
         find_files("mgsm", names("swa"), revision="v9")
 
 
@@ -104,7 +120,9 @@ def test_a_folder_in_a_known_layout_is_taken_as_it_is(tmp_path, benchmark):
     problems, commit = load_benchmark(folder, find_language("swa"), "main", None)
     assert commit is None and len(problems) == 9 * len(BENCHMARKS[benchmark].files)
     assert [code for code in languages() if has_language(folder, names(code))] == ["swa"]
-    with pytest.raises(FileNotFoundError, match="has files for French in 0 known layouts, not in 1"):
+    with pytest.raises(
+        FileNotFoundError, match="has files for French in 0 known layouts, not in 1"
+    ):
         find_files(folder, names("fra"))
 
 
@@ -123,7 +141,9 @@ def test_a_file_and_a_path_with_the_language_in_it(tmp_path):
     pattern = str(tmp_path / "{lang}.tsv")
     assert find_files(pattern, names("swa")) == ([tmp_path / "swa.tsv"], None)
     assert has_language(pattern, names("swa")) and not has_language(pattern, names("hau"))
-    with pytest.raises(FileNotFoundError, match=r"no benchmark .*hau.tsv; valid: a file, a folder, lab, afrimgsm"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no benchmark .*hau.tsv; valid: a file, a folder, lab, afrimgsm"
+    ):
         find_files(pattern, names("hau"))
     with pytest.raises(ValueError, match="is one file: name its language"):
         has_language(str(tmp_path / "swa.tsv"), names("swa"))
@@ -134,17 +154,31 @@ def test_the_languages_are_those_of_each_benchmark():
     for benchmark, count in counts.items():
         codes = BENCHMARKS[benchmark].languages.split()
         assert len(set(codes)) == len(codes) == count and set(codes) <= languages().keys()
-    for benchmark, others in {"afrimgsm": {"eng", "fra"}, "polymath": {"eng"}}.items():  # languages.json: the rest
-        listed = {code for code, language in languages().items() if benchmark in language.benchmarks}
+    for benchmark, others in {
+        "afrimgsm": {"eng", "fra"},
+        "polymath": {"eng"},
+    }.items():  # languages.json: the rest
+        listed = {
+            code for code, language in languages().items() if benchmark in language.benchmarks
+        }
         assert listed | others == set(BENCHMARKS[benchmark].languages.split())
     assert tuple(LEVEL_WEIGHTS) == LEVELS
-    assert all(len(load_benchmark("lab", find_language(code), "main", None)[0]) == 250 for code in ("eng", "yor"))
+    assert all(
+        len(load_benchmark("lab", find_language(code), "main", None)[0]) == 250
+        for code in ("eng", "yor")
+    )
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="copies of the real benchmarks are not beside the project")
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="copies of the real benchmarks are not beside the project"
+)
 @pytest.mark.parametrize(
     ("folder", "codes"),
-    [("afrimgsm", "hau swa yor amh ewe twi"), ("mgsm", "eng swa ben tel"), ("msvamp", "eng swa tha")],
+    [
+        ("afrimgsm", "hau swa yor amh ewe twi"),
+        ("mgsm", "eng swa ben tel"),
+        ("msvamp", "eng swa tha"),
+    ],
 )
 def test_the_real_files_have_their_rows(folder, codes):
     for code in codes.split():

@@ -14,9 +14,26 @@ from bench.outcome import band, over_seeds, per_problem, right_within
 from copsd import Config
 
 SMALL = [
-    "--lang", "ha", "--seeds", "2", "--sweep", "0.5,1", "--token-budget", "900", "--batch-size", "8", "--group-size=4",
-    "--max-new-tokens", "40", "--eval-problems", "6", "--eval-samples", "2", "--dev-problems", "5",
-]  # fmt: skip
+    "--lang",
+    "ha",
+    "--seeds",
+    "2",
+    "--sweep",
+    "0.5,1",
+    "--token-budget",
+    "900",
+    "--batch-size",
+    "8",
+    "--group-size=4",
+    "--max-new-tokens",
+    "40",
+    "--eval-problems",
+    "6",
+    "--eval-samples",
+    "2",
+    "--dev-problems",
+    "5",
+]
 
 
 def run_cli(*arguments: str):
@@ -36,7 +53,10 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_the_splits_share_no_problem(finished):
-    parts = [{row["problem_translated"] for row in jsonl(finished[0] / "hau" / f"{n}.jsonl")} for n in ("train", "dev")]
+    parts = [
+        {row["problem_translated"] for row in jsonl(finished[0] / "hau" / f"{n}.jsonl")}
+        for n in ("train", "dev")
+    ]
     parts.append({row["problem_translated"] for row in jsonl(finished[0] / "hau" / "test.jsonl")})
     assert [len(part) for part in parts][1:] == [5, 6]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
@@ -57,11 +77,17 @@ def test_arms_take_the_rate_that_the_sweep_picked_on_the_development_split(finis
     rates = json.loads((out / "compare.json").read_text())["rates"]
     for method in ("grpo", "copsd"):
         best = max(rates[method]["accuracy"].values())
-        assert rates[method]["picked"] == min(float(r) for r, a in rates[method]["accuracy"].items() if a == best)
+        assert rates[method]["picked"] == min(
+            float(r) for r, a in rates[method]["accuracy"].items() if a == best
+        )
         config = json.loads((out / "hau" / f"{method}-1" / "config.json").read_text())["config"]
-        assert config["lr"] == rates[method]["picked"] and config["eval_data"].endswith("test.jsonl")
+        assert config["lr"] == rates[method]["picked"] and config["eval_data"].endswith(
+            "test.jsonl"
+        )
     for folder in (out / "hau" / "sweep").iterdir():
-        assert json.loads((folder / "config.json").read_text())["config"]["eval_data"].endswith("dev.jsonl")
+        assert json.loads((folder / "config.json").read_text())["config"]["eval_data"].endswith(
+            "dev.jsonl"
+        )
 
 
 def test_the_table_holds_the_results_of_the_arms(finished):
@@ -69,7 +95,9 @@ def test_the_table_holds_the_results_of_the_arms(finished):
     found = json.loads((out / "compare.json").read_text())["languages"]["hau"]
     accuracies = []
     for seed in (0, 1):
-        greedy = json.loads((out / "hau" / f"copsd-{seed}" / "results.json").read_text())["final"]["greedy"]
+        greedy = json.loads((out / "hau" / f"copsd-{seed}" / "results.json").read_text())["final"][
+            "greedy"
+        ]
         accuracies.append(sum(greedy["correct"]) / 6)
     assert found["arms"]["copsd"]["greedy accuracy"]["by_seed"] == accuracies
     assert found["arms"]["copsd"]["greedy accuracy"]["value"] == pytest.approx(sum(accuracies) / 2)
@@ -77,9 +105,15 @@ def test_the_table_holds_the_results_of_the_arms(finished):
     values = [found["arms"][name]["greedy accuracy"]["value"] for name in ("copsd", "grpo")]
     assert pair["value"] == pytest.approx(values[0] - values[1]) and 0 < pair["p"] <= 1
     text = (out / "tables.md").read_text(encoding="utf-8")
-    assert "| Hausa: GRPO |" in text and "| Hausa: COPSD against GRPO |" in text and text.strip() in printed
+    assert (
+        "| Hausa: GRPO |" in text
+        and "| Hausa: COPSD against GRPO |" in text
+        and text.strip() in printed
+    )
     for name in ("compare", "compare_hau"):
-        assert (out / f"{name}.png").stat().st_size > 10_000 and "<svg" in (out / f"{name}.svg").read_text()
+        assert (out / f"{name}.png").stat().st_size > 10_000 and "<svg" in (
+            out / f"{name}.svg"
+        ).read_text()
 
 
 def test_the_last_checkpoint_evaluates_as_the_adapter_that_was_saved(finished):
@@ -108,10 +142,19 @@ def test_what_is_finished_is_not_done_again_and_other_settings_are_refused(finis
     assert run_cli(*SMALL, "--out", str(out)).exit_code == 0
     assert (out / "tables.md").read_bytes() == before
     result = run_cli(*SMALL, "--out", str(out), "--seeds", "3")
-    assert result.exit_code == 2 and "differs in seeds" in result.stderr and result.stderr.count("\n") == 1
+    assert (
+        result.exit_code == 2
+        and "differs in seeds" in result.stderr
+        and result.stderr.count("\n") == 1
+    )
     place = SMALL.index("--eval-samples")
-    result = run_cli(*SMALL[:place], *SMALL[place + 2 :], "--out", str(out))  # a setting that is no longer given
-    assert result.exit_code == 2 and "differs in grpo eval_samples, copsd eval_samples" in result.stderr
+    result = run_cli(
+        *SMALL[:place], *SMALL[place + 2 :], "--out", str(out)
+    )  # a setting that is no longer given
+    assert (
+        result.exit_code == 2
+        and "differs in grpo eval_samples, copsd eval_samples" in result.stderr
+    )
 
 
 def test_a_signal_keeps_what_is_finished(tmp_path, monkeypatch):
@@ -124,8 +167,12 @@ def test_a_signal_keeps_what_is_finished(tmp_path, monkeypatch):
 
 def test_ablations_change_one_setting_at_a_time():
     arms = ablation_arms(Config(clip_mode="none"))
-    assert arms["recipe"] == {} and all(len(flags) == 1 for name, flags in arms.items() if name != "recipe")
-    assert "clip_mode=none".replace("_", " ") not in arms and {"clip_mode": "entry"} in arms.values()
+    assert arms["recipe"] == {} and all(
+        len(flags) == 1 for name, flags in arms.items() if name != "recipe"
+    )
+    assert (
+        "clip_mode=none".replace("_", " ") not in arms and {"clip_mode": "entry"} in arms.values()
+    )
     assert {"swap_solutions": True} in arms.values() and {"english_problem": False} in arms.values()
     assert len(arms) == 10
 
@@ -135,7 +182,8 @@ def test_an_ablation_is_one_table(tmp_path, monkeypatch):
     result = run_cli(*SMALL, "--ablate", "--seeds", "1", "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     assert (
-        "| Hausa: clip mode=entry |" in result.stdout and "| Hausa: clip mode=entry against recipe |" in result.stdout
+        "| Hausa: clip mode=entry |" in result.stdout
+        and "| Hausa: clip mode=entry against recipe |" in result.stdout
     )
 
 
@@ -147,8 +195,15 @@ def test_the_sweep_picks_the_best_rate_and_the_lowest_of_equals(monkeypatch):
 
     monkeypatch.setattr(bench.compare, "timed", evaluated)
     unused: Any = None
-    found = bench.compare.sweep(unused, {"lang": "hau"}, 0.1, "grpo", [8.0, 4.0, 2.0, 1.0], Path("out"), unused)
-    assert found["picked"] == 0.2 and found["accuracy"] == {"0.8": 0.5, "0.4": 0.75, "0.2": 0.75, "0.1": 0.25}
+    found = bench.compare.sweep(
+        unused, {"lang": "hau"}, 0.1, "grpo", [8.0, 4.0, 2.0, 1.0], Path("out"), unused
+    )
+    assert found["picked"] == 0.2 and found["accuracy"] == {
+        "0.8": 0.5,
+        "0.4": 0.75,
+        "0.2": 0.75,
+        "0.1": 0.25,
+    }
 
 
 def test_seeds_are_a_count_or_a_list():
@@ -164,10 +219,20 @@ def test_a_band_spans_the_seeds_where_all_of_them_have_been():
 
 
 def test_estimates_by_hand():
-    run = {"greedy": {"n": [1.0, 1.0], "correct": [1.0, 0.0], "formatted": [1.0, 0.0], "tokens": [4.0, 8.0],
-                      "tokens_if_right": [4.0, 0.0]},
-           "sampled": {"n": [2.0, 2.0], "correct": [1.0, 0.0]}}  # fmt: skip
-    assert per_problem("pass@1", run)[0] == [0.5, 0.0] and per_problem("pass@2", run)[0] == [1.0, 0.0]
+    run = {
+        "greedy": {
+            "n": [1.0, 1.0],
+            "correct": [1.0, 0.0],
+            "formatted": [1.0, 0.0],
+            "tokens": [4.0, 8.0],
+            "tokens_if_right": [4.0, 0.0],
+        },
+        "sampled": {"n": [2.0, 2.0], "correct": [1.0, 0.0]},
+    }
+    assert per_problem("pass@1", run)[0] == [0.5, 0.0] and per_problem("pass@2", run)[0] == [
+        1.0,
+        0.0,
+    ]
     assert over_seeds("accuracy given a box", [run])["value"] == 1.0
     assert over_seeds("greedy accuracy", [run, run])["by_seed"] == [0.5, 0.5]
     assert (right_within(run, 3), right_within(run, 4)) == (0.0, 0.5)

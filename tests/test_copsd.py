@@ -36,7 +36,10 @@ def jsonl(path: Path) -> list[dict]:
 
 
 def timeless(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if "time_s" not in key and "memory" not in key} for row in rows]
+    return [
+        {key: value for key, value in row.items() if "time_s" not in key and "memory" not in key}
+        for row in rows
+    ]
 
 
 def nudge(setup, scale: float = 0.05) -> None:
@@ -62,7 +65,9 @@ def test_training_scores_the_tokens_with_the_log_probs_they_were_sampled_with(tm
     assert len({len(p) for p in prompts}) > 1, "rows of unlike length are the point"
     hidden_ND = completion_hidden(setup.model, prompts, completions)
     ids_N = torch.tensor([token for completion in completions for token in completion])
-    logprob_N, _ = chunked_logprob(hidden_ND, head_weight(setup.model), ids_N, temperature=setup.config.temperature)
+    logprob_N, _ = chunked_logprob(
+        hidden_ND, head_weight(setup.model), ids_N, temperature=setup.config.temperature
+    )
     sampled_N = torch.tensor([logprob for r in rollouts for logprob in r.logprobs])
     torch.testing.assert_close(logprob_N.detach(), sampled_N, atol=1e-4, rtol=0)
 
@@ -70,20 +75,32 @@ def test_training_scores_the_tokens_with_the_log_probs_they_were_sampled_with(tm
 def test_rows_scored_together_are_rows_scored_alone(tmp_path):
     setup, _ = make_setup(tmp_path)
     rollouts = roll_out(setup, setup.train[:5], seed=3)
-    together = completion_hidden(setup.model, [r.prompt_ids for r in rollouts], [r.completion_ids for r in rollouts])
-    alone = torch.cat([completion_hidden(setup.model, [r.prompt_ids], [r.completion_ids]) for r in rollouts])
+    together = completion_hidden(
+        setup.model, [r.prompt_ids for r in rollouts], [r.completion_ids for r in rollouts]
+    )
+    alone = torch.cat(
+        [completion_hidden(setup.model, [r.prompt_ids], [r.completion_ids]) for r in rollouts]
+    )
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
 
 
 def test_every_completion_token_is_scored_once_and_eos_is_among_them(tmp_path):
     setup, _ = make_setup(tmp_path, max_new_tokens=64)
     rollouts = roll_out(setup, setup.train[:8], seed=0)
-    assert any(r.finish_reason == "stop" and r.completion_ids[-1] == setup.tokenizer.eos_token_id for r in rollouts)
+    assert any(
+        r.finish_reason == "stop" and r.completion_ids[-1] == setup.tokenizer.eos_token_id
+        for r in rollouts
+    )
     loss_N, stats = distil(setup, read_by_teacher(setup, setup.train[:8]), rollouts)
     tokens = sum(len(r.completion_ids) for r in rollouts)
     assert len(loss_N) == len(stats["kl_N"]) == tokens
-    cut = [r.__class__(r.prompt_ids, r.completion_ids[:-1], r.logprobs[:-1], "length") for r in rollouts]
-    assert len(distil(setup, read_by_teacher(setup, setup.train[:8]), cut)[0]) == tokens - len(rollouts)
+    cut = [
+        r.__class__(r.prompt_ids, r.completion_ids[:-1], r.logprobs[:-1], "length")
+        for r in rollouts
+    ]
+    assert len(distil(setup, read_by_teacher(setup, setup.train[:8]), cut)[0]) == tokens - len(
+        rollouts
+    )
 
 
 def test_student_and_teacher_prompts_end_in_the_same_tokens(tmp_path):
@@ -100,7 +117,9 @@ def test_student_and_teacher_prompts_end_in_the_same_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-def test_a_teacher_that_reads_the_students_prompt_gives_no_loss_and_no_gradient(tmp_path, monkeypatch, kind):
+def test_a_teacher_that_reads_the_students_prompt_gives_no_loss_and_no_gradient(
+    tmp_path, monkeypatch, kind
+):
     setup, _ = make_setup(tmp_path, divergence=kind, clip_mode="none")
     monkeypatch.setattr(copsd, "teacher_prompt", copsd.student_prompt)
     rollouts = roll_out(setup, setup.train[:4], seed=0)
@@ -109,7 +128,9 @@ def test_a_teacher_that_reads_the_students_prompt_gives_no_loss_and_no_gradient(
     )  # B = 0: the adapter changes nothing yet
     loss_N.sum().backward()
     assert loss_N.abs().max() == 0 and stats["kl_N"].abs().max() == 0
-    assert all(tensor.grad is None or tensor.grad.abs().max() == 0 for tensor in setup.lora.parameters())
+    assert all(
+        tensor.grad is None or tensor.grad.abs().max() == 0 for tensor in setup.lora.parameters()
+    )
 
 
 def test_the_loss_is_the_divergence_between_two_plain_forwards(tmp_path):
@@ -126,7 +147,9 @@ def test_the_loss_is_the_divergence_between_two_plain_forwards(tmp_path):
     student = logits(rollout.prompt_ids)
     with teacher_view(setup.lora, "fixed"):
         teacher = logits(copsd.teacher_prompt(setup.config, problem, setup.tokenizer))
-    plain_N = divergence(student, teacher, kind="forward_kl", temperature=1.1, clip_mode="entry", clip=0.05)
+    plain_N = divergence(
+        student, teacher, kind="forward_kl", temperature=1.1, clip_mode="entry", clip=0.05
+    )
     torch.testing.assert_close(loss_N, plain_N, atol=1e-5, rtol=1e-4)
 
 
@@ -145,14 +168,20 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batches(tmp_path, r
             privileged = read_by_teacher(setup, [problems[row] for row in rows])
             loss_N, _ = distil(setup, privileged, [rollouts[row] for row in rows])
             lengths = [len(rollouts[row].completion_ids) for row in rows]
-            reduce_loss(loss_N, lengths, reduction=reduction, step_tokens=step_tokens, step_rows=7).backward()
-        gradients.append(torch.cat([t.grad.flatten() for t in setup.lora.parameters() if t.grad is not None]))
+            reduce_loss(
+                loss_N, lengths, reduction=reduction, step_tokens=step_tokens, step_rows=7
+            ).backward()
+        gradients.append(
+            torch.cat([t.grad.flatten() for t in setup.lora.parameters() if t.grad is not None])
+        )
     scale = gradients[0].abs().max().item()
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], atol=1e-5 * scale, rtol=0)
 
 
-def test_with_swapped_solutions_the_teacher_reads_that_of_another_problem_and_the_held_out_keep_theirs(tmp_path):
+def test_with_swapped_solutions_the_teacher_reads_that_of_another_problem_and_the_held_out_keep_theirs(
+    tmp_path,
+):
     plain, _ = make_setup(tmp_path / "plain", eval_problems=4)
     swapped, _ = make_setup(tmp_path / "swapped", eval_problems=4, swap_solutions=True)
     assert [p.solution_en for p in swapped.train[:-1]] == [p.solution_en for p in plain.train[1:]]
@@ -167,7 +196,9 @@ def test_a_share_of_the_problems_is_posed_in_english_to_both_roles(tmp_path):
     assert [p.language for p in posed] == ["eng", "eng", "hau", "hau"] and posed[2:] == problems[2:]
     assert [p.problem for p in posed[:2]] == [p.problem_en for p in problems[:2]]
     for role_prompt in (copsd.student_prompt, copsd.teacher_prompt):
-        assert "step by step" in setup.tokenizer.decode(role_prompt(setup.config, posed[0], setup.tokenizer))
+        assert "step by step" in setup.tokenizer.decode(
+            role_prompt(setup.config, posed[0], setup.tokenizer)
+        )
     assert copsd.pose_in_english(problems, 0.0) == problems
 
 
@@ -184,11 +215,19 @@ def test_micro_batches_hold_every_row_once(tmp_path):
 
 def test_training_brings_the_student_closer_and_leaves_base_and_teacher_alone(tmp_path):
     setup, run = make_setup(tmp_path, steps=6, batch_size=16, lr=1e-3, max_new_tokens=48)
-    base = {name: tensor.clone() for name, tensor in setup.model.named_parameters() if "lora" not in name}
+    base = {
+        name: tensor.clone()
+        for name, tensor in setup.model.named_parameters()
+        if "lora" not in name
+    }
     copsd.train_copsd(setup, run, StepView(QUIET, 6))
     kl = [row["loss/kl_nats_per_token"] for row in jsonl(run.folder / "metrics.jsonl")]
     assert kl[-1] < kl[0]
-    assert all(torch.equal(tensor, base[name]) for name, tensor in setup.model.named_parameters() if name in base)
+    assert all(
+        torch.equal(tensor, base[name])
+        for name, tensor in setup.model.named_parameters()
+        if name in base
+    )
 
 
 def test_a_step_logs_what_it_did(tmp_path):
@@ -196,19 +235,41 @@ def test_a_step_logs_what_it_did(tmp_path):
     rows = jsonl(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[0].keys() >= {
-        "loss/objective_nats_per_token", "loss/kl_nats_per_token", "loss/clipped_token_frac",
-        "loss/teacher_entropy_nats_per_token", "loss/student_entropy_nats_per_token", "update/grad_norm", "update/lr",
-        "rollout/completion_tokens_mean", "rollout/clipped_frac", "rollout/tokens", "score/tokens", "update/tokens",
-        "rollout/time_s", "score/time_s", "update/time_s", "memory/peak_gib",
-    }  # fmt: skip
-    assert rows[0]["update/lr"] == pytest.approx(1e-3) and rows[1]["update/lr"] == pytest.approx(5e-4)  # linear to 0
+        "loss/objective_nats_per_token",
+        "loss/kl_nats_per_token",
+        "loss/clipped_token_frac",
+        "loss/teacher_entropy_nats_per_token",
+        "loss/student_entropy_nats_per_token",
+        "update/grad_norm",
+        "update/lr",
+        "rollout/completion_tokens_mean",
+        "rollout/clipped_frac",
+        "rollout/tokens",
+        "score/tokens",
+        "update/tokens",
+        "rollout/time_s",
+        "score/time_s",
+        "update/time_s",
+        "memory/peak_gib",
+    }
+    assert rows[0]["update/lr"] == pytest.approx(1e-3) and rows[1]["update/lr"] == pytest.approx(
+        5e-4
+    )  # linear to 0
     completions = jsonl(folder / "completions.jsonl")
-    assert [row["step"] for row in completions] == [1] * runs.LOGGED_ROLLOUTS + [2] * runs.LOGGED_ROLLOUTS
+    assert [row["step"] for row in completions] == [1] * runs.LOGGED_ROLLOUTS + [
+        2
+    ] * runs.LOGGED_ROLLOUTS
     assert all(row["completion"] and row["prompt"] for row in completions)
     languages = {"Hausa" in row["prompt"] for row in completions}
-    assert languages == {True, False}, "with half the problems in English, both languages are to be read"
+    assert languages == {True, False}, (
+        "with half the problems in English, both languages are to be read"
+    )
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert stored["config"]["clip"] == 0.05 and stored["identity"]["base_weights"] and stored["versions"]["torch"]
+    assert (
+        stored["config"]["clip"] == 0.05
+        and stored["identity"]["base_weights"]
+        and stored["versions"]["torch"]
+    )
     assert (folder / "adapters" / "step_00002" / "adapter_model.safetensors").is_file()
 
 
@@ -219,7 +280,11 @@ def test_same_seed_same_run_whatever_the_global_random_state(tmp_path):
     second = train(tmp_path / "b")
     other = train(tmp_path / "c", seed=1)
     adapter = Path("adapters/step_00002/adapter_model.safetensors")
-    assert (first / adapter).read_bytes() == (second / adapter).read_bytes() != (other / adapter).read_bytes()
+    assert (
+        (first / adapter).read_bytes()
+        == (second / adapter).read_bytes()
+        != (other / adapter).read_bytes()
+    )
     assert (first / "completions.jsonl").read_bytes() == (second / "completions.jsonl").read_bytes()
 
 
@@ -240,7 +305,11 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch, t
     with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
         stream.write('{"step": 5, "loss')  # a torn line
     resumed = train(tmp_path / "killed", **flags)
-    for name in ("adapters/step_00005/adapter_model.safetensors", "resume.safetensors", "completions.jsonl"):
+    for name in (
+        "adapters/step_00005/adapter_model.safetensors",
+        "resume.safetensors",
+        "completions.jsonl",
+    ):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()
     assert timeless(jsonl(straight / "metrics.jsonl")) == timeless(jsonl(resumed / "metrics.jsonl"))
 
@@ -250,37 +319,89 @@ def test_a_signal_finishes_the_step_saves_and_stops(tmp_path, monkeypatch):
 
     setup, run = make_setup(tmp_path, steps=5)
     view = StepView(QUIET, 5)
-    monkeypatch.setattr(view, "show", lambda metrics: metrics["step"] == 2 and signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(
+        view, "show", lambda metrics: metrics["step"] == 2 and signal.raise_signal(signal.SIGTERM)
+    )
     assert copsd.train_copsd(setup, run, view) is False
     assert run.load_state()[0] == 2 and len(jsonl(run.folder / "metrics.jsonl")) == 2
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_gradients_that_are_not_finite_are_dropped_and_end_the_run_when_they_repeat(tmp_path, monkeypatch):
+def test_gradients_that_are_not_finite_are_dropped_and_end_the_run_when_they_repeat(
+    tmp_path, monkeypatch
+):
     setup, run = make_setup(tmp_path, steps=5)
     start = [tensor.clone() for tensor in setup.lora.parameters()]
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.tensor(float("nan")))
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.tensor(float("nan"))
+    )
     with pytest.raises(FloatingPointError, match="no finite gradient in 3 updates"):
         copsd.train_copsd(setup, run, StepView(QUIET, 5))
-    assert all(torch.equal(tensor, before) for tensor, before in zip(setup.lora.parameters(), start, strict=True))
+    assert all(
+        torch.equal(tensor, before)
+        for tensor, before in zip(setup.lora.parameters(), start, strict=True)
+    )
 
 
 CHANGES = {
-    "lang": "swa", "data": "lab/problems/hau/test.jsonl", "seed": 1, "divergence": "reverse_kl", "clip_mode": "none",
-    "clip": 0.01, "reduction": "trajectory", "teacher": "current", "english_problem": False, "english_solution": False,
-    "batch_size": 5, "temperature": 0.8, "max_new_tokens": 12, "lr": 2e-3,
-    "weight_decay": 0.5, "max_grad_norm": 1e-3, "lora_rank": 4, "lora_alpha": 8.0, "lora_targets": "q_proj",
-    "steps": 3, "dtype": "bfloat16", "save_every": 1, "english_share": 0.0, "swap_solutions": True, "token_budget": 150,
-}  # fmt: skip
+    "lang": "swa",
+    "data": "lab/problems/hau/test.jsonl",
+    "seed": 1,
+    "divergence": "reverse_kl",
+    "clip_mode": "none",
+    "clip": 0.01,
+    "reduction": "trajectory",
+    "teacher": "current",
+    "english_problem": False,
+    "english_solution": False,
+    "batch_size": 5,
+    "temperature": 0.8,
+    "max_new_tokens": 12,
+    "lr": 2e-3,
+    "weight_decay": 0.5,
+    "max_grad_norm": 1e-3,
+    "lora_rank": 4,
+    "lora_alpha": 8.0,
+    "lora_targets": "q_proj",
+    "steps": 3,
+    "dtype": "bfloat16",
+    "save_every": 1,
+    "english_share": 0.0,
+    "swap_solutions": True,
+    "token_budget": 150,
+}
 # These change memory, speed, place or the evaluation, and must not change what is learned, or are tested elsewhere.
 ELSEWHERE = {
-    "model", "top_p", "top_k", "eval_data", "out", "beta", "ema_decay", "thinking", "micro_batch", "chunk_tokens",
-    "sample_rows", "gradient_checkpointing", "compile", "device", "eval_problems", "eval_samples", "eval_temperature",
+    "model",
+    "top_p",
+    "top_k",
+    "eval_data",
+    "out",
+    "beta",
+    "ema_decay",
+    "thinking",
+    "micro_batch",
+    "chunk_tokens",
+    "sample_rows",
+    "gradient_checkpointing",
+    "compile",
+    "device",
+    "eval_problems",
+    "eval_samples",
+    "eval_temperature",
     "eval_top_p",
     # GRPO's, in test_grpo.py
-    "method", "group_size", "scale_rewards", "inner_epochs", "clip_low", "clip_high", "kl_coef", "loss_norm",
-    "mask_truncated", "resample_dead_groups",
-}  # fmt: skip
+    "method",
+    "group_size",
+    "scale_rewards",
+    "inner_epochs",
+    "clip_low",
+    "clip_high",
+    "kl_coef",
+    "loss_norm",
+    "mask_truncated",
+    "resample_dead_groups",
+}
 
 
 def fingerprint(folder: Path) -> list:
@@ -298,13 +419,23 @@ def test_every_flag_has_a_tested_effect(tmp_path):
     plain = fingerprint(train(tmp_path / "plain", **paper))
     for name, value in CHANGES.items():
         assert fingerprint(train(tmp_path / name, **{**paper, name: value})) != plain, name
-    hot = {"temperature": 3.0}  # at 1.1 this model is too sure of its tokens for a truncation to show in so few
-    assert fingerprint(train(tmp_path / "h1", **hot)) != fingerprint(train(tmp_path / "h2", top_k=1, **hot))
-    assert fingerprint(train(tmp_path / "h3", **hot)) != fingerprint(train(tmp_path / "h4", top_p=0.1, **hot))
+    hot = {
+        "temperature": 3.0
+    }  # at 1.1 this model is too sure of its tokens for a truncation to show in so few
+    assert fingerprint(train(tmp_path / "h1", **hot)) != fingerprint(
+        train(tmp_path / "h2", top_k=1, **hot)
+    )
+    assert fingerprint(train(tmp_path / "h3", **hot)) != fingerprint(
+        train(tmp_path / "h4", top_p=0.1, **hot)
+    )
     jsd = {"divergence": "jsd", "clip_mode": "none"}
-    assert fingerprint(train(tmp_path / "j1", **jsd)) != fingerprint(train(tmp_path / "j2", beta=0.1, **jsd))
+    assert fingerprint(train(tmp_path / "j1", **jsd)) != fingerprint(
+        train(tmp_path / "j2", beta=0.1, **jsd)
+    )
     ema = {"teacher": "ema"}
-    assert fingerprint(train(tmp_path / "e1", **ema)) != fingerprint(train(tmp_path / "e2", ema_decay=0.1, **ema))
+    assert fingerprint(train(tmp_path / "e1", **ema)) != fingerprint(
+        train(tmp_path / "e2", ema_decay=0.1, **ema)
+    )
 
 
 def test_memory_flags_do_not_change_what_is_sampled(tmp_path):
@@ -328,7 +459,16 @@ def test_train_prints_the_table_and_a_second_call_finds_the_finished_run(tmp_pat
     flags = [*small, "--out", str(tmp_path / "r")]
     result = run_cli("train", *flags)
     assert result.exit_code == 0, result.output
-    tables = ("Hausa", "English", "before", "after", "greedy accuracy", "pass@2", "format rate", "KL to the teacher")
+    tables = (
+        "Hausa",
+        "English",
+        "before",
+        "after",
+        "greedy accuracy",
+        "pass@2",
+        "format rate",
+        "KL to the teacher",
+    )
     assert all(said in result.stdout for said in (*tables, "next: python eval.py"))
     before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
     again = run_cli("train", *flags)
@@ -342,9 +482,19 @@ def test_show_prints_both_prompts_with_the_boundary():
     result = run_cli("show", "--lang", "SW")
     assert result.exit_code == 0, result.output
     student, teacher = result.stdout.split("===== teacher")
-    assert "===== student" in student and "Swali kwa Kiingereza" in teacher and "Swali kwa Kiingereza" not in student
-    assert result.stdout.count("<<< the completion begins here >>>") == 2 and "template hash" in teacher
-    assert "Swali kwa Kiingereza" not in run_cli("show", "--lang", "swa", "--no-english-problem").stdout
+    assert (
+        "===== student" in student
+        and "Swali kwa Kiingereza" in teacher
+        and "Swali kwa Kiingereza" not in student
+    )
+    assert (
+        result.stdout.count("<<< the completion begins here >>>") == 2
+        and "template hash" in teacher
+    )
+    assert (
+        "Swali kwa Kiingereza"
+        not in run_cli("show", "--lang", "swa", "--no-english-problem").stdout
+    )
 
 
 def test_languages_prints_every_language():
@@ -418,7 +568,9 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, argumen
     ],
 )
 def test_a_bad_data_file_is_one_line_that_names_it(tmp_path, name, text, said):
-    result = run_cli("train", "--data", write(tmp_path / name, text), "--out", str(tmp_path / "run"))
+    result = run_cli(
+        "train", "--data", write(tmp_path / name, text), "--out", str(tmp_path / "run")
+    )
     assert result.exit_code == 2, result.output
     assert said in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()

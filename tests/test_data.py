@@ -19,15 +19,42 @@ from parts import data
 from parts.data import Problem, build_prompt, find_language, load_problems, render_prompt
 
 CHATML = "<|im_start|>user\n{{messages[0].content}}<|im_end|>\n{{ add_generation_prompt * '<|im_start|>assistant\n' }}"
-QWEN3 = CHATML + "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+QWEN3 = (
+    CHATML
+    + "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
 R1 = "{{ bos_token }}<|User|>{{ messages[0].content }}<|Assistant|>{{ '<think>\n' }}"
 AFRIMGSM = "amh ewe hau ibo kin lin lug orm sna sot swa twi vai wol xho yor zul"
 POLYMATH = "ben deu fra jpn rus spa swa tel tha zho"
 CODES = {
-    "amh": "am", "ewe": "ee", "hau": "ha", "ibo": "ig", "kin": "rw", "lin": "ln", "lug": "lg", "orm": "om", "sna": "sn",
-    "sot": "st", "swa": "sw", "twi": "tw", "vai": None, "wol": "wo", "xho": "xh", "yor": "yo", "zul": "zu", "ben": "bn",
-    "deu": "de", "spa": "es", "fra": "fr", "jpn": "ja", "rus": "ru", "tel": "te", "tha": "th", "zho": "zh", "eng": "en",
-}  # fmt: skip
+    "amh": "am",
+    "ewe": "ee",
+    "hau": "ha",
+    "ibo": "ig",
+    "kin": "rw",
+    "lin": "ln",
+    "lug": "lg",
+    "orm": "om",
+    "sna": "sn",
+    "sot": "st",
+    "swa": "sw",
+    "twi": "tw",
+    "vai": None,
+    "wol": "wo",
+    "xho": "xh",
+    "yor": "yo",
+    "zul": "zu",
+    "ben": "bn",
+    "deu": "de",
+    "spa": "es",
+    "fra": "fr",
+    "jpn": "ja",
+    "rus": "ru",
+    "tel": "te",
+    "tha": "th",
+    "zho": "zh",
+    "eng": "en",
+}
 SUM = Problem("s1", "Nawa ne 2 + 3?", "What is 2 + 3?", "2 + 3 = 5.", "5", "hau")
 
 
@@ -39,7 +66,9 @@ def make_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(["<s>", "<|im_start|>", "<|im_end|>"])
     inner.add_tokens(["<think>", "</think>", "<|User|>", "\n\n", "<tool>"])
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, bos_token="<s>")
 
 
@@ -56,29 +85,58 @@ def test_doctests():
 
 def test_the_languages_are_those_of_the_two_benchmarks_and_english_and_all_differ():
     for name, codes in {"afrimgsm": AFRIMGSM, "polymath": POLYMATH}.items():
-        assert " ".join(code for code, language in data.languages().items() if name in language.benchmarks) == codes
+        assert (
+            " ".join(
+                code for code, language in data.languages().items() if name in language.benchmarks
+            )
+            == codes
+        )
     assert data.languages()["eng"].benchmarks == ()
     for field in ("english", "transition", "instruction", "opening"):
-        assert len({getattr(language, field) for language in data.languages().values()}) == len(CODES), field
+        assert len({getattr(language, field) for language in data.languages().values()}) == len(
+            CODES
+        ), field
     assert {code: language.iso1 for code, language in data.languages().items()} == CODES
 
 
 @pytest.mark.parametrize("code", CODES)
 def test_every_record_is_complete_nfc_and_asks_for_a_box(code):
     language = data.languages()[code]
-    texts = [getattr(language, field.name) for field in fields(language) if field.name not in ("iso1", "benchmarks")]
-    assert all(isinstance(text, str) and text and text == unicodedata.normalize("NFC", text.strip()) for text in texts)
+    texts = [
+        getattr(language, field.name)
+        for field in fields(language)
+        if field.name not in ("iso1", "benchmarks")
+    ]
+    assert all(
+        isinstance(text, str) and text and text == unicodedata.normalize("NFC", text.strip())
+        for text in texts
+    )
     assert language.iso3 == code and language.instruction.count(r"\boxed{}") == 1
-    others = (language.transition, language.opening, language.problem_label, language.solution_begin)
+    others = (
+        language.transition,
+        language.opening,
+        language.problem_label,
+        language.solution_begin,
+    )
     assert not any("boxed" in text or "\n" in text for text in others)
     assert language.solution_begin != language.solution_end
-    assert len(language.transition) < 120 and len(language.opening) < 80  # a small model's context holds them
+    assert (
+        len(language.transition) < 120 and len(language.opening) < 80
+    )  # a small model's context holds them
 
 
 def test_wording_is_in_the_languages_script():
-    blocks = {"Han": "CJK", "Japanese": "(CJK|HIRAGANA)", "Vai": "LATIN"}  # Vai is English: see the module's docstring
+    blocks = {
+        "Han": "CJK",
+        "Japanese": "(CJK|HIRAGANA)",
+        "Vai": "LATIN",
+    }  # Vai is English: see the module's docstring
     for language in data.languages().values():
-        letters = [char for char in language.instruction.replace(r"\boxed{}", "").replace("ꕙꔤ", "") if char.isalpha()]
+        letters = [
+            char
+            for char in language.instruction.replace(r"\boxed{}", "").replace("ꕙꔤ", "")
+            if char.isalpha()
+        ]
         block = blocks.get(language.script, language.script.upper())
         assert all(re.match(block, unicodedata.name(char)) for char in letters), language.english
     assert "ꕙꔤ" in data.languages()["vai"].opening
@@ -87,7 +145,8 @@ def test_wording_is_in_the_languages_script():
 def test_a_language_is_found_by_either_code_in_any_case():
     for iso3, iso1 in CODES.items():
         assert all(
-            find_language(code).iso3 == iso3 for code in (iso3, iso3.title(), (iso1 or iso3), (iso1 or iso3).upper())
+            find_language(code).iso3 == iso3
+            for code in (iso3, iso3.title(), (iso1 or iso3), (iso1 or iso3).upper())
         )
 
 
@@ -99,7 +158,10 @@ def test_an_unknown_language_is_an_error_that_lists_every_code():
 
 
 def test_a_problem_is_frozen_and_has_exactly_the_agreed_fields():
-    assert " ".join(field.name for field in fields(Problem)) == "id problem problem_en solution_en answer language"
+    assert (
+        " ".join(field.name for field in fields(Problem))
+        == "id problem problem_en solution_en answer language"
+    )
     with pytest.raises(FrozenInstanceError):
         SUM.id = "other"  # type: ignore[misc]
 
@@ -131,8 +193,12 @@ def test_the_teacher_prompt_has_its_blocks_in_order_and_an_ablation_drops_one():
     assert render_prompt(SUM, find_language("hau"), tokenizer, role="teacher") == teacher_text()
     for option in ("english_problem", "english_solution"):
         options: dict[str, Any] = {option: False}
-        assert render_prompt(SUM, "hau", tokenizer, role="teacher", **options) == teacher_text(dropped=option)
-        assert render_prompt(SUM, "hau", tokenizer, **options) == render_prompt(SUM, "hau", tokenizer)
+        assert render_prompt(SUM, "hau", tokenizer, role="teacher", **options) == teacher_text(
+            dropped=option
+        )
+        assert render_prompt(SUM, "hau", tokenizer, **options) == render_prompt(
+            SUM, "hau", tokenizer
+        )
 
 
 @pytest.mark.parametrize("field", ["problem_en", "solution_en"])
@@ -149,23 +215,31 @@ def test_a_teacher_prompt_without_a_field_it_shows_names_the_problem(field):
 @pytest.mark.parametrize("template", [CHATML, QWEN3, R1])
 def test_both_roles_end_in_the_same_tokens_and_ids_decode_to_the_text(template):
     tokenizer = make_tokenizer(template)
-    student, teacher = (build_prompt(SUM, "hau", tokenizer, role=role) for role in ("student", "teacher"))
+    student, teacher = (
+        build_prompt(SUM, "hau", tokenizer, role=role) for role in ("student", "teacher")
+    )
     text = render_prompt(SUM, "hau", tokenizer)
     mark = "assistant\n" if template != R1 else "<|Assistant|>"
     shared = tokenizer.encode(mark + text.split(mark)[1], add_special_tokens=False)
     assert student[-len(shared) :] == teacher[-len(shared) :] == shared
     assert tokenizer.decode(student) == text
-    assert student.count(256) == (template == R1)  # one <s> where the template writes it, none from the tokenizer
+    assert student.count(256) == (
+        template == R1
+    )  # one <s> where the template writes it, none from the tokenizer
     assert all(isinstance(i, int) for i in student) and student != teacher
 
 
 def test_the_think_block_is_opened_once_where_the_template_has_one():
     def ends(tokenizer, thinking):
-        return render_prompt(SUM, "hau", tokenizer, thinking=thinking).removesuffix(find_language("hau").opening + "\n")
+        return render_prompt(SUM, "hau", tokenizer, thinking=thinking).removesuffix(
+            find_language("hau").opening + "\n"
+        )
 
     qwen3, plain, r1 = make_tokenizer(QWEN3), make_tokenizer(CHATML), make_tokenizer(R1)
     unclosed = make_tokenizer(R1.replace("\n", ""))
-    mentions = [make_tokenizer(CHATML + text) for text in ("{# <think> #}", "{# enable_thinking #}")]
+    mentions = [
+        make_tokenizer(CHATML + text) for text in ("{# <think> #}", "{# enable_thinking #}")
+    ]
     for thinking in ("auto", "on"):
         for tokenizer in (qwen3, r1, unclosed, *mentions):
             assert ends(tokenizer, thinking).endswith("<think>\n")
@@ -173,7 +247,9 @@ def test_the_think_block_is_opened_once_where_the_template_has_one():
             assert data.prompt_opens_think(tokenizer, thinking)
     assert ends(qwen3, "off").endswith("assistant\n<think>\n\n</think>\n\n")
     for thinking in ("auto", "off"):
-        assert ends(plain, thinking).endswith("assistant\n") and "<think>" not in ends(plain, thinking)
+        assert ends(plain, thinking).endswith("assistant\n") and "<think>" not in ends(
+            plain, thinking
+        )
         assert not data.prompt_opens_think(plain, thinking)
     assert data.prompt_opens_think(qwen3) and not data.prompt_opens_think(qwen3, "off")
 
@@ -194,7 +270,9 @@ def test_a_mode_role_or_template_that_does_not_fit_is_an_error():
 @pytest.mark.parametrize("field", ["problem", "problem_en", "solution_en"])
 @pytest.mark.parametrize("token", ["<|im_end|>", "<s>", "<think>", "<|User|>"])
 def test_a_problem_that_spells_a_control_token_is_refused(field, token):
-    template = R1 if token == "<|User|>" else QWEN3  # R1's turn token is not marked special, its template writes it
+    template = (
+        R1 if token == "<|User|>" else QWEN3
+    )  # R1's turn token is not marked special, its template writes it
     bad = replace(SUM, **{field: f"2 {token} 3"})
     with pytest.raises(ValueError, match=r"'s1' spells the control token") as error:
         build_prompt(bad, "hau", make_tokenizer(template), role="teacher")
@@ -203,25 +281,50 @@ def test_a_problem_that_spells_a_control_token_is_refused(field, token):
 
 def test_added_tokens_that_control_nothing_are_ordinary_text():
     tokenizer = make_tokenizer(QWEN3)
-    build_prompt(replace(SUM, problem="2\n\n3 <tool>", problem_en="a <|im_", solution_en="end|> b"), "hau", tokenizer)
+    build_prompt(
+        replace(SUM, problem="2\n\n3 <tool>", problem_en="a <|im_", solution_en="end|> b"),
+        "hau",
+        tokenizer,
+    )
 
 
 def test_the_template_hash_shows_every_change():
     tokenizer = make_tokenizer(QWEN3)
     base = data.template_hash(tokenizer, "hau")
-    assert base == data.template_hash(make_tokenizer(QWEN3), find_language("ha")) and len(base) == 12 and int(base, 16)
+    assert (
+        base == data.template_hash(make_tokenizer(QWEN3), find_language("ha"))
+        and len(base) == 12
+        and int(base, 16)
+    )
     changed = {data.template_hash(tokenizer, "yor"), data.template_hash(tokenizer, "hau", "off")}
     changed.add(data.template_hash(make_tokenizer(CHATML), "hau"))
-    for field in ("transition", "instruction", "opening", "problem_label", "english_problem_label", "solution_end"):
-        changed.add(data.template_hash(tokenizer, replace(find_language("hau"), **{field: "other"})))
+    for field in (
+        "transition",
+        "instruction",
+        "opening",
+        "problem_label",
+        "english_problem_label",
+        "solution_end",
+    ):
+        changed.add(
+            data.template_hash(tokenizer, replace(find_language("hau"), **{field: "other"}))
+        )
     assert len(changed | {base}) == 10
 
 
-TRAIN = {"source": "openthoughts", "problem": "What?", "solution": "So.", "Answer": "4", "problem_translated": "Nini?"}
+TRAIN = {
+    "source": "openthoughts",
+    "problem": "What?",
+    "solution": "So.",
+    "Answer": "4",
+    "problem_translated": "Nini?",
+}
 
 
 def jsonl(folder: Path, *rows) -> Path:
-    return write(folder, "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return write(
+        folder, "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
 
 
 def test_the_training_layout_loads_alike_from_every_format(tmp_path):
@@ -233,7 +336,11 @@ def test_the_training_layout_loads_alike_from_every_format(tmp_path):
     parquet.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
     paths = [
         tmp_path / "rows.parquet",
-        write(tmp_path, "rows.jsonl", "\ufeff" + "\n".join(json.dumps(cells, ensure_ascii=False) for cells in table)),
+        write(
+            tmp_path,
+            "rows.jsonl",
+            "\ufeff" + "\n".join(json.dumps(cells, ensure_ascii=False) for cells in table),
+        ),
         write(tmp_path, "rows.json", "\ufeff" + json.dumps(table)),
         write(tmp_path, "rows.TSV", "\n".join(lines) + "\n"),
         write(tmp_path, "rows.csv", "\ufeff" + "\r\n".join(lines).replace("\t", ",") + "\r\n"),
@@ -246,9 +353,13 @@ def test_the_training_layout_loads_alike_from_every_format(tmp_path):
 def test_rows_of_other_languages_are_left_out_and_keep_their_row_numbers(tmp_path):
     names = ["Swahili", "hau", "KISWAHILI", "sw", "Klingon"]
     path = jsonl(tmp_path, *(TRAIN | {"language": name} for name in names))
-    assert [(row.id, row.language) for row in load_problems(path, language="swa")] == [(i, "swa") for i in "023"]
+    assert [(row.id, row.language) for row in load_problems(path, language="swa")] == [
+        (i, "swa") for i in "023"
+    ]
     assert [row.id for row in load_problems(path, language="ha")] == ["1"]
-    with pytest.raises(ValueError, match=r"rows.jsonl: no problems in yor; .*Klingon.*Swahili.*hau"):
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl: no problems in yor; .*Klingon.*Swahili.*hau"
+    ):
         load_problems(path, language="yor")
     with pytest.raises(ValueError, match=r"line 5: unknown language 'Klingon'"):
         load_problems(path)
@@ -261,27 +372,44 @@ def test_rows_of_other_languages_are_left_out_and_keep_their_row_numbers(tmp_pat
 def test_the_plain_layout_needs_a_language_and_has_no_english_side(tmp_path):
     path = jsonl(tmp_path, {"id": 7, "Question": " Nawa? ", "answer": 12, "solution": "Haka."})
     assert load_problems(path, language="ha") == [Problem("7", "Nawa?", None, None, "12", "hau")]
-    assert load_problems(path, language="en") == [Problem("7", "Nawa?", "Nawa?", "Haka.", "12", "eng")]
+    assert load_problems(path, language="en") == [
+        Problem("7", "Nawa?", "Nawa?", "Haka.", "12", "eng")
+    ]
     with pytest.raises(ValueError, match=r"rows.jsonl: line 1: no language named"):
         load_problems(path)
     assert load_problems(jsonl(tmp_path, {"problem": "Nawa?"}), language="ha")[0].answer is None
-    path = jsonl(tmp_path, TRAIN | {"problem": None})  # enough for the ablation without the English problem
+    path = jsonl(
+        tmp_path, TRAIN | {"problem": None}
+    )  # enough for the ablation without the English problem
     assert load_problems(path, language="ha") == [Problem("0", "Nini?", None, "So.", "4", "hau")]
 
 
 def test_afrimgsm_rows_with_raw_line_breaks_and_quotes(tmp_path):
     rows = 'Ya ce "nawa\t\t11\t\nDaya\n\nbiyu" ne?\tAmsa: 29\t29\t1 + 28\nUku?\t\t0\t\n\n'
-    path = write(tmp_path, "test.tsv", "question\tanswer\tanswer_number\tequation_solution\n" + rows)
+    path = write(
+        tmp_path, "test.tsv", "question\tanswer\tanswer_number\tequation_solution\n" + rows
+    )
     expected = [("0", 'Ya ce "nawa', "11"), ("1", 'Daya\nbiyu" ne?', "29"), ("2", "Uku?", "0")]
-    assert [(row.id, row.problem, row.answer) for row in load_problems(path, language="hau")] == expected
+    assert [
+        (row.id, row.problem, row.answer) for row in load_problems(path, language="hau")
+    ] == expected
 
 
 def test_mgsm_has_no_header_and_msvamp_a_line_of_json_per_row(tmp_path):
     path = write(tmp_path, "mgsm_sw.tsv", "Mayai mangapi?\t1,450\nSiku\nngapi?\t-3\n")
     rows = [(row.id, row.problem, row.answer) for row in load_problems(path, language="sw")]
     assert rows == [("0", "Mayai mangapi?", "1,450"), ("1", "Siku\nngapi?", "-3")]
-    row = {"query": "how many ?", "equation": "- number0 number1", "response": "8.0", "m_query": "Ngapi?"}
-    path = write(tmp_path, "test_Swahili.json", json.dumps(row) + "\n" + json.dumps(row | {"response": "1.5"}) + "\n")
+    row = {
+        "query": "how many ?",
+        "equation": "- number0 number1",
+        "response": "8.0",
+        "m_query": "Ngapi?",
+    }
+    path = write(
+        tmp_path,
+        "test_Swahili.json",
+        json.dumps(row) + "\n" + json.dumps(row | {"response": "1.5"}) + "\n",
+    )
     assert [row.answer for row in load_problems(path, language="sw")] == ["8.0", "1.5"]
     assert load_problems(path, language="sw")[0] == Problem("0", "Ngapi?", None, None, "8.0", "swa")
 
@@ -297,12 +425,20 @@ def test_a_csv_field_may_be_quoted_and_text_becomes_nfc(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"title": "x", "answer": 1}\n', "line 1: needs a column .*question.*; has title, answer"),
+        (
+            "a.jsonl",
+            '{"title": "x", "answer": 1}\n',
+            "line 1: needs a column .*question.*; has title, answer",
+        ),
         ("a.jsonl", '{"problem": "x"}\n\n{"problem": " "}\n', "line 3: empty problem"),
         ("a.jsonl", '{"problem": "x"}\n{"problem": }\n', "line 2, column 13: Expecting value"),
         ("a.jsonl", '{"problem": ["x"]}\n', "line 1: problem must be text or a number, not a list"),
         ("a.jsonl", '["x"]\n', "line 1: must be an object, not a list"),
-        ("a.jsonl", '{"id": 1, "problem": "x"}\n{"id": "1", "problem": "y"}\n', "line 2: duplicate id '1'"),
+        (
+            "a.jsonl",
+            '{"id": 1, "problem": "x"}\n{"id": "1", "problem": "y"}\n',
+            "line 2: duplicate id '1'",
+        ),
         ("a.jsonl", "\n", "no problems in ha; languages: \\[\\]"),
         ("a.json", '[\n{"problem": "x"},\n{"problem" "y"}]', ".* line 3 column 12"),
         ("a.json", '{"data": []}', "line 1: needs a column .* has data"),
@@ -351,9 +487,13 @@ def hub_cache(tmp_path, monkeypatch):
     return put
 
 
-@pytest.mark.parametrize("name", ["data/swa-00000-of-00001.parquet", "sw.parquet", "Swahili/train_SWA.parquet"])
+@pytest.mark.parametrize(
+    "name", ["data/swa-00000-of-00001.parquet", "sw.parquet", "Swahili/train_SWA.parquet"]
+)
 def test_the_training_file_is_found_in_the_hubs_cache_by_code_or_name(hub_cache, name):
-    hub_cache("AfriMGSM", "data/swap-00000-of-00001.parquet")  # names that only start or end like the language
+    hub_cache(
+        "AfriMGSM", "data/swap-00000-of-00001.parquet"
+    )  # names that only start or end like the language
     hub_cache("AfriMGSM", "data/biswa-00000-of-00001.parquet")
     file, polymath_file = hub_cache("AfriMGSM", name), hub_cache("PolyMath", "data/th.parquet")
     assert data.hub_training_file("sw") == data.hub_training_file(find_language("swa")) == file
@@ -362,16 +502,22 @@ def test_the_training_file_is_found_in_the_hubs_cache_by_code_or_name(hub_cache,
 
 
 def test_a_training_file_that_cannot_be_had_says_what_to_pass_instead(hub_cache):
-    with pytest.raises(FileNotFoundError, match=r"yihongLiu/COPSD-AfriMGSM-TrainDataset.*pass --data FILE"):
+    with pytest.raises(
+        FileNotFoundError, match=r"yihongLiu/COPSD-AfriMGSM-TrainDataset.*pass --data FILE"
+    ):
         data.hub_training_file("hau")
     for count, name in enumerate(["data/amh.parquet", "data/hau-0.parquet", "data/hau-1.parquet"]):
         hub_cache("AfriMGSM", name)
         if count != 1:
-            with pytest.raises(FileNotFoundError, match=f"has {count} files for Hausa, not 1; pass --data FILE"):
+            with pytest.raises(
+                FileNotFoundError, match=f"has {count} files for Hausa, not 1; pass --data FILE"
+            ):
                 data.hub_training_file("hau")
 
 
-TEN = [Problem(str(i), f"text {i % 8}", None, None, None, "hau") for i in range(10)]  # texts 0 and 1 stand twice
+TEN = [
+    Problem(str(i), f"text {i % 8}", None, None, None, "hau") for i in range(10)
+]  # texts 0 and 1 stand twice
 
 
 def test_held_out_problems_are_disjoint_in_text_and_decided_by_the_seed():
@@ -387,7 +533,9 @@ def test_held_out_problems_are_disjoint_in_text_and_decided_by_the_seed():
     assert sizes == {3, 4, 5} and len(draws) > 10
     assert data.split_heldout(TEN, 0, 1) == (TEN, [])
     for count in (-1, 8, 10):
-        with pytest.raises(ValueError, match=f"hold out {count} of 8 distinct problems; valid: 0 to 7"):
+        with pytest.raises(
+            ValueError, match=f"hold out {count} of 8 distinct problems; valid: 0 to 7"
+        ):
             data.split_heldout(TEN, count, 0)
 
 
@@ -405,5 +553,9 @@ def test_every_epoch_is_a_permutation_of_all_problems(count, batch):
 def test_the_order_is_a_pure_function_of_its_arguments():
     state = random.getstate()
     late = data.pick_order(50, seed=1, step=9, batch=8)
-    assert late == data.pick_order(50, seed=1, step=9, batch=8) != data.pick_order(50, seed=2, step=9, batch=8)
+    assert (
+        late
+        == data.pick_order(50, seed=1, step=9, batch=8)
+        != data.pick_order(50, seed=2, step=9, batch=8)
+    )
     assert random.getstate() == state

@@ -17,12 +17,22 @@ import eval as evaluation
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CEILINGS = {
-    "copsd.py": 800, "eval.py": 450, "kernels.py": 320, "parts/sampler.py": 330, "parts/model.py": 280,
-    "parts/data.py": 320, "parts/grading.py": 320, "parts/runs.py": 280, "parts/report.py": 350,
+    "copsd.py": 800,
+    "eval.py": 450,
+    "kernels.py": 320,
+    "parts/sampler.py": 330,
+    "parts/model.py": 280,
+    "parts/data.py": 320,
+    "parts/grading.py": 320,
+    "parts/runs.py": 280,
+    "parts/report.py": 350,
     # not in the first plan; LOG.md says why they are there
-    "parts/benchmarks.py": 120, "parts/flags.py": 80, "parts/machine.py": 80, "parts/mathcheck.py": 100,
+    "parts/benchmarks.py": 120,
+    "parts/flags.py": 80,
+    "parts/machine.py": 80,
+    "parts/mathcheck.py": 100,
     "parts/metrics.py": 250,
-}  # fmt: skip
+}
 SOURCES = [ROOT / name for name in CEILINGS]
 FUNCTION_CEILING, LOOP_CEILING = 60, 90
 
@@ -38,7 +48,11 @@ def imports(path: Path) -> set[str]:
 
 
 def ours(path: Path) -> set[str]:
-    return {name for name in imports(path) if name.split(".")[0] in ("copsd", "eval", "kernels", "parts", "lab")}
+    return {
+        name
+        for name in imports(path)
+        if name.split(".")[0] in ("copsd", "eval", "kernels", "parts", "lab")
+    }
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -47,9 +61,13 @@ def test_files_and_functions_stay_within_their_ceilings(path):
     assert text.count("\n") <= CEILINGS[path.relative_to(ROOT).as_posix()]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            ceiling = LOOP_CEILING if node.name in ("train_copsd", "train_grpo") else FUNCTION_CEILING
+            ceiling = (
+                LOOP_CEILING if node.name in ("train_copsd", "train_grpo") else FUNCTION_CEILING
+            )
             assert (node.end_lineno or 0) - node.lineno < ceiling, node.name
-            assert node.name.startswith("_") or ast.get_docstring(node), f"{node.name} has no docstring"
+            assert node.name.startswith("_") or ast.get_docstring(node), (
+                f"{node.name} has no docstring"
+            )
 
 
 def test_imports_point_one_way():
@@ -69,7 +87,11 @@ def test_copsd_does_not_know_the_lab():
 def test_nothing_is_unpickled_and_no_remote_code_runs():
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
-        assert "torch.load" not in text and "pickle.load" not in text and "trust_remote_code=True" not in text
+        assert (
+            "torch.load" not in text
+            and "pickle.load" not in text
+            and "trust_remote_code=True" not in text
+        )
 
 
 def test_each_equation_of_the_readme_is_marked_where_it_is_computed():
@@ -86,7 +108,10 @@ def test_each_equation_of_the_readme_is_marked_where_it_is_computed():
 @pytest.mark.parametrize(
     "name",
     ["kernels", "eval", "copsd"]
-    + [f"parts.{name}" for name in ("sampler", "model", "data", "grading", "mathcheck", "metrics", "benchmarks")],
+    + [
+        f"parts.{name}"
+        for name in ("sampler", "model", "data", "grading", "mathcheck", "metrics", "benchmarks")
+    ],
 )
 def test_examples_in_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
@@ -127,16 +152,36 @@ def test_copsd_commands_of_the_readme_run(command, tmp_path):
             str(tmp_path / "out"),
         ]
     if arguments[0] == "train":
-        arguments += ["--steps", "1", "--batch-size", "8", "--eval-problems", "4", "--out", str(tmp_path / "run")]
+        arguments += [
+            "--steps",
+            "1",
+            "--batch-size",
+            "8",
+            "--eval-problems",
+            "4",
+            "--out",
+            str(tmp_path / "run"),
+        ]
     result = CliRunner().invoke(copsd.app, arguments)
     assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("command", readme_commands("eval.py"))
 def test_eval_commands_of_the_readme_run(command, tmp_path):
-    arguments = [argument.replace("evaluations/", f"{tmp_path}/") for argument in shlex.split(command)[2:]]
+    arguments = [
+        argument.replace("evaluations/", f"{tmp_path}/") for argument in shlex.split(command)[2:]
+    ]
     if "--adapter" in arguments:
-        flags = ["--steps", "1", "--batch-size", "4", "--eval-problems", "0", "--out", str(tmp_path / "run")]
+        flags = [
+            "--steps",
+            "1",
+            "--batch-size",
+            "4",
+            "--eval-problems",
+            "0",
+            "--out",
+            str(tmp_path / "run"),
+        ]
         assert CliRunner().invoke(copsd.app, ["train", *flags]).exit_code == 0
         arguments[arguments.index("--adapter") + 1] = str(tmp_path / "run")
     if arguments[0] == "report":
@@ -152,4 +197,6 @@ def test_eval_commands_of_the_readme_run(command, tmp_path):
 
 def test_the_lab_recipe_gives_a_reason_for_each_difference():
     recipe = json.loads((ROOT / "lab" / "tiny" / "recipe.json").read_text(encoding="utf-8"))
-    assert all(entry["why"] and entry.keys() - {"grpo"} == {"value", "why"} for entry in recipe.values())
+    assert all(
+        entry["why"] and entry.keys() - {"grpo"} == {"value", "why"} for entry in recipe.values()
+    )

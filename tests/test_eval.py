@@ -32,7 +32,9 @@ def test_long_prompts_are_left_out_whole_and_counted():
     problems = [Problem(str(i), "?", None, None, "1", "hau") for i in range(3)]
     prompts = [[0] * 3, [0] * 5, [0] * 4]
     kept = keep_fitting(problems, prompts, console, context=10, max_new_tokens=6)
-    assert [p.id for p in kept] == ["0", "2"] and stream.getvalue().startswith("skipped 1 of 3 problems")
+    assert [p.id for p in kept] == ["0", "2"] and stream.getvalue().startswith(
+        "skipped 1 of 3 problems"
+    )
     with pytest.raises(ValueError, match="no problem fits"):
         keep_fitting(problems, prompts, console, context=10, max_new_tokens=8)
 
@@ -42,7 +44,10 @@ def run_cli(*arguments: str):
 
 
 def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,10 @@ def lines(folder: Path) -> list[dict]:
         ("A rí 19 + 13 = 32. Ìdáhùn ni \\boxed{32}.", "yor"),
         ("First 19 + 13 = 32. The answer is \\boxed{32}.", "eng"),
         ("በመጀመሪያ 19 እና 13 እንደምራለን፤ ከዚያ ውጤቱን በሁለት እናካፍላለን፤ ስለዚህ መልሱ አስራ ስድስት ነው።", "amh"),
-        ("我们先把两个数加起来，然后从总数里减去卖掉的鸡蛋，所以一共还剩下十八个鸡蛋，答案是十八。", "zho"),
+        (
+            "我们先把两个数加起来，然后从总数里减去卖掉的鸡蛋，所以一共还剩下十八个鸡蛋，答案是十八。",
+            "zho",
+        ),
         ("x = 5, y = 3, 5 \\times 3 = 15 \\Rightarrow \\boxed{15}", "unknown"),
         ("Ɛyɛ sɛ yɛbɛhwɛ sɛnea nkosua no dodow te ansa na yɛakan.", "twi"),
         ("Hena awu legbe ɖeka la, wohiã ka blɔ babla 2 ƒe afã", "ewe"),
@@ -78,7 +86,10 @@ def test_no_text_can_break_the_language_identifier():
     ("arguments", "said"),
     [
         (["--samples", "4", "--pass-at-k", "8"], "--pass-at-k is 8 and --samples 4"),
-        (["--samples", "4", "--pass-at-k", "1,8,2"], "--pass-at-k is 1,8,2 and --samples 4; valid: 1 <= k <= samples"),
+        (
+            ["--samples", "4", "--pass-at-k", "1,8,2"],
+            "--pass-at-k is 1,8,2 and --samples 4; valid: 1 <= k <= samples",
+        ),
         (["--pass-at-k", "0"], "valid: 1 <= k <= samples"),
         (["--pass-at-k", "1;8"], "--pass-at-k is 1;8; valid: numbers such as 8 or 1,4,8,12"),
         (["--greedy", "--samples", "4"], "--greedy is one completion"),
@@ -89,10 +100,19 @@ def test_no_text_can_break_the_language_identifier():
         (["--lang", "fra"], "no benchmark lab/problems/fra/test.jsonl"),
         (["--benchmark", "lab", "--lang", "fra"], "lab has no French; valid: eng hau swa yor"),
         (["--benchmark", "polymath", "--lang", "hau"], "polymath has no Hausa; valid: ben deu"),
-        (["--benchmark", "lab/problems/hau/test.jsonl", "--lang", "all"], "is one file: name its language"),
-        (["--benchmark", "lab/tiny", "--lang", "all"], "lab/tiny has no files that are known by a language"),
+        (
+            ["--benchmark", "lab/problems/hau/test.jsonl", "--lang", "all"],
+            "is one file: name its language",
+        ),
+        (
+            ["--benchmark", "lab/tiny", "--lang", "all"],
+            "lab/tiny has no files that are known by a language",
+        ),
         (["--model", "nowhere"], "unknown model 'nowhere'"),
-        (["--benchmark", "nowhere.jsonl"], "no benchmark nowhere.jsonl; valid: a file, a folder, lab, afrimgsm"),
+        (
+            ["--benchmark", "nowhere.jsonl"],
+            "no benchmark nowhere.jsonl; valid: a file, a folder, lab, afrimgsm",
+        ),
         (["--limit", "0"], "--limit is 0; valid: 1 or more"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--batch-rows", "0"], "max_rows is 0"),
@@ -124,7 +144,8 @@ def test_one_seed_gives_one_file_whatever_the_batch_and_the_chunk(tmp_path, monk
     monkeypatch.setattr(evaluation, "CHUNK", 4)
     run_cli(*SMALL, "--out", str(tmp_path / "chunk"))
     first, rows, seed, chunk = (
-        (tmp_path / name / "problems.jsonl").read_bytes() for name in ("first", "rows", "seed", "chunk")
+        (tmp_path / name / "problems.jsonl").read_bytes()
+        for name in ("first", "rows", "seed", "chunk")
     )
     assert first == rows == chunk != seed
 
@@ -132,23 +153,49 @@ def test_one_seed_gives_one_file_whatever_the_batch_and_the_chunk(tmp_path, monk
 def test_a_line_and_the_settings_hold_all_that_a_reader_needs(tmp_path):
     run_cli(*SMALL, "--out", str(tmp_path / "run"))
     line = lines(tmp_path / "run")[1]
-    assert line["id"] == "1" and line["gold"] == "27" and "\u2009" not in line["problem"] and line["level"] is None
+    assert (
+        line["id"] == "1"
+        and line["gold"] == "27"
+        and "\u2009" not in line["problem"]
+        and line["level"] is None
+    )
     assert [attempt["seed"] for attempt in line["attempts"]] == ["0/1/0", "0/1/1"]
-    assert {"completion", "answer", "canonical", "lenient", "correct", "reason"} <= line["attempts"][0].keys()
+    assert {"completion", "answer", "canonical", "lenient", "correct", "reason"} <= line[
+        "attempts"
+    ][0].keys()
     record = read_json(tmp_path / "run" / "settings.json")
     assert record["settings"] == {
-        "model": "lab/tiny", "adapter": None, "benchmark": "lab/problems/{lang}/test.jsonl", "lang": "hau",
-        "samples": 2, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "max_new_tokens": 64, "thinking": "auto",
-        "seed": 0, "ks": [1, 2], "limit": 6,
-    }  # fmt: skip
+        "model": "lab/tiny",
+        "adapter": None,
+        "benchmark": "lab/problems/{lang}/test.jsonl",
+        "lang": "hau",
+        "samples": 2,
+        "temperature": 1.0,
+        "top_p": 0.95,
+        "top_k": 0,
+        "max_new_tokens": 64,
+        "thinking": "auto",
+        "seed": 0,
+        "ks": [1, 2],
+        "limit": 6,
+    }
     identity = record["identity"]
-    assert identity["adapter_weights"] is None and identity["data_revision"] is None and identity["dtype"] == "float32"
-    assert len(identity["base_weights"]) == len(identity["data"]) == 16 and len(identity["prompt_template"]) == 12
+    assert (
+        identity["adapter_weights"] is None
+        and identity["data_revision"] is None
+        and identity["dtype"] == "float32"
+    )
+    assert (
+        len(identity["base_weights"]) == len(identity["data"]) == 16
+        and len(identity["prompt_template"]) == 12
+    )
     assert "torch" in record["versions"] and "git_commit" in record
     assert read_json(tmp_path / "run" / "summary.json")["pass@2"].keys() == {"value", "low", "high"}
 
 
-def test_a_stopped_evaluation_goes_on_and_ends_with_the_bytes_of_an_unstopped_one(tmp_path, monkeypatch):
+def test_a_stopped_evaluation_goes_on_and_ends_with_the_bytes_of_an_unstopped_one(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(evaluation, "CHUNK", 3)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = ["--pass-at-k", "1,2", "--limit", "8", "--out"]
@@ -166,12 +213,16 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_bytes_of_an_unstopped_on
     assert run_cli(*arguments, str(cut)).exit_code == 130
     kept = (cut / "problems.jsonl").read_bytes()
     assert kept.count(b"\n") == 6 and not (cut / "summary.json").exists()
-    (cut / "problems.jsonl").write_bytes(b"".join(kept.splitlines(keepends=True)[:4]) + b'{"id": "4", "probl')
+    (cut / "problems.jsonl").write_bytes(
+        b"".join(kept.splitlines(keepends=True)[:4]) + b'{"id": "4", "probl'
+    )
     assert run_cli(*arguments, str(cut)).exit_code == 0
     assert started == [0, 3, 6, 3, 6]  # the first chunk is whole and not sampled again
     for file in ("problems.jsonl", "summary.json"):
         assert (cut / file).read_bytes() == (whole / file).read_bytes()
-    assert run_cli(*arguments, str(cut)).exit_code == 0 and len(started) == 5  # finished: nothing is sampled
+    assert (
+        run_cli(*arguments, str(cut)).exit_code == 0 and len(started) == 5
+    )  # finished: nothing is sampled
 
 
 def test_other_settings_or_problems_in_the_folder_are_refused_and_kept(tmp_path):
@@ -186,24 +237,51 @@ def test_other_settings_or_problems_in_the_folder_are_refused_and_kept(tmp_path)
 
 def test_greedy_is_one_completion_at_temperature_0(tmp_path):
     run_cli("--greedy", "--limit", "4", "--out", str(tmp_path / "greedy"))
-    run_cli("--temperature", "0", "--pass-at-k", "1", "--limit", "4", "--out", str(tmp_path / "zero"), "--seed", "0")
-    assert (tmp_path / "greedy" / "problems.jsonl").read_bytes() == (tmp_path / "zero" / "problems.jsonl").read_bytes()
+    run_cli(
+        "--temperature",
+        "0",
+        "--pass-at-k",
+        "1",
+        "--limit",
+        "4",
+        "--out",
+        str(tmp_path / "zero"),
+        "--seed",
+        "0",
+    )
+    assert (tmp_path / "greedy" / "problems.jsonl").read_bytes() == (
+        tmp_path / "zero" / "problems.jsonl"
+    ).read_bytes()
     assert all(len(line["attempts"]) == 1 for line in lines(tmp_path / "greedy"))
 
 
 def test_several_languages_have_a_folder_each_a_row_each_and_a_mean(tmp_path):
-    result = run_cli("--benchmark", "lab", "--lang", "swa,ha", "--greedy", "--limit", "3", "--out", str(tmp_path))
+    result = run_cli(
+        "--benchmark", "lab", "--lang", "swa,ha", "--greedy", "--limit", "3", "--out", str(tmp_path)
+    )
     assert result.exit_code == 0, result.output
     assert {path.name for path in tmp_path.iterdir()} == {"swa", "hau"}
     assert lines(tmp_path / "swa")[0]["problem"] != lines(tmp_path / "hau")[0]["problem"]
     rows = [line for line in result.stdout.splitlines() if line.startswith("│")]
-    assert [row.split()[1] for row in rows if row.split()[1] in ("swa", "hau", "mean")] == ["swa", "hau", "mean"]
+    assert [row.split()[1] for row in rows if row.split()[1] in ("swa", "hau", "mean")] == [
+        "swa",
+        "hau",
+        "mean",
+    ]
 
 
 def test_all_means_every_language_of_the_benchmark(monkeypatch):
-    assert [language.iso3 for language in evaluation.pick_languages("all", "lab")] == ["eng", "hau", "swa", "yor"]
+    assert [language.iso3 for language in evaluation.pick_languages("all", "lab")] == [
+        "eng",
+        "hau",
+        "swa",
+        "yor",
+    ]
     assert len(evaluation.pick_languages("all", "afrimgsm")) == 19
-    assert len(evaluation.pick_languages("all", "mgsm")) == 11 and len(evaluation.pick_languages("all", "msvamp")) == 10
+    assert (
+        len(evaluation.pick_languages("all", "mgsm")) == 11
+        and len(evaluation.pick_languages("all", "msvamp")) == 10
+    )
     found = evaluation.pick_languages("all", "lab/problems/{lang}/test.jsonl")
     assert [language.iso3 for language in found] == ["eng", "hau", "swa", "yor"]
 
@@ -214,7 +292,9 @@ def adapter(tmp_path, lab_folder) -> Path:
     model = load_model(lab_folder, device="cpu", dtype=torch.float32)
     lora = attach_lora(model, rank=2, alpha=4.0, targets=("q_proj", "up_proj"), seed=0)
     torch.manual_seed(0)
-    lora.load_state_dict({name: 0.3 * torch.randn(tensor.shape) for name, tensor in lora.state_dict().items()})
+    lora.load_state_dict(
+        {name: 0.3 * torch.randn(tensor.shape) for name, tensor in lora.state_dict().items()}
+    )
     save_adapter(lora, tmp_path / "adapter", base_model="lab/tiny")
     return tmp_path / "adapter"
 
@@ -223,7 +303,9 @@ def test_an_adapter_is_evaluated_and_fingerprinted(tmp_path, adapter):
     for name, flags in {"base": [], "adapted": ["--adapter", str(adapter)]}.items():
         result = run_cli(*SMALL, *flags, "--out", str(tmp_path / name))
         assert result.exit_code == 0, result.output
-    base, adapted = (read_json(tmp_path / name / "settings.json")["identity"] for name in ("base", "adapted"))
+    base, adapted = (
+        read_json(tmp_path / name / "settings.json")["identity"] for name in ("base", "adapted")
+    )
     assert base["adapter_weights"] is None and len(adapted["adapter_weights"]) == 16
     assert {**base, "adapter_weights": adapted["adapter_weights"]} == adapted
     assert lines(tmp_path / "base") != lines(tmp_path / "adapted")
@@ -232,11 +314,23 @@ def test_an_adapter_is_evaluated_and_fingerprinted(tmp_path, adapter):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda folder: [file.unlink() for file in folder.iterdir()], "neither an adapter folder nor a run folder"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
-        (lambda folder: save_file({}, folder / "adapter_model.safetensors"), "adapter tensors are missing"),
+        (
+            lambda folder: [file.unlink() for file in folder.iterdir()],
+            "neither an adapter folder nor a run folder",
+        ),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            "adapter_model.safetensors is missing",
+        ),
+        (
+            lambda folder: save_file({}, folder / "adapter_model.safetensors"),
+            "adapter tensors are missing",
+        ),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""), "error"),
-        (lambda folder: write_json(folder / "config.json", {"identity": {"base_weights": "ff"}}), "other base weights"),
+        (
+            lambda folder: write_json(folder / "config.json", {"identity": {"base_weights": "ff"}}),
+            "other base weights",
+        ),
     ],
     ids=["empty folder", "no tensors", "empty tensors", "torn tensors", "another base"],
 )
@@ -260,28 +354,50 @@ def test_report_compares_evaluations_and_writes_its_files(tmp_path, two_evaluati
     assert result.exit_code == 0, result.output
     assert "Paired tests over problems" in result.stdout
     assert (tmp_path / "report" / "report.html").stat().st_size > 1000
-    change = evaluation.paired_tests(*(evaluation.load_evaluations(Path(f), f)["swa"][1] for f in two_evaluations))[0]
-    assert cell("pass@1", asdict(change)) in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    change = evaluation.paired_tests(
+        *(evaluation.load_evaluations(Path(f), f)["swa"][1] for f in two_evaluations)
+    )[0]
+    assert cell("pass@1", asdict(change)) in (tmp_path / "report" / "report.md").read_text(
+        encoding="utf-8"
+    )
     assert run_cli("report", two_evaluations[0], "--out", str(tmp_path / "one")).exit_code == 0
 
 
 def test_the_reports_curve_holds_every_k(two_evaluations):
     record, results, view = evaluation.load_evaluations(Path(two_evaluations[0]), "first")["hau"]
     assert list(view.pass_at_k) == [1, 2]
-    assert view.pass_at_k[2] == read_json(Path(two_evaluations[0]) / "hau" / "summary.json")["pass@2"]
-    assert [asdict(each) for each in results] == view.problems and record["settings"] == view.settings
+    assert (
+        view.pass_at_k[2] == read_json(Path(two_evaluations[0]) / "hau" / "summary.json")["pass@2"]
+    )
+    assert [asdict(each) for each in results] == view.problems and record[
+        "settings"
+    ] == view.settings
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, two_evaluations):
     def said(*folders: str) -> str:
         result = run_cli("report", *folders, "--out", str(tmp_path / "report"))
-        assert result.exit_code == 2 and result.stderr.count("\n") == 1 and not (tmp_path / "report").exists()
+        assert (
+            result.exit_code == 2
+            and result.stderr.count("\n") == 1
+            and not (tmp_path / "report").exists()
+        )
         return result.stderr
 
     first, second = two_evaluations
     run_cli("--lang", "hau", "--greedy", "--limit", "5", "--out", str(tmp_path / "fewer"))
     assert "are of different problems in hau" in said(first, str(tmp_path / "fewer"))
-    run_cli("--benchmark", "lab", "--lang", "eng", "--greedy", "--limit", "5", "--out", str(tmp_path / "other"))
+    run_cli(
+        "--benchmark",
+        "lab",
+        "--lang",
+        "eng",
+        "--greedy",
+        "--limit",
+        "5",
+        "--out",
+        str(tmp_path / "other"),
+    )
     assert "are of different benchmarks: lab, lab/problems" in said(first, str(tmp_path / "other"))
     assert "holds no evaluation" in said(first, str(tmp_path / "nowhere"))
     (Path(second) / "swa" / "summary.json").unlink()

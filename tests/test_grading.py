@@ -16,9 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parts import grading, mathcheck
-from parts.grading import MAX_ANSWER_CHARS, MAX_EXPONENT, extract_answer, grade, is_correct, normalise
+from parts.grading import (
+    MAX_ANSWER_CHARS,
+    MAX_EXPONENT,
+    extract_answer,
+    grade,
+    is_correct,
+    normalise,
+)
 
-ZEROS = [chr(code) for code in range(0x110000) if unicodedata.decimal(chr(code), None) == 0]  # one per digit script
+ZEROS = [
+    chr(code) for code in range(0x110000) if unicodedata.decimal(chr(code), None) == 0
+]  # one per digit script
 REASONS = {"right", "wrong", "no box", "think block not closed", "no single answer", "time-out"}
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
@@ -26,14 +35,19 @@ quick = settings(max_examples=150, deadline=None, derandomize=True, database=Non
 def read_cases() -> list[tuple[str, str, str, str]]:
     lines = (Path(__file__).parent / "grading_cases.tsv").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines if not line.startswith("#")][1:]
-    unescaped = [[re.sub(r"<U\+(\w+)>", lambda hit: chr(int(hit[1], 16)), cell) for cell in row] for row in rows]
+    unescaped = [
+        [re.sub(r"<U\+(\w+)>", lambda hit: chr(int(hit[1], 16)), cell) for cell in row]
+        for row in rows
+    ]
     return [(text, gold, verdict, why) for text, gold, verdict, why in unescaped]
 
 
 CASES = read_cases()
 
 
-@pytest.mark.parametrize(("text", "gold", "verdict", "why"), CASES, ids=[f"{case[0]} {case[3]}" for case in CASES])
+@pytest.mark.parametrize(
+    ("text", "gold", "verdict", "why"), CASES, ids=[f"{case[0]} {case[3]}" for case in CASES]
+)
 def test_case_table(text: str, gold: str, verdict: str, why: str):
     is_completion = r"boxed" in text or "think>" in text
     completion = text if is_completion else rf"\boxed{{{text}}}"
@@ -68,7 +82,9 @@ def test_docstring_examples():
         ("", None, None),
     ],
 )
-def test_a_think_block_opened_in_the_prompt_must_be_closed(completion, answer, answer_when_think_open):
+def test_a_think_block_opened_in_the_prompt_must_be_closed(
+    completion, answer, answer_when_think_open
+):
     assert extract_answer(completion) == answer
     assert extract_answer(completion, think_open=True) == answer_when_think_open
     assert is_correct(completion, "18", think_open=True) == (answer_when_think_open == "18")
@@ -109,9 +125,13 @@ def test_the_lenient_reading_is_apart(completion, reason, lenient):
 
 def test_what_the_released_evaluation_got_wrong():
     first, last = r"\boxed{18} no, \boxed{17}", r"\boxed{17} no, \boxed{18}"
-    assert not is_correct(first, "18") and is_correct(last, "18")  # its reward read the first box, its metric the last
+    assert not is_correct(first, "18") and is_correct(
+        last, "18"
+    )  # its reward read the first box, its metric the last
     assert grade(r"\boxed{}", "18").canonical is None  # an empty box could win its majority vote
-    assert grade(r"\boxed{18.0}", "18").canonical == grade(r"\boxed{$18}", "18").canonical  # it voted on raw strings
+    assert (
+        grade(r"\boxed{18.0}", "18").canonical == grade(r"\boxed{$18}", "18").canonical
+    )  # it voted on raw strings
     for written in ("१८", "১৮", "๑๘", "፲፰", "$18", "18 birr"):  # math-verify alone rejects each
         assert is_correct(rf"\boxed{{{written}}}", "18")
 
@@ -142,7 +162,9 @@ def test_one_worker_is_started_when_it_is_needed_and_kept(workers):
     assert workers == []
     assert is_correct(r"\boxed{\sqrt{8}}", ROOT_2) and not is_correct(r"\boxed{\sqrt{9}}", ROOT_2)
     assert len(workers) == 1
-    assert os.getsid(workers[0].pid) == workers[0].pid  # a session of its own: Ctrl-C does not reach it
+    assert (
+        os.getsid(workers[0].pid) == workers[0].pid
+    )  # a session of its own: Ctrl-C does not reach it
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
@@ -161,7 +183,14 @@ def test_a_worker_that_takes_too_long_is_killed(workers, in_thread):
 
 @pytest.mark.parametrize(
     "answer",
-    ["10^{10^{10}}", "10^(10^10)", "(10^9)!", r"\binom{10^8}{10^7}", "(x+1)^{99999}", r"\sum_{n=1}^{10^9} \frac1n"],
+    [
+        "10^{10^{10}}",
+        "10^(10^10)",
+        "(10^9)!",
+        r"\binom{10^8}{10^7}",
+        "(x+1)^{99999}",
+        r"\sum_{n=1}^{10^9} \frac1n",
+    ],
 )
 def test_a_hostile_expression_costs_the_limit_at_most(answer):
     assert grade(rf"\boxed{{{answer}}}", ROOT_2, limit_s=0.3).reason in ("time-out", "wrong")
@@ -172,18 +201,20 @@ def test_a_limit_of_nothing_is_not_no_limit():
 
 
 def test_a_worker_that_does_not_even_compute_is_killed_by_the_clock():
-    sleeper = (
-        "import time; from parts import mathcheck; mathcheck.is_same = lambda *_: time.sleep(60); mathcheck.main()"
-    )
+    sleeper = "import time; from parts import mathcheck; mathcheck.is_same = lambda *_: time.sleep(60); mathcheck.main()"
     root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", sleeper], cwd=root, input='["", "", 0.02]', text=True, timeout=50)
+    run = subprocess.run(
+        [sys.executable, "-c", sleeper], cwd=root, input='["", "", 0.02]', text=True, timeout=50
+    )
     assert run.returncode == -signal.SIGALRM
 
 
 def test_threads_get_each_their_own_verdict():
     numbers = range(2, 26)
     with ThreadPoolExecutor(3) as pool:
-        verdicts = pool.map(lambda n: is_correct(rf"\boxed{{x\sqrt{{{n}}}}}", r"\sqrt{9}x"), numbers)
+        verdicts = pool.map(
+            lambda n: is_correct(rf"\boxed{{x\sqrt{{{n}}}}}", r"\sqrt{9}x"), numbers
+        )
     assert [n for n, verdict in zip(numbers, verdicts, strict=True) if verdict] == [9]
 
 
@@ -223,7 +254,9 @@ def test_a_worker_is_not_shared_with_a_fork_and_ends_with_its_parent():
         print(os.wait()[1], *(worker.pid for worker in grading._idle_workers))
     """
     root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
+    )
     status, worker = map(int, run.stdout.split())
     assert status == 0
     with pytest.raises(ProcessLookupError):
@@ -240,9 +273,14 @@ def in_script(figure: str, zero: str) -> str:
 def in_ethiopic(number: int) -> str:
     """Write a positive number by the rules of CSS Counter Styles 3: pairs of digits, ፻ and ፼ in turn."""
     text = ""
-    pairs = [int(pair) for pair in re.findall("..", f"{number:0{len(str(number)) + len(str(number)) % 2}d}")]
+    pairs = [
+        int(pair)
+        for pair in re.findall("..", f"{number:0{len(str(number)) + len(str(number)) % 2}d}")
+    ]
     for place, pair in zip(reversed(range(len(pairs))), pairs, strict=True):
-        silent = pair == 0 or (pair == 1 and place > 0 and (place == len(pairs) - 1 or place % 2 == 1))
+        silent = pair == 0 or (
+            pair == 1 and place > 0 and (place == len(pairs) - 1 or place % 2 == 1)
+        )
         tens = " ፲፳፴፵፶፷፸፹፺"[pair // 10]
         ones = " ፩፪፫፬፭፮፯፰፱"[pair % 10]
         text += "" if silent else (tens + ones).replace(" ", "")
@@ -303,7 +341,9 @@ GROUPERS = {
     st.sampled_from(["", "-", "−", "–", "－"]),
     st.sampled_from(WRAPPERS),
 )
-def test_an_integer_in_any_script_grouping_and_wrapper_reads_back(number, zero, grouper, sign, wrapper):
+def test_an_integer_in_any_script_grouping_and_wrapper_reads_back(
+    number, zero, grouper, sign, wrapper
+):
     text = wrapper.format(sign + in_script(GROUPERS[grouper](number), zero))
     assert normalise(text) == str(-number if sign else number), text
 
@@ -313,7 +353,9 @@ def test_an_integer_in_any_script_grouping_and_wrapper_reads_back(number, zero, 
     st.integers(0, 10**9),
     st.integers(0, 99),
     st.sampled_from(ZEROS),
-    st.sampled_from([("", "."), ("", ","), (",", "."), (".", ","), (" ", ","), (" ", "."), ("’", ".")]),
+    st.sampled_from(
+        [("", "."), ("", ","), (",", "."), (".", ","), (" ", ","), (" ", "."), ("’", ".")]
+    ),
 )
 def test_a_decimal_in_any_script_and_style_reads_back(whole, hundredths, zero, style):
     group, mark = style
@@ -338,11 +380,20 @@ def test_an_ethiopic_numeral_reads_back(number):
 @given(st.integers(0, 10**12 - 1))
 def test_a_han_numeral_reads_back_by_units_and_by_position(number):
     by_position = "".join("〇一二三四五六七八九"[int(digit)] for digit in str(number))
-    assert normalise(in_han(number)) == normalise(in_han(number) + "个苹果") == normalise(by_position) == str(number)
+    assert (
+        normalise(in_han(number))
+        == normalise(in_han(number) + "个苹果")
+        == normalise(by_position)
+        == str(number)
+    )
 
 
 @quick
-@given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from([" or ", ", ", "; ", " and ", "、", " birr, "]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 10**6),
+    st.sampled_from([" or ", ", ", "; ", " and ", "、", " birr, "]),
+)
 def test_two_numbers_are_never_one(first, second, joint):
     assert normalise(f"{first}{joint}{second}") is None
 
@@ -362,7 +413,9 @@ PIECES = (
 )
 hostile_text = st.one_of(
     st.text(st.characters()),  # every code point, surrogates too
-    st.lists(st.sampled_from([*PIECES.split(" "), " ", "\0", "\u200b", "\ud800"]), max_size=40).map("".join),
+    st.lists(st.sampled_from([*PIECES.split(" "), " ", "\0", "\u200b", "\ud800"]), max_size=40).map(
+        "".join
+    ),
 )
 
 
@@ -389,7 +442,10 @@ def test_a_number_comes_only_from_numerals(text):
     answer = normalise(text)
     if answer is not None and re.fullmatch(r"-?\d+(/\d+)?", answer):
         folded = unicodedata.normalize("NFKC", text)
-        assert any(unicodedata.numeric(character, None) is not None or character in "两兩" for character in folded)
+        assert any(
+            unicodedata.numeric(character, None) is not None or character in "两兩"
+            for character in folded
+        )
         assert answer == str(Fraction(answer)), "not reduced"
 
 

@@ -9,15 +9,31 @@ import torch
 from rich.console import Console
 
 import copsd
-from copsd import Group, advantages, clipped_surrogate, configure, loss_mean, prepare, roll_out_groups, surrogate
+from copsd import (
+    Group,
+    advantages,
+    clipped_surrogate,
+    configure,
+    loss_mean,
+    prepare,
+    roll_out_groups,
+    surrogate,
+)
 from kernels import reduce_loss
 from parts.report import StepView
 from parts.sampler import Rollout
 
 SMALL = {
-    "method": "grpo", "steps": 2, "batch_size": 8, "group_size": 4, "micro_batch": 3, "eval_problems": 0,
-    "max_new_tokens": 48, "lr": 1e-3, "english_share": 0.0,
-}  # fmt: skip
+    "method": "grpo",
+    "steps": 2,
+    "batch_size": 8,
+    "group_size": 4,
+    "micro_batch": 3,
+    "eval_problems": 0,
+    "max_new_tokens": 48,
+    "lr": 1e-3,
+    "english_share": 0.0,
+}
 QUIET = Console(quiet=True)
 ADAPTER = Path("adapters/step_00002/adapter_model.safetensors")
 
@@ -50,12 +66,16 @@ def live_groups(setup, count: int = 2) -> list[Group]:
     return [Group(group.problem, group.rollouts, [1.0, 0.0, 0.0, 1.0]) for group in groups]
 
 
-def step_gradient(setup, groups: list[Group], micro_batch: int, kept: list[int] | None = None) -> torch.Tensor:
+def step_gradient(
+    setup, groups: list[Group], micro_batch: int, kept: list[int] | None = None
+) -> torch.Tensor:
     """Return the gradient of one update, as the loop computes it."""
     config = setup.config
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     kept = list(range(len(rollouts))) if kept is None else kept
-    advantage_B = advantages(torch.tensor([group.rewards for group in groups]), config.scale_rewards).flatten()
+    advantage_B = advantages(
+        torch.tensor([group.rewards for group in groups]), config.scale_rewards
+    ).flatten()
     tokens = sum(len(rollouts[row].completion_ids) for row in kept)
     reduction, denominator = loss_mean(config, tokens, len(kept))
     for tensor in setup.lora.parameters():
@@ -74,8 +94,14 @@ def step_gradient(setup, groups: list[Group], micro_batch: int, kept: list[int] 
 
 def test_advantages_by_hand():
     reward_BG = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
-    first, second = 0.5 / (math.sqrt(1 / 3) + 1e-4), 1 / (0.5 + 1e-4)  # standard deviations of 3 degrees of freedom
-    expected = [[first, -first, -first, first], [0.75 * second, -0.25 * second, -0.25 * second, -0.25 * second]]
+    first, second = (
+        0.5 / (math.sqrt(1 / 3) + 1e-4),
+        1 / (0.5 + 1e-4),
+    )  # standard deviations of 3 degrees of freedom
+    expected = [
+        [first, -first, -first, first],
+        [0.75 * second, -0.25 * second, -0.25 * second, -0.25 * second],
+    ]
     torch.testing.assert_close(advantages(reward_BG, "group"), torch.tensor(expected))
     unscaled = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25]])
     torch.testing.assert_close(advantages(reward_BG, "none"), unscaled)
@@ -117,7 +143,9 @@ def test_what_a_token_weighs_in_the_mean(norm, weights):
     config = copsd.Config(method="grpo", loss_norm=norm, max_new_tokens=10)
     reduction, denominator = loss_mean(config, 4, 2)
     loss_N = torch.ones(4, requires_grad=True)
-    reduce_loss(loss_N, [3, 1], reduction=reduction, step_tokens=denominator, step_rows=2).backward()
+    reduce_loss(
+        loss_N, [3, 1], reduction=reduction, step_tokens=denominator, step_rows=2
+    ).backward()
     torch.testing.assert_close(loss_N.grad, torch.tensor([weights[0]] * 3 + [weights[1]]))
 
 
@@ -137,7 +165,9 @@ def test_the_ratio_is_one_on_the_first_inner_epoch_and_moves_on_the_next(tmp_pat
     _, moved = surrogate(setup, batch, advantage_N, first["logprob_N"])
     assert (moved["ratio_N"] - 1).abs().max() > 0.01
     torch.testing.assert_close(moved["ratio_N"], (moved["logprob_N"] - first["logprob_N"]).exp())
-    assert moved["clipped_high_N"].equal(moved["ratio_N"] > 1.2) and not moved["clipped_low_N"].any()
+    assert (
+        moved["clipped_high_N"].equal(moved["ratio_N"] > 1.2) and not moved["clipped_low_N"].any()
+    )
 
 
 def test_the_gradient_is_that_of_reinforce_with_the_group_as_baseline(tmp_path):
@@ -150,7 +180,10 @@ def test_the_gradient_is_that_of_reinforce_with_the_group_as_baseline(tmp_path):
     total, tokens = torch.tensor(0.0), 0
     for rollout, reward in zip(groups[0].rollouts, groups[0].rewards, strict=True):
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
-        logits = setup.model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1] / setup.config.temperature
+        logits = (
+            setup.model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
+            / setup.config.temperature
+        )
         chosen = logits.log_softmax(-1)[range(len(rollout.completion_ids)), rollout.completion_ids]
         total, tokens = total - (reward - 0.5) * chosen.sum(), tokens + len(rollout.completion_ids)
     (total / tokens).backward()
@@ -213,7 +246,9 @@ def test_the_kl_to_the_initial_model_is_k3_and_zero_at_the_start(tmp_path):
     nudge(setup)
     loss_N, moved = surrogate(setup, batch, zeros_N, None)
     difference_N = start["logprob_N"] - moved["logprob_N"]  # initial minus current
-    torch.testing.assert_close(moved["kl_N"], difference_N.exp() - 1 - difference_N, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(
+        moved["kl_N"], difference_N.exp() - 1 - difference_N, atol=1e-6, rtol=1e-3
+    )
     torch.testing.assert_close(loss_N.detach(), 0.5 * moved["kl_N"])
     assert moved["kl_N"].min() >= 0 and loss_N.requires_grad
 
@@ -225,12 +260,19 @@ def test_rewards_are_the_graders_verdicts_and_a_group_shares_its_prompt(tmp_path
     groups = roll_out_groups(setup, setup.train[:3], seed=0)
     for group, problem in zip(groups, setup.train, strict=False):
         assert len(group.rollouts) == 4 and len({tuple(r.prompt_ids) for r in group.rollouts}) == 1
-        texts = [setup.tokenizer.decode(r.completion_ids, skip_special_tokens=True) for r in group.rollouts]
-        assert group.rewards == [float(is_correct(str(text), str(problem.answer))) for text in texts]
+        texts = [
+            setup.tokenizer.decode(r.completion_ids, skip_special_tokens=True)
+            for r in group.rollouts
+        ]
+        assert group.rewards == [
+            float(is_correct(str(text), str(problem.answer))) for text in texts
+        ]
 
 
 def test_a_group_from_one_prefill_is_the_rows_sampled_one_by_one(tmp_path):
-    setup, _ = make_setup(tmp_path, top_k=1)  # no chance: a row's random stream depends on its place
+    setup, _ = make_setup(
+        tmp_path, top_k=1
+    )  # no chance: a row's random stream depends on its place
     group = roll_out_groups(setup, setup.train[:1], seed=0)[0].rollouts
     rows = copsd.roll_out(setup, [setup.train[0]] * 4, seed=0)
     assert [r.completion_ids for r in group] == [r.completion_ids for r in rows]
@@ -240,7 +282,9 @@ def test_a_group_from_one_prefill_is_the_rows_sampled_one_by_one(tmp_path):
 
 def test_a_reward_that_cannot_be_graded_is_an_error_naming_the_problem(tmp_path):
     data = tmp_path / "data.jsonl"
-    rows = [{"problem": f"p{i}", "answer": "" if i == 3 else "18", "language": "hau"} for i in range(5)]
+    rows = [
+        {"problem": f"p{i}", "answer": "" if i == 3 else "18", "language": "hau"} for i in range(5)
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with pytest.raises(ValueError, match=r"'3'.*None cannot be graded"):
         make_setup(tmp_path, data=str(data))
@@ -249,13 +293,18 @@ def test_a_reward_that_cannot_be_graded_is_an_error_naming_the_problem(tmp_path)
 
 def test_problems_without_an_english_side_train_grpo_and_are_evaluated(tmp_path):
     data = tmp_path / "data.jsonl"
-    rows = [json.loads(line) for line in Path("lab/problems/hau/train.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in Path("lab/problems/hau/train.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     plain = [{"question": row["problem_translated"], "answer": row["answer"]} for row in rows[:12]]
     data.write_text("".join(json.dumps(row) + "\n" for row in plain), encoding="utf-8")
     setup, run = make_setup(tmp_path, data=str(data), eval_problems=4)
     assert copsd.train_grpo(setup, run, StepView(QUIET, 2))
     measured = copsd.measure(setup, QUIET, "after")
-    assert measured.keys() == {"hau"} and math.isnan(measured["hau"]["KL to the teacher, nats/token"]["value"])
+    assert measured.keys() == {"hau"} and math.isnan(
+        measured["hau"]["KL to the teacher, nats/token"]["value"]
+    )
     with pytest.raises(ValueError, match="has no problem_en and no solution_en"):
         make_setup(tmp_path / "copsd", method="copsd", data=str(data))
 
@@ -268,7 +317,10 @@ def test_other_problems_replace_dead_groups_and_their_tokens_are_counted(tmp_pat
     def first_groups_dead(setup, problems, *, seed):
         asked.append([problem.id for problem in problems])
         rewards = [1.0] * 4 if len(asked) == 1 else [1.0, 0.0, 1.0, 0.0]
-        return [Group(group.problem, group.rollouts, rewards) for group in real(setup, problems, seed=seed)]
+        return [
+            Group(group.problem, group.rollouts, rewards)
+            for group in real(setup, problems, seed=seed)
+        ]
 
     monkeypatch.setattr(copsd, "roll_out_groups", first_groups_dead)
     copsd.train_grpo(setup, run, StepView(QUIET, 1))
@@ -285,10 +337,21 @@ def test_other_problems_replace_dead_groups_and_their_tokens_are_counted(tmp_pat
 def test_a_step_logs_what_it_did(tmp_path):
     rows = jsonl(train(tmp_path, kl_coef=0.01, inner_epochs=2) / "metrics.jsonl")
     assert rows[0].keys() >= {
-        "loss/objective", "loss/kl_nats_per_token", "loss/student_entropy_nats_per_token", "reward/mean",
-        "reward/dead_group_frac", "ratio/mean", "ratio/min", "ratio/max", "ratio/clipped_low_frac",
-        "ratio/clipped_high_frac", "rollout/clipped_frac", "update/grad_norm", "rollout/tokens", "sampled_tokens",
-    }  # fmt: skip
+        "loss/objective",
+        "loss/kl_nats_per_token",
+        "loss/student_entropy_nats_per_token",
+        "reward/mean",
+        "reward/dead_group_frac",
+        "ratio/mean",
+        "ratio/min",
+        "ratio/max",
+        "ratio/clipped_low_frac",
+        "ratio/clipped_high_frac",
+        "rollout/clipped_frac",
+        "update/grad_norm",
+        "rollout/tokens",
+        "sampled_tokens",
+    }
     assert rows[1]["sampled_tokens"] == rows[0]["rollout/tokens"] + rows[1]["rollout/tokens"]
     assert [row["update/lr"] for row in rows] == pytest.approx([1e-3, 5e-4])
 
@@ -317,13 +380,19 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         copsd.train_grpo(setup, run, view)
     resumed = train(tmp_path / "killed", **flags)
-    for name in ("adapters/step_00004/adapter_model.safetensors", "resume.safetensors", "completions.jsonl"):
+    for name in (
+        "adapters/step_00004/adapter_model.safetensors",
+        "resume.safetensors",
+        "completions.jsonl",
+    ):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()
 
 
 @pytest.mark.parametrize("method", ["copsd", "grpo"])
 def test_a_token_budget_ends_the_run_and_the_rate_falls_with_it(tmp_path, method):
-    config, folder = configure({**SMALL, "method": method, "out": str(tmp_path / "run"), "token_budget": 600})
+    config, folder = configure(
+        {**SMALL, "method": method, "out": str(tmp_path / "run"), "token_budget": 600}
+    )
     setup, run = prepare(config, folder, QUIET)
     loop = {"copsd": copsd.train_copsd, "grpo": copsd.train_grpo}[method]
     assert loop(setup, run, StepView(QUIET, None))
@@ -332,33 +401,52 @@ def test_a_token_budget_ends_the_run_and_the_rate_falls_with_it(tmp_path, method
     assert [row["update/lr"] for row in rows[1:]] == pytest.approx(
         [1e-3 * (1 - row["sampled_tokens"] / 600) for row in rows[:-1]]
     )
-    assert loop(setup, run, StepView(QUIET, None)) and len(jsonl(run.folder / "metrics.jsonl")) == len(rows)
+    assert loop(setup, run, StepView(QUIET, None)) and len(
+        jsonl(run.folder / "metrics.jsonl")
+    ) == len(rows)
 
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_step_in_which_everything_is_masked_changes_nothing(tmp_path, monkeypatch, masked):
-    monkeypatch.setattr(copsd, "is_correct", lambda text, gold, think_open: len(text) % 2 == 0)  # no dead groups
-    setup, run = make_setup(tmp_path, mask_truncated=masked, max_new_tokens=5, steps=1, temperature=3.0)
+    monkeypatch.setattr(
+        copsd, "is_correct", lambda text, gold, think_open: len(text) % 2 == 0
+    )  # no dead groups
+    setup, run = make_setup(
+        tmp_path, mask_truncated=masked, max_new_tokens=5, steps=1, temperature=3.0
+    )
     start = [tensor.clone() for tensor in setup.lora.parameters()]
     copsd.train_grpo(setup, run, StepView(QUIET, 1))
     metrics = jsonl(run.folder / "metrics.jsonl")[0]
     assert metrics["rollout/clipped_frac"] == 1 and metrics["reward/dead_group_frac"] < 1
-    unchanged = all(torch.equal(tensor, before) for tensor, before in zip(setup.lora.parameters(), start, strict=True))
+    unchanged = all(
+        torch.equal(tensor, before)
+        for tensor, before in zip(setup.lora.parameters(), start, strict=True)
+    )
     assert unchanged == masked
 
 
 FLAGS = {
-    "scale_rewards": "none", "inner_epochs": 2, "kl_coef": 0.5, "loss_norm": "sequence", "group_size": 8,
-    "mask_truncated": True, "resample_dead_groups": True, "seed": 1,
-}  # fmt: skip
+    "scale_rewards": "none",
+    "inner_epochs": 2,
+    "kl_coef": 0.5,
+    "loss_norm": "sequence",
+    "group_size": 8,
+    "mask_truncated": True,
+    "resample_dead_groups": True,
+    "seed": 1,
+}
 
 
 def test_every_flag_has_an_effect(tmp_path, monkeypatch):
-    monkeypatch.setattr(copsd, "is_correct", lambda text, gold, think_open: len(text) % 3 == 0)  # few dead groups
+    monkeypatch.setattr(
+        copsd, "is_correct", lambda text, gold, think_open: len(text) % 3 == 0
+    )  # few dead groups
     base = {"batch_size": 16, "group_size": 4, "temperature": 1.5, "max_new_tokens": 30, "lr": 5e-3}
     plain = (train(tmp_path / "plain", **base) / ADAPTER).read_bytes()
     for name, value in FLAGS.items():
-        assert (train(tmp_path / name, **{**base, name: value}) / ADAPTER).read_bytes() != plain, name
+        assert (train(tmp_path / name, **{**base, name: value}) / ADAPTER).read_bytes() != plain, (
+            name
+        )
     two = {**base, "inner_epochs": 3, "lr": 2e-2}  # ratios leave the band only after an update
     plain = (train(tmp_path / "two", **two) / ADAPTER).read_bytes()
     for name in ("clip_low", "clip_high"):
@@ -366,11 +454,24 @@ def test_every_flag_has_an_effect(tmp_path, monkeypatch):
 
 
 def test_the_defaults_are_the_published_recipe():
-    config, _ = configure({"method": "grpo", "model": "tests/../lab/tiny", "data": "lab/problems/hau/train.jsonl"})
+    config, _ = configure(
+        {"method": "grpo", "model": "tests/../lab/tiny", "data": "lab/problems/hau/train.jsonl"}
+    )
     assert (config.group_size, config.kl_coef, config.scale_rewards) == (8, 0.0, "group")
-    defaults = {f.name: f.metadata["by_method"].get("grpo", f.default) for f in copsd.fields(copsd.Config)}
-    assert (defaults["temperature"], defaults["steps"], defaults["max_new_tokens"]) == (1.2, 500, 16384)
-    assert (defaults["lr"], defaults["batch_size"], defaults["lora_rank"], defaults["lora_alpha"]) == (
+    defaults = {
+        f.name: f.metadata["by_method"].get("grpo", f.default) for f in copsd.fields(copsd.Config)
+    }
+    assert (defaults["temperature"], defaults["steps"], defaults["max_new_tokens"]) == (
+        1.2,
+        500,
+        16384,
+    )
+    assert (
+        defaults["lr"],
+        defaults["batch_size"],
+        defaults["lora_rank"],
+        defaults["lora_alpha"],
+    ) == (
         5e-6,
         32,
         64,

@@ -36,7 +36,9 @@ def fill_cache(cache: Path, lab_folder: Path) -> None:
         "language": ["Hausa"] * len(problems),
         "language_short": ["ha"] * len(problems),
     }
-    pq.write_table(pa.table(columns), data / "snapshots" / "def456" / "data" / "hausa-00000-of-00001.parquet")
+    pq.write_table(
+        pa.table(columns), data / "snapshots" / "def456" / "data" / "hausa-00000-of-00001.parquet"
+    )
 
 
 def test_the_readme_command_on_a_hub_model_runs_from_the_hub_cache(tmp_path, lab_folder):
@@ -45,9 +47,17 @@ def test_the_readme_command_on_a_hub_model_runs_from_the_hub_cache(tmp_path, lab
     small = f"--steps 1 --batch-size 4 --eval-problems 4 --eval-samples 2 --max-new-tokens 24 --out {tmp_path / 'run'}"
     result = subprocess.run(
         [sys.executable, *command.split(), *small.split()],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
     assert result.returncode == 0, result.stderr
     assert "COPSD on Qwen2.5-1.5B, Hausa: 56 problems to train on, 4 held out" in result.stdout
     assert (tmp_path / "run" / "adapters" / "step_00001" / "adapter_model.safetensors").is_file()
@@ -64,24 +74,48 @@ def test_a_benchmark_from_the_hub_cache_is_evaluated_and_its_commit_recorded(tmp
         (folder / "test.tsv").write_text(
             "question\tanswer\tanswer_number\tequation_solution\n" + rows, encoding="utf-8"
         )
-    command = f"eval.py --benchmark afrimgsm --lang hau,swa --greedy --limit 2 --out {tmp_path / 'out'}"
+    command = (
+        f"eval.py --benchmark afrimgsm --lang hau,swa --greedy --limit 2 --out {tmp_path / 'out'}"
+    )
     result = subprocess.run(
         [sys.executable, *command.split()],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
     assert result.returncode == 0, result.stderr
     for code in ("hau", "swa"):
         record = json.loads((tmp_path / "out" / code / "settings.json").read_text(encoding="utf-8"))
-        assert record["identity"]["data_revision"] == "def456" and record["settings"]["benchmark"] == "afrimgsm"
+        assert (
+            record["identity"]["data_revision"] == "def456"
+            and record["settings"]["benchmark"] == "afrimgsm"
+        )
 
 
 def test_without_network_or_cache_the_hub_command_is_one_line(tmp_path):
     result = subprocess.run(
-        [sys.executable, "copsd.py", "train", "--model", "Qwen2.5-1.5B", "--out", str(tmp_path / "run")],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        [
+            sys.executable,
+            "copsd.py",
+            "train",
+            "--model",
+            "Qwen2.5-1.5B",
+            "--out",
+            str(tmp_path / "run"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
     assert result.returncode == 2
     assert result.stderr.startswith("error: model Qwen2.5-1.5B") and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -19,9 +19,15 @@ from torch.utils._pytree import tree_leaves
 import kernels
 
 CASES = list(itertools.product(kernels.KINDS, kernels.CLIP_MODES))
-CLIPS = {"none": None, "entry": 0.05, "token": 0.6}  # each clips some tokens or entries of the inputs below, not all
+CLIPS = {
+    "none": None,
+    "entry": 0.05,
+    "token": 0.6,
+}  # each clips some tokens or entries of the inputs below, not all
 N, D, V = 13, 8, 31
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
 
 
 def make_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,24 +41,40 @@ def make_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Ten
 
 def options(kind: str, clip_mode: str) -> dict:
     """Return one case's arguments, none of them at its default."""
-    return {"kind": kind, "beta": 0.3, "temperature": 1.3, "clip_mode": clip_mode, "clip": CLIPS[clip_mode]}
+    return {
+        "kind": kind,
+        "beta": 0.3,
+        "temperature": 1.3,
+        "clip_mode": clip_mode,
+        "clip": CLIPS[clip_mode],
+    }
 
 
-def oracle(student_NV: Tensor, teacher_NV: Tensor, *, kind, beta, temperature, clip_mode, clip) -> Tensor:
+def oracle(
+    student_NV: Tensor, teacher_NV: Tensor, *, kind, beta, temperature, clip_mode, clip
+) -> Tensor:
     """Return loss_N from explicit probabilities in fp64."""
-    q, p = Categorical(logits=student_NV.double() / temperature), Categorical(logits=teacher_NV.double() / temperature)
+    q, p = (
+        Categorical(logits=student_NV.double() / temperature),
+        Categorical(logits=teacher_NV.double() / temperature),
+    )
     mixture = beta * p.probs + (1 - beta) * q.probs
     terms_NV = {
         "forward_kl": lambda: p.probs * torch.log(p.probs / q.probs),
         "reverse_kl": lambda: q.probs * torch.log(q.probs / p.probs),
         "jsd": lambda: (
-            beta * p.probs * torch.log(p.probs / mixture) + (1 - beta) * q.probs * torch.log(q.probs / mixture)
+            beta * p.probs * torch.log(p.probs / mixture)
+            + (1 - beta) * q.probs * torch.log(q.probs / mixture)
         ),
     }[kind]()
     if clip_mode == "entry":
         terms_NV = torch.where(terms_NV > clip, torch.full_like(terms_NV, clip), terms_NV)
     loss_N = terms_NV.sum(-1)
-    return torch.where(loss_N > clip, torch.full_like(loss_N, clip), loss_N) if clip_mode == "token" else loss_N
+    return (
+        torch.where(loss_N > clip, torch.full_like(loss_N, clip), loss_N)
+        if clip_mode == "token"
+        else loss_N
+    )
 
 
 def loss_and_gradient(loss_N: Tensor, variable: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,15 +87,24 @@ def loss_and_gradient(loss_N: Tensor, variable: Tensor) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("kind, clip_mode", CASES)
 def test_divergence_equals_its_definition_in_value_and_gradient(kind: str, clip_mode: str) -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
-    student_NV, teacher_NV = (student_ND @ head_VD.T).detach().requires_grad_(), teacher_ND @ head_VD.T
-    ours = loss_and_gradient(kernels.divergence(student_NV, teacher_NV, **options(kind, clip_mode)), student_NV)
-    exact = loss_and_gradient(oracle(student_NV, teacher_NV, **options(kind, clip_mode)), student_NV)
+    student_NV, teacher_NV = (
+        (student_ND @ head_VD.T).detach().requires_grad_(),
+        teacher_ND @ head_VD.T,
+    )
+    ours = loss_and_gradient(
+        kernels.divergence(student_NV, teacher_NV, **options(kind, clip_mode)), student_NV
+    )
+    exact = loss_and_gradient(
+        oracle(student_NV, teacher_NV, **options(kind, clip_mode)), student_NV
+    )
     torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 13, 64])
 @pytest.mark.parametrize("kind, clip_mode", CASES)
-def test_chunked_divergence_equals_its_definition_at_any_chunk(kind: str, clip_mode: str, chunk_tokens: int) -> None:
+def test_chunked_divergence_equals_its_definition_at_any_chunk(
+    kind: str, clip_mode: str, chunk_tokens: int
+) -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
     loss_N, stats = kernels.chunked_divergence(
         student_ND, teacher_ND, head_VD, chunk_tokens=chunk_tokens, **options(kind, clip_mode)
@@ -87,10 +118,14 @@ def test_chunked_divergence_equals_its_definition_at_any_chunk(kind: str, clip_m
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind, clip_mode", CASES)
-def test_chunked_error_is_no_larger_than_the_plain_versions(kind: str, clip_mode: str, dtype: torch.dtype) -> None:
+def test_chunked_error_is_no_larger_than_the_plain_versions(
+    kind: str, clip_mode: str, dtype: torch.dtype
+) -> None:
     student_ND, teacher_ND, head_VD = make_inputs(dtype)
     student_NV, teacher_NV = student_ND @ head_VD.T, teacher_ND @ head_VD.T
-    ours_N, _ = kernels.chunked_divergence(student_ND, teacher_ND, head_VD, chunk_tokens=5, **options(kind, clip_mode))
+    ours_N, _ = kernels.chunked_divergence(
+        student_ND, teacher_ND, head_VD, chunk_tokens=5, **options(kind, clip_mode)
+    )
     plain_N = kernels.divergence(student_NV, teacher_NV, **options(kind, clip_mode))
     exact_N = oracle(student_NV, teacher_NV, **options(kind, clip_mode))
     assert ours_N.dtype == torch.float32
@@ -99,14 +134,19 @@ def test_chunked_error_is_no_larger_than_the_plain_versions(kind: str, clip_mode
     for ours_tensor, plain_tensor, exact_tensor in zip(ours, plain, exact, strict=True):
         our_error = (ours_tensor.double() - exact_tensor.double()).abs().max()
         plain_error = (plain_tensor.double() - exact_tensor.double()).abs().max()
-        assert our_error <= plain_error + 4 * torch.finfo(ours_tensor.dtype).eps * exact_tensor.abs().max()
+        assert (
+            our_error
+            <= plain_error + 4 * torch.finfo(ours_tensor.dtype).eps * exact_tensor.abs().max()
+        )
 
 
 def test_gradcheck_of_the_closed_form() -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
     for kind in kernels.KINDS:
         assert torch.autograd.gradcheck(
-            lambda hidden_ND, kind=kind: kernels.chunked_divergence(hidden_ND, teacher_ND, head_VD, kind=kind)[0],
+            lambda hidden_ND, kind=kind: kernels.chunked_divergence(
+                hidden_ND, teacher_ND, head_VD, kind=kind
+            )[0],
             student_ND,
         )
 
@@ -125,7 +165,10 @@ def test_equal_hidden_states_give_exactly_zero(kind: str, clip_mode: str) -> Non
 
 def test_kinds_point_the_way_they_say() -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
-    q, p = Categorical(logits=(student_ND @ head_VD.T).detach()), Categorical(logits=teacher_ND @ head_VD.T)
+    q, p = (
+        Categorical(logits=(student_ND @ head_VD.T).detach()),
+        Categorical(logits=teacher_ND @ head_VD.T),
+    )
 
     def measure(kind: str, beta: float = 0.5) -> Tensor:
         return kernels.divergence(q.logits, p.logits, kind=kind, beta=beta)
@@ -133,13 +176,20 @@ def test_kinds_point_the_way_they_say() -> None:
     torch.testing.assert_close(measure("forward_kl"), kl_divergence(p, q))
     torch.testing.assert_close(measure("reverse_kl"), kl_divergence(q, p))
     torch.testing.assert_close(measure("jsd", 1e-6) / 1e-6, kl_divergence(p, q), rtol=1e-3, atol=0)
-    torch.testing.assert_close(measure("jsd", 1 - 1e-6) / 1e-6, kl_divergence(q, p), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        measure("jsd", 1 - 1e-6) / 1e-6, kl_divergence(q, p), rtol=1e-3, atol=0
+    )
 
 
 def test_entry_clip_gradient_is_the_formula_of_the_docstring() -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
-    student_NV, teacher_NV = (student_ND @ head_VD.T).detach().requires_grad_(), teacher_ND @ head_VD.T
-    loss_N = kernels.divergence(student_NV, teacher_NV, kind="forward_kl", clip_mode="entry", clip=0.05)
+    student_NV, teacher_NV = (
+        (student_ND @ head_VD.T).detach().requires_grad_(),
+        teacher_ND @ head_VD.T,
+    )
+    loss_N = kernels.divergence(
+        student_NV, teacher_NV, kind="forward_kl", clip_mode="entry", clip=0.05
+    )
     (gradient_NV,) = torch.autograd.grad(loss_N.sum(), student_NV)
     q_NV, p_NV = student_NV.detach().softmax(-1), teacher_NV.softmax(-1)
     unclipped_NV = p_NV * (p_NV / q_NV).log() <= 0.05
@@ -160,7 +210,9 @@ def test_stats_are_what_they_say_and_carry_no_gradient(kind: str, clip_mode: str
     assert set(stats) == {"kl_N", "clipped_frac", "teacher_entropy_N", "student_entropy_N"}
     torch.testing.assert_close(stats["teacher_entropy_N"], p.entropy())
     torch.testing.assert_close(stats["student_entropy_N"], q.entropy().detach())
-    clipped_N = oracle(student_NV, teacher_NV, **given) < oracle(student_NV, teacher_NV, **options(kind, "none"))
+    clipped_N = oracle(student_NV, teacher_NV, **given) < oracle(
+        student_NV, teacher_NV, **options(kind, "none")
+    )
     assert stats["clipped_frac"].item() == pytest.approx(clipped_N.double().mean().item())
     assert not any(tensor.requires_grad for tensor in stats.values())
 
@@ -178,9 +230,13 @@ def test_only_the_student_gets_a_gradient() -> None:
 
 def test_without_a_gradient_the_loss_is_the_same_and_the_third_product_is_skipped() -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
-    with_gradient_N, _ = kernels.chunked_divergence(student_ND, teacher_ND, head_VD, kind="jsd", chunk_tokens=5)
+    with_gradient_N, _ = kernels.chunked_divergence(
+        student_ND, teacher_ND, head_VD, kind="jsd", chunk_tokens=5
+    )
     with torch.no_grad(), _Products() as products:
-        loss_N, _ = kernels.chunked_divergence(student_ND, teacher_ND, head_VD, kind="jsd", chunk_tokens=5)
+        loss_N, _ = kernels.chunked_divergence(
+            student_ND, teacher_ND, head_VD, kind="jsd", chunk_tokens=5
+        )
     assert torch.equal(loss_N, with_gradient_N) and not loss_N.requires_grad
     assert products.count == 6  # three chunks, two products each
 
@@ -222,17 +278,28 @@ def test_logprob_never_holds_more_than_one_chunk_of_logits() -> None:
 
 def test_non_contiguous_hidden_states_and_an_empty_batch_work() -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
-    strided = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in (student_ND, teacher_ND, head_VD)]
+    strided = [
+        torch.stack([tensor, tensor], dim=-1)[..., 0]
+        for tensor in (student_ND, teacher_ND, head_VD)
+    ]
     assert not any(tensor.is_contiguous() for tensor in strided)
     loss_N, _ = kernels.chunked_divergence(*strided, kind="forward_kl", chunk_tokens=5)
     exact_N = oracle(
-        student_ND @ head_VD.T, teacher_ND @ head_VD.T, **{**options("forward_kl", "none"), "temperature": 1}
+        student_ND @ head_VD.T,
+        teacher_ND @ head_VD.T,
+        **{**options("forward_kl", "none"), "temperature": 1},
     )
-    torch.testing.assert_close(loss_and_gradient(loss_N, student_ND), loss_and_gradient(exact_N, student_ND))
-    empty_N, stats = kernels.chunked_divergence(student_ND[:0], teacher_ND[:0], head_VD, kind="forward_kl")
+    torch.testing.assert_close(
+        loss_and_gradient(loss_N, student_ND), loss_and_gradient(exact_N, student_ND)
+    )
+    empty_N, stats = kernels.chunked_divergence(
+        student_ND[:0], teacher_ND[:0], head_VD, kind="forward_kl"
+    )
     empty_N.sum().backward()
     assert empty_N.shape == (0,) and stats["clipped_frac"] == 0 and stats["kl_N"].shape == (0,)
-    logprob_N, entropy_N = kernels.chunked_logprob(student_ND[:0], head_VD, torch.zeros(0, dtype=torch.int64))
+    logprob_N, entropy_N = kernels.chunked_logprob(
+        student_ND[:0], head_VD, torch.zeros(0, dtype=torch.int64)
+    )
     assert logprob_N.shape == entropy_N.shape == (0,)
 
 
@@ -241,7 +308,9 @@ def test_extreme_logits_give_finite_numbers(kind: str, clip_mode: str) -> None:
     student_ND = torch.tensor([[1e4, -1e4], [-1e4, 1e4], [0.0, 1e4]], requires_grad=True)
     teacher_ND = torch.tensor([[-1e4, 1e4], [-1e4, 1e4], [1e4, 0.0]])
     head_VD = torch.eye(2)
-    chunked_N, stats = kernels.chunked_divergence(student_ND, teacher_ND, head_VD, **options(kind, clip_mode))
+    chunked_N, stats = kernels.chunked_divergence(
+        student_ND, teacher_ND, head_VD, **options(kind, clip_mode)
+    )
     plain_N = kernels.divergence(student_ND, teacher_ND, **options(kind, clip_mode))
     for loss_N in (chunked_N, plain_N):
         loss_N, gradient_ND = loss_and_gradient(loss_N, student_ND)
@@ -251,18 +320,28 @@ def test_extreme_logits_give_finite_numbers(kind: str, clip_mode: str) -> None:
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 64])
-def test_logprob_and_entropy_equal_their_definition_in_value_and_gradient(chunk_tokens: int) -> None:
+def test_logprob_and_entropy_equal_their_definition_in_value_and_gradient(
+    chunk_tokens: int,
+) -> None:
     hidden_ND, _, head_VD = make_inputs()
     ids_N = torch.arange(N) * 2
     for index, name in enumerate(("logprob", "entropy")):
         exact = Categorical(logits=hidden_ND @ head_VD.T / 1.3)
         exact_N = exact.log_prob(ids_N) if name == "logprob" else exact.entropy()
-        ours = kernels.chunked_logprob(hidden_ND, head_VD, ids_N, temperature=1.3, chunk_tokens=chunk_tokens)
-        torch.testing.assert_close(loss_and_gradient(ours[index], hidden_ND), loss_and_gradient(exact_N, hidden_ND))
+        ours = kernels.chunked_logprob(
+            hidden_ND, head_VD, ids_N, temperature=1.3, chunk_tokens=chunk_tokens
+        )
+        torch.testing.assert_close(
+            loss_and_gradient(ours[index], hidden_ND), loss_and_gradient(exact_N, hidden_ND)
+        )
 
 
-@pytest.mark.parametrize("reduction, by_hand", [("token", 29 / 10), ("trajectory", (2 + 8 + 2 + 3.5) / 4)])
-def test_every_micro_batch_split_gives_one_loss_and_one_gradient(reduction: str, by_hand: float) -> None:
+@pytest.mark.parametrize(
+    "reduction, by_hand", [("token", 29 / 10), ("trajectory", (2 + 8 + 2 + 3.5) / 4)]
+)
+def test_every_micro_batch_split_gives_one_loss_and_one_gradient(
+    reduction: str, by_hand: float
+) -> None:
     lengths = [3, 1, 4, 2]
     value_N = torch.tensor([1.0, 2, 3, 8, 1, 1, 2, 4, 3, 4], dtype=torch.float64)
     results = set()
@@ -274,7 +353,9 @@ def test_every_micro_batch_split_gives_one_loss_and_one_gradient(reduction: str,
             if index < 3 and not cuts[index]:
                 continue
             part_N = loss_N[start : start + sum(rows)]
-            share = kernels.reduce_loss(part_N, rows, reduction=reduction, step_tokens=10, step_rows=4)
+            share = kernels.reduce_loss(
+                part_N, rows, reduction=reduction, step_tokens=10, step_rows=4
+            )
             share.backward()
             total, start, rows = total + share.item(), start + sum(rows), []
         assert loss_N.grad is not None
@@ -316,7 +397,9 @@ def test_mismatched_shapes_and_unknown_reductions_are_errors() -> None:
     with pytest.raises(ValueError, match=r"ids must be \[N\]"):
         kernels.chunked_logprob(student_ND, head_VD, torch.zeros(N + 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="temperature must be positive"):
-        kernels.chunked_logprob(student_ND, head_VD, torch.zeros(N, dtype=torch.int64), temperature=-1.0)
+        kernels.chunked_logprob(
+            student_ND, head_VD, torch.zeros(N, dtype=torch.int64), temperature=-1.0
+        )
     with pytest.raises(ValueError, match="token, trajectory"):
         kernels.reduce_loss(torch.ones(2), [2], reduction="mean", step_tokens=2, step_rows=1)
     with pytest.raises(ValueError, match="2 tokens"):
@@ -332,7 +415,13 @@ def test_compiled_chunks_agree_and_are_compiled_once() -> None:
         both = []
         for compile in (True, False):
             loss_N, _ = kernels.chunked_divergence(
-                student_ND[:tokens], teacher_ND[:tokens], head_VD, kind=kind, compile=compile, **given, **change
+                student_ND[:tokens],
+                teacher_ND[:tokens],
+                head_VD,
+                kind=kind,
+                compile=compile,
+                **given,
+                **change,
             )
             both.append(loss_and_gradient(loss_N, student_ND))
         torch.testing.assert_close(*both)
@@ -355,7 +444,11 @@ assert sum("divergences run eagerly" in str(warning.message) for warning in caug
 torch.testing.assert_close(losses[0], kernels.divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, kind="jsd"))
 """
     root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    environment = {
+        **os.environ,
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+    }
     subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, check=True)
 
 

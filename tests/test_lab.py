@@ -32,7 +32,8 @@ PROBLEMS = Path(__file__).resolve().parent.parent / "lab" / "problems"
 
 def rows(language: str, name: str) -> list[dict]:
     return [
-        json.loads(line) for line in (PROBLEMS / language / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        json.loads(line)
+        for line in (PROBLEMS / language / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     ]
 
 
@@ -44,7 +45,9 @@ def test_test_problems_share_no_template_and_numbers_with_anything_trained_on():
     assert len(pairs("test")) == 250 and len(pairs("train")) == 500
     assert not pairs("test") & pairs("train")
     rng = random.Random(0)
-    drawn = {(d.template, d.numbers) for d in (draw_training(rng) for _ in range(20_000))}  # the base model's stream
+    drawn = {
+        (d.template, d.numbers) for d in (draw_training(rng) for _ in range(20_000))
+    }  # the base model's stream
     assert not pairs("test") & drawn
     assert all(Drawn(template, numbers, "", "", 0).held_out for template, numbers in pairs("test"))
 
@@ -64,7 +67,9 @@ def test_languages_are_aligned_row_by_row(name):
         for row, other in zip(rows(language, name), english, strict=True):
             for field in ("id", "problem", "solution", "answer", "template", "numbers"):
                 assert row[field] == other[field]
-            assert sorted(re.findall(r"\d+", row["problem_translated"])) == sorted(map(str, row["numbers"]))
+            assert sorted(re.findall(r"\d+", row["problem_translated"])) == sorted(
+                map(str, row["numbers"])
+            )
             assert row["problem_translated"] != other["problem_translated"]
 
 
@@ -125,5 +130,7 @@ def test_with_the_teachers_prompt_the_gap_is_gone(lab_folder, language):
     prompts = [build_prompt(problem, language, tokenizer, role="teacher") for problem in problems]
     groups = sample(model, prompts, SamplingParams(64, temperature=0.0), eos_ids={2})
     texts = [str(tokenizer.decode(rollouts[0].completion_ids)) for rollouts in groups]
-    right = [is_correct(text, str(problem.answer)) for text, problem in zip(texts, problems, strict=True)]
+    right = [
+        is_correct(text, str(problem.answer)) for text, problem in zip(texts, problems, strict=True)
+    ]
     assert sum(right) >= 0.95 * len(right)

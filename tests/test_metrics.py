@@ -59,7 +59,13 @@ def test_every_metric_matches_a_count_by_hand():
         graded(
             attempt(True, text="= 1"),
             attempt(
-                False, None, lenient_correct=True, reason="no box", tokens=8, finish_reason="length", language="eng"
+                False,
+                None,
+                lenient_correct=True,
+                reason="no box",
+                tokens=8,
+                finish_reason="length",
+                language="eng",
             ),
         ),
         graded(
@@ -68,11 +74,22 @@ def test_every_metric_matches_a_count_by_hand():
         ),
     ]
     assert values(results, [1, 2]) == {
-        "pass@1": 0.25, "pass@2": 0.5, "avg@2": 0.25, "maj@2": 0.5, "format rate": 0.75,
-        "accuracy given a box": pytest.approx(1 / 3), "extraction failures": 0.25, "grader time-outs": 0.0,
-        "lenient accuracy": 0.5, "lm-eval exact match": 0.5, "in the problem's language": 0.5, "in English": 0.25,
-        "cut at the length limit": 0.25, "mean tokens": 5.0, "p95 tokens": pytest.approx(7.4),
-    }  # fmt: skip
+        "pass@1": 0.25,
+        "pass@2": 0.5,
+        "avg@2": 0.25,
+        "maj@2": 0.5,
+        "format rate": 0.75,
+        "accuracy given a box": pytest.approx(1 / 3),
+        "extraction failures": 0.25,
+        "grader time-outs": 0.0,
+        "lenient accuracy": 0.5,
+        "lm-eval exact match": 0.5,
+        "in the problem's language": 0.5,
+        "in English": 0.25,
+        "cut at the length limit": 0.25,
+        "mean tokens": 5.0,
+        "p95 tokens": pytest.approx(7.4),
+    }
 
 
 def test_a_grader_time_out_is_counted_as_its_own_verdict():
@@ -144,7 +161,9 @@ def test_the_mean_over_languages_resamples_parallel_problems_together():
     wrong = [1.0 - value for value in right]
     every = [1.0] * 100
     mean = bootstrap_mean([(right, every), (wrong, every)])
-    assert mean.value == mean.low == mean.high == pytest.approx(0.5)  # whatever is drawn, one of the two is right
+    assert (
+        mean.value == mean.low == mean.high == pytest.approx(0.5)
+    )  # whatever is drawn, one of the two is right
     assert bootstrap_mean([(right, every)]) == bootstrap(right, every)
     assert bootstrap_mean([(right, every), ([1.0] * 50, [1.0] * 50)]).value == pytest.approx(0.65)
     assert math.isnan(bootstrap_mean([(right, every), ([0.0], [0.0])]).value)
@@ -153,7 +172,9 @@ def test_the_mean_over_languages_resamples_parallel_problems_together():
 def test_the_interval_of_a_percentile_lies_around_it():
     lengths = [[length, length + 100] for length in range(1, 101)]
     estimate = bootstrap_percentile(lengths, 95)
-    assert estimate.value == pytest.approx(float(np.percentile([n for row in lengths for n in row], 95)))
+    assert estimate.value == pytest.approx(
+        float(np.percentile([n for row in lengths for n in row], 95))
+    )
     assert estimate.low < estimate.value < estimate.high <= 200
 
 
@@ -195,7 +216,11 @@ def test_bootstrap_pairs_numerators_with_their_denominators():
 
 def test_a_difference_is_second_minus_first_problem_by_problem():
     estimate = difference([0.0, 0.5, 1.0], [0.25, 0.75, 1.25])
-    assert (estimate.value, estimate.low, estimate.high) == (0.25, 0.25, 0.25)  # the problems' own spread cancels
+    assert (estimate.value, estimate.low, estimate.high) == (
+        0.25,
+        0.25,
+        0.25,
+    )  # the problems' own spread cancels
     with pytest.raises(ValueError):
         difference([0.0], [0.0, 1.0])
 
@@ -203,7 +228,10 @@ def test_a_difference_is_second_minus_first_problem_by_problem():
 def test_the_permutation_test_enumerates_every_sign_pattern_of_few_problems():
     first, second = [0.0, 0.25, 1.0, 0.5, 0.5], [0.75, 0.75, 0.875, 1.0, 0.5]
     changes = [b - a for a, b in zip(first, second, strict=True)]
-    sums = [abs(sum(s * d for s, d in zip(signs, changes, strict=True))) for signs in product((1, -1), repeat=5)]
+    sums = [
+        abs(sum(s * d for s, d in zip(signs, changes, strict=True)))
+        for signs in product((1, -1), repeat=5)
+    ]
     exact = sum(total >= abs(sum(changes)) for total in sums) / len(sums)
     assert paired_permutation(first, second) == paired_permutation(second, first) == exact == 0.25
     assert paired_permutation(first, first) == paired_permutation([], []) == 1.0
@@ -215,20 +243,30 @@ def test_the_permutation_test_of_many_problems_is_near_the_exact_value_seeded_an
     exact = 2 * sum(math.comb(60, i) for i in range(21)) / 2**60
     drawn = paired_permutation(first, second, seed=1)
     assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact / metrics.FLIPS))
-    assert drawn == paired_permutation(first, second, seed=1) != paired_permutation(first, second, seed=2)
+    assert (
+        drawn
+        == paired_permutation(first, second, seed=1)
+        != paired_permutation(first, second, seed=2)
+    )
     assert paired_permutation([0.0] * 60, [1.0] * 60) == 1 / (1 + metrics.FLIPS)
 
 
 def test_the_tests_keep_their_level_when_nothing_differs():
     random = np.random.default_rng(5)
     pairs = [random.integers(2, size=(2, 40)) for _ in range(200)]
-    assert sum(mcnemar(list(a > 0), list(b > 0)) < 0.05 for a, b in pairs) <= 18  # 5 % of 200, and 2.6 sigma
+    assert (
+        sum(mcnemar(list(a > 0), list(b > 0)) < 0.05 for a, b in pairs) <= 18
+    )  # 5 % of 200, and 2.6 sigma
 
 
 def test_mcnemar_is_the_exact_binomial_over_the_problems_that_only_one_got_right():
     first = [True] * 10 + [False] * 12 + [True] * 3
     second = [True] * 10 + [True] * 12 + [False] * 3
-    assert mcnemar(first, second) == mcnemar(second, first) == pytest.approx(2 * (1 + 15 + 105 + 455) / 2**15)
+    assert (
+        mcnemar(first, second)
+        == mcnemar(second, first)
+        == pytest.approx(2 * (1 + 15 + 105 + 455) / 2**15)
+    )
     assert mcnemar(first, first) == mcnemar([True, False], [False, True]) == 1.0
 
 
@@ -237,6 +275,8 @@ def test_two_evaluations_are_compared_problem_by_problem():
     first = [graded(no, no, yes)] * 4 + [graded(yes, yes, no)]
     second = [graded(yes, yes, no)] * 5
     change, permuted, exact = paired_tests(first, second)
-    assert change == difference([1 / 3] * 4 + [2 / 3], [2 / 3] * 5) and change.value == pytest.approx(4 / 15)
+    assert change == difference(
+        [1 / 3] * 4 + [2 / 3], [2 / 3] * 5
+    ) and change.value == pytest.approx(4 / 15)
     assert permuted == paired_permutation([1 / 3] * 4, [2 / 3] * 4) == 2 / 2**4
     assert exact == mcnemar([False] * 4, [True] * 4)

@@ -32,7 +32,9 @@ def some_ids(rows=2):
 
 def loss_of(model, ids_BT):
     logits_BTV = ours.final_hidden(model, ids_BT) @ ours.head_weight(model).T
-    return torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
+    return torch.nn.functional.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten()
+    )
 
 
 def train(lora, steps=1):
@@ -72,11 +74,17 @@ def hub_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "repo", ["Qwen/Qwen2.5-1.5B", "Qwen/Qwen3-1.7B", "meta-llama/Llama-3.2-1B", "google/gemma-3-1b-it"]
+    "repo",
+    ["Qwen/Qwen2.5-1.5B", "Qwen/Qwen3-1.7B", "meta-llama/Llama-3.2-1B", "google/gemma-3-1b-it"],
 )
 def test_full_and_bare_names_find_the_snapshot_and_a_local_folder_wins(hub_cache, tmp_path, repo):
     bare, snapshot = repo.split("/")[1], hub_cache(repo)
-    assert ours.resolve_model(repo) == ours.resolve_model(bare) == ours.resolve_model(bare, revision=SHA) == snapshot
+    assert (
+        ours.resolve_model(repo)
+        == ours.resolve_model(bare)
+        == ours.resolve_model(bare, revision=SHA)
+        == snapshot
+    )
     with pytest.raises(FileNotFoundError):
         ours.resolve_model(bare, revision="b" * 40)
     fake_folder(tmp_path / bare)
@@ -91,8 +99,19 @@ def test_cache_serves_when_the_hub_cannot_be_reached(hub_cache, monkeypatch):
 
 
 def test_only_safetensors_json_and_text_of_the_top_level_are_downloaded(tmp_path, monkeypatch):
-    wanted = ["model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja"]
-    others = ["pytorch_model.bin", "consolidated.pth", "model.pt", "modeling_x.py", "onnx/config.json"]
+    wanted = [
+        "model-00001-of-00002.safetensors",
+        "tokenizer.json",
+        "merges.txt",
+        "chat_template.jinja",
+    ]
+    others = [
+        "pytorch_model.bin",
+        "consolidated.pth",
+        "model.pt",
+        "modeling_x.py",
+        "onnx/config.json",
+    ]
 
     def download(repo_id, *, revision, **patterns):
         assert (repo_id, revision) == ("org/name", "v2")
@@ -111,11 +130,15 @@ def test_absent_model_is_one_line_of_file_not_found(hub_cache, name):
 
 
 def test_unknown_bare_name_lists_what_is_valid(hub_cache):
-    with pytest.raises(ValueError, match=r"local folder, org/name, and Qwen\*, Llama-\*, SmolLM2-\*, gemma-\*"):
+    with pytest.raises(
+        ValueError, match=r"local folder, org/name, and Qwen\*, Llama-\*, SmolLM2-\*, gemma-\*"
+    ):
         ours.resolve_model("mystery-7b")
 
 
-@pytest.mark.parametrize(("gone", "named"), [("config.json", "config.json"), ("model.safetensors", r"\*.safetensors")])
+@pytest.mark.parametrize(
+    ("gone", "named"), [("config.json", "config.json"), ("model.safetensors", r"\*.safetensors")]
+)
 def test_incomplete_folder_names_what_is_missing(tmp_path, gone, named):
     folder = fake_folder(tmp_path / "model")
     (folder / "pytorch_model.bin").write_bytes(b"")
@@ -137,15 +160,22 @@ def test_only_devices_that_are_here_are_valid(monkeypatch, count, auto):
 
 @pytest.mark.parametrize(("native", "auto"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_dtype_is_bfloat16_only_on_a_gpu_that_computes_in_it(monkeypatch, native, auto):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native)
-    assert machine.pick_dtype("auto", "cuda:0") is auto and machine.pick_dtype("auto", "cpu") is torch.float32
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native
+    )
+    assert (
+        machine.pick_dtype("auto", "cuda:0") is auto
+        and machine.pick_dtype("auto", "cpu") is torch.float32
+    )
     assert machine.pick_dtype("bfloat16", "cpu") is torch.bfloat16
     with pytest.raises(ValueError, match=r"valid are auto, float32, bfloat16$"):
         machine.pick_dtype("int8", "cpu")
 
 
 def test_loaded_model_is_the_saved_one_frozen_and_in_eval_mode(tiny_model, tmp_path):
-    tiny_model.config.update({"final_logit_softcapping": None, "logit_scale": 1.0})  # heads that are plain all the same
+    tiny_model.config.update(
+        {"final_logit_softcapping": None, "logit_scale": 1.0}
+    )  # heads that are plain all the same
     tiny_model.save_pretrained(tmp_path)
     model = ours.load_model(tmp_path, **CPU)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
@@ -176,7 +206,12 @@ def test_weights_that_the_safetensors_lack_are_neither_unpickled_nor_made_up(tin
 )
 def test_heads_that_are_more_than_a_matrix_are_refused(tmp_path, family, settings, refusal):
     sizes = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
+    sizes |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
     config = transformers.AutoConfig.for_model(family, **sizes, **settings)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=refusal):
@@ -187,7 +222,9 @@ def save_tokenizer(folder: Path, template: str | None) -> Path:
     words = {"[UNK]": 0, "MARK": 1, "<|close|>": 2, "<eos>": 3, "stop": 4}
     base = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     base.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=base, unk_token="[UNK]", eos_token="<eos>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=base, unk_token="[UNK]", eos_token="<eos>"
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|close|>"]})
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
@@ -211,7 +248,9 @@ def test_eos_ids_are_those_of_tokenizer_configs_and_template(tiny_model, tmp_pat
 def test_hidden_states_times_head_are_the_logits_and_right_pads_change_nothing(tiny_model):
     ids_BT = some_ids(rows=1)
     hidden_BTD = ours.final_hidden(tiny_model, ids_BT)
-    torch.testing.assert_close(hidden_BTD @ ours.head_weight(tiny_model).T, tiny_model(ids_BT).logits)
+    torch.testing.assert_close(
+        hidden_BTD @ ours.head_weight(tiny_model).T, tiny_model(ids_BT).logits
+    )
     padded_BT = torch.nn.functional.pad(ids_BT, (0, 5))
     torch.testing.assert_close(ours.final_hidden(tiny_model, padded_BT)[:, :7], hidden_BTD)
 
@@ -225,7 +264,9 @@ def test_checkpointing_gives_the_adapter_the_same_gradients(tiny_model, tmp_path
         train(lora)  # B = 0 would leave A without a gradient
         lora.model.train().zero_grad()
         loss = loss_of(lora.model, some_ids())
-        logits_as(lora, "fixed")  # a teacher between forward and backward must not leak into the recomputation
+        logits_as(
+            lora, "fixed"
+        )  # a teacher between forward and backward must not leak into the recomputation
         loss.backward()
         gradients.append([p.grad for p in lora.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
@@ -243,9 +284,13 @@ def test_fresh_adapter_changes_no_bit(tiny_model, dtype):
 def test_seed_fixes_the_adapter_in_every_dtype(tiny_model):
     seeded = attach(copy.deepcopy(tiny_model), seed=3).state_dict()
     half = attach(copy.deepcopy(tiny_model).to(torch.bfloat16), seed=3).state_dict()
-    assert seeded.keys() == half.keys() and all(torch.equal(seeded[name], half[name]) for name in seeded)
+    assert seeded.keys() == half.keys() and all(
+        torch.equal(seeded[name], half[name]) for name in seeded
+    )
     A = seeded["current.model.layers.1.mlp.down_proj.lora_A"]
-    assert not torch.equal(A, attach(tiny_model, seed=4).state_dict()["current.model.layers.1.mlp.down_proj.lora_A"])
+    assert not torch.equal(
+        A, attach(tiny_model, seed=4).state_dict()["current.model.layers.1.mlp.down_proj.lora_A"]
+    )
     assert 0.9 * 64**-0.5 < A.abs().max() <= 64**-0.5  # uniform within 1 / sqrt(in)
 
 
@@ -262,10 +307,16 @@ def test_fp32_adapter_on_a_bf16_base_rounds_once(tiny_model):
 
 def test_targets_choose_the_layers_and_the_head_is_never_one(tiny_model):
     lora = attach(copy.deepcopy(tiny_model), targets=("q_proj", "mlp.up_proj"))
-    assert sorted(lora.layers) == [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("mlp.up_proj", "self_attn.q_proj")]
-    assert [id(p) for p in lora.parameters()] == [id(p) for p in lora.model.parameters() if p.requires_grad]
+    assert sorted(lora.layers) == [
+        f"model.layers.{i}.{n}" for i in (0, 1) for n in ("mlp.up_proj", "self_attn.q_proj")
+    ]
+    assert [id(p) for p in lora.parameters()] == [
+        id(p) for p in lora.model.parameters() if p.requires_grad
+    ]
     for target in ("query", "proj", "lm_head"):
-        with pytest.raises(ValueError, match=r"are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj$"):
+        with pytest.raises(
+            ValueError, match=r"are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj$"
+        ):
             attach(tiny_model, targets=("q_proj", target))
 
 
@@ -296,10 +347,14 @@ def test_ema_teacher_is_the_closed_form_after_three_updates(tiny_model):
         history.append(copy.deepcopy(lora.sets["current"]))
     shares = [decay**3, decay**2 * (1 - decay), decay * (1 - decay), 1 - decay]
     for name, average in lora.sets["ema"].items():
-        expected = sum(share * tensors[name].double() for share, tensors in zip(shares, history, strict=True))
+        expected = sum(
+            share * tensors[name].double() for share, tensors in zip(shares, history, strict=True)
+        )
         torch.testing.assert_close(average.double(), expected, rtol=0, atol=1e-6)
     seen = logits_as(lora, "ema")
-    lora.load_state_dict({name: lora.state_dict()[name.replace("current.", "ema.")] for name in lora.state_dict()})
+    lora.load_state_dict(
+        {name: lora.state_dict()[name.replace("current.", "ema.")] for name in lora.state_dict()}
+    )
     assert torch.equal(tiny_model(some_ids()).logits, seen)
 
 
@@ -310,7 +365,10 @@ def test_view_is_eval_without_gradient_and_undone_after_an_exception(tiny_model,
     tiny_model.model.layers[1].eval()
     modes = [module.training for module in tiny_model.modules()]
     with pytest.raises(RuntimeError, match="inside"), ours.teacher_view(lora, kind):
-        assert not any(module.training for module in tiny_model.modules()) and not torch.is_grad_enabled()
+        assert (
+            not any(module.training for module in tiny_model.modules())
+            and not torch.is_grad_enabled()
+        )
         with ours.teacher_view(lora, "fixed"):
             pass
         assert all((layer.active is None) == (kind == "fixed") for layer in lora.layers.values())
@@ -325,14 +383,18 @@ def test_teacher_that_is_not_there_lists_the_valid_ones(tiny_model, kind):
         logits_as(attach(tiny_model), kind)
 
 
-def test_adapter_files_give_the_same_logits_here_and_in_peft_both_ways(tiny_model, tmp_path, monkeypatch):
+def test_adapter_files_give_the_same_logits_here_and_in_peft_both_ways(
+    tiny_model, tmp_path, monkeypatch
+):
     lora = attach(copy.deepcopy(tiny_model), ema=True)
     train(lora, steps=2)
     logits = lora.model(some_ids()).logits
     replaced = []
     monkeypatch.setattr(ours.os, "replace", lambda old, new: replaced.append(old.rename(new).name))
     ours.save_adapter(lora, tmp_path / "ours", base_model="org/base")
-    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == replaced == [CONFIG, WEIGHTS]
+    assert (
+        sorted(path.name for path in (tmp_path / "ours").iterdir()) == replaced == [CONFIG, WEIGHTS]
+    )
     again = ours.load_adapter(copy.deepcopy(tiny_model), tmp_path / "ours")
     assert torch.equal(again.model(some_ids()).logits, logits)
     assert (again.rank, again.alpha, again.targets) == (4, 8, TARGETS)
@@ -363,14 +425,32 @@ def change_tensors(path, change):
         (lambda f: change_config(f, use_rslora=True), ValueError, "use_rslora=True"),
         (lambda f: change_config(f, peft_type="IA3"), ValueError, "peft_type='IA3'"),
         (lambda f: change_config(f, alpha_pattern={"q_proj": 1}), ValueError, "alpha_pattern"),
-        (lambda f: change_config(f, target_modules=["q_proj"]), ValueError, "24 adapter tensors are missing, unknown"),
-        (lambda f: change_config(f, target_modules=["c_attn"]), ValueError, "'c_attn' matches no layer"),
+        (
+            lambda f: change_config(f, target_modules=["q_proj"]),
+            ValueError,
+            "24 adapter tensors are missing, unknown",
+        ),
+        (
+            lambda f: change_config(f, target_modules=["c_attn"]),
+            ValueError,
+            "'c_attn' matches no layer",
+        ),
         (lambda f: change_config(f, r=8), ValueError, "28 adapter tensors are .* misshapen"),
-        (lambda f: change_tensors(f / WEIGHTS, lambda t: t.popitem()), ValueError, "1 adapter tensors"),
-        (lambda f: change_tensors(f / WEIGHTS, lambda t: t.update(x=torch.ones(1))), ValueError, "such as x"),
+        (
+            lambda f: change_tensors(f / WEIGHTS, lambda t: t.popitem()),
+            ValueError,
+            "1 adapter tensors",
+        ),
+        (
+            lambda f: change_tensors(f / WEIGHTS, lambda t: t.update(x=torch.ones(1))),
+            ValueError,
+            "such as x",
+        ),
     ],
 )
-def test_adapter_that_does_not_fit_is_refused_in_one_line(tiny_model, tmp_path, damage, kind, message):
+def test_adapter_that_does_not_fit_is_refused_in_one_line(
+    tiny_model, tmp_path, damage, kind, message
+):
     ours.save_adapter(attach(copy.deepcopy(tiny_model)), tmp_path, base_model="base")
     damage(tmp_path)
     with pytest.raises(kind, match=message) as error:
@@ -390,7 +470,10 @@ def test_state_restores_adapter_and_average_exactly(tiny_model):
 def test_fingerprint_sees_names_shapes_dtypes_and_bytes_but_not_order():
     a, b = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(5.0)
     assert runs.weights_fingerprint({"a": a, "b": b}) == runs.weights_fingerprint({"b": b, "a": a})
-    variants = [{"a": v, "b": b} for v in (a, a + torch.tensor([0, 0, 0, 2**-20]), a.view(2, 2), a.view(torch.int32))]
+    variants = [
+        {"a": v, "b": b}
+        for v in (a, a + torch.tensor([0, 0, 0, 2**-20]), a.view(2, 2), a.view(torch.int32))
+    ]
     fingerprints = {runs.weights_fingerprint(tensors) for tensors in [*variants, {"a": a, "c": b}]}
     assert len(fingerprints) == 5 and all(len(fingerprint) == 16 for fingerprint in fingerprints)
 

@@ -34,7 +34,9 @@ from parts.report import (
 )
 
 METRICS = {
-    name: 0.25 for title, (name, _) in COLUMNS.items() if title not in ("objective", "reward", "dead", "ratio max")
+    name: 0.25
+    for title, (name, _) in COLUMNS.items()
+    if title not in ("objective", "reward", "dead", "ratio max")
 }
 
 
@@ -82,13 +84,25 @@ def test_cells_show_value_and_interval_and_nothing_where_there_is_nothing():
 
 def test_a_table_of_two_columns_fits_a_narrow_terminal():
     stream = io.StringIO()
-    summary = {"KL to the teacher, nats/token": estimate(0.5), "accuracy given a box": estimate(0.25)}
-    Console(file=stream, width=80).print(estimates_table("Hausa", {"before": summary, "after": summary}))
-    assert stream.getvalue().count("0.500 [0.400, 0.600]") == 2 and "KL to the teacher, nats/token" in stream.getvalue()
+    summary = {
+        "KL to the teacher, nats/token": estimate(0.5),
+        "accuracy given a box": estimate(0.25),
+    }
+    Console(file=stream, width=80).print(
+        estimates_table("Hausa", {"before": summary, "after": summary})
+    )
+    assert (
+        stream.getvalue().count("0.500 [0.400, 0.600]") == 2
+        and "KL to the teacher, nats/token" in stream.getvalue()
+    )
 
 
 def test_markdown_has_a_header_and_a_row_each():
-    assert markdown_table(["a", "b"], [["1", "2"]]).splitlines() == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+    assert markdown_table(["a", "b"], [["1", "2"]]).splitlines() == [
+        "| a | b |",
+        "| --- | --- |",
+        "| 1 | 2 |",
+    ]
 
 
 def texts(svg: str) -> list[str]:
@@ -99,16 +113,31 @@ def texts(svg: str) -> list[str]:
 def test_a_label_looks_alike_in_all_panels_and_stands_once_in_the_legend(tmp_path):
     points = [(1.0, 0.2, 0.1, 0.3), (4.0, 0.5, 0.4, 0.6)]
     panels = [
-        Panel("Hausa", "attempts k", "pass@k", {"base": points, "COPSD": points}, log_x=True, y_range=(0, 1)),
+        Panel(
+            "Hausa",
+            "attempts k",
+            "pass@k",
+            {"base": points, "COPSD": points},
+            log_x=True,
+            y_range=(0, 1),
+        ),
         Panel("Swahili", "attempts k", "pass@k", {"COPSD": points}),
     ]
     paths = [tmp_path / "curves.png", tmp_path / "curves.svg"]
     curves_figure(panels, paths)
     svg = paths[1].read_text()
     assert paths[0].read_bytes().startswith(b"\x89PNG")
-    assert [texts(svg).count(word) for word in ("base", "COPSD", "Hausa", "attempts k", "4")] == [1, 1, 1, 2, 1]
+    assert [texts(svg).count(word) for word in ("base", "COPSD", "Hausa", "attempts k", "4")] == [
+        1,
+        1,
+        1,
+        2,
+        1,
+    ]
     base, copsd = (svg.count(f"stroke: {colour}") for colour, *_ in LOOKS[:2])
-    assert base > 0 and copsd > base  # the second panel's only curve is not drawn in the first colour
+    assert (
+        base > 0 and copsd > base
+    )  # the second panel's only curve is not drawn in the first colour
 
 
 def test_more_labels_than_colours_still_look_different(tmp_path):
@@ -117,7 +146,9 @@ def test_more_labels_than_colours_still_look_different(tmp_path):
     curves_figure([Panel("", "k", "pass@k", curves)], [tmp_path / "many.svg"])
     svg = (tmp_path / "many.svg").read_text()
     lines = re.findall(r'fill: none; (stroke-dasharray[^"]*?; )?(?:[^"]*?)stroke: (#\w+)', svg)
-    assert len({line for line in lines if line[1] in {colour for colour, *_ in LOOKS}}) == len(names)
+    assert len({line for line in lines if line[1] in {colour for colour, *_ in LOOKS}}) == len(
+        names
+    )
 
 
 def test_a_figure_of_nothing_is_refused(tmp_path):
@@ -129,8 +160,14 @@ def test_matplotlib_is_imported_by_the_functions_that_draw_and_nowhere_else():
     root = Path(__file__).resolve().parent.parent
     for path in [*root.glob("*.py"), *(root / "parts").glob("*.py")]:
         outside = ast.parse(path.read_text(encoding="utf-8")).body
-        assert not any("matplotlib" in ast.unparse(node) for node in outside if not isinstance(node, ast.FunctionDef))
-        assert path.name == "report.py" or "import matplotlib" not in path.read_text(encoding="utf-8")
+        assert not any(
+            "matplotlib" in ast.unparse(node)
+            for node in outside
+            if not isinstance(node, ast.FunctionDef)
+        )
+        assert path.name == "report.py" or "import matplotlib" not in path.read_text(
+            encoding="utf-8"
+        )
 
 
 EVIL = "</script><script>document.title = 'broken'</script> <b>\"bold\"</b> 'quoted' &lt; \\ @DATA@ \u2028 \ud800 end"
@@ -139,10 +176,18 @@ EVIL = "</script><script>document.title = 'broken'</script> <b>\"bold\"</b> 'quo
 def attempt(reason: str, completion: str, tokens: int = 20) -> dict[str, Any]:
     answer = None if reason == "no box" else "18"
     return {
-        "completion": completion, "answer": answer, "canonical": answer, "lenient": "18", "correct": reason == "right",
-        "lenient_correct": False, "reason": reason, "tokens": tokens, "finish_reason": "stop", "language": "hau",
+        "completion": completion,
+        "answer": answer,
+        "canonical": answer,
+        "lenient": "18",
+        "correct": reason == "right",
+        "lenient_correct": False,
+        "reason": reason,
+        "tokens": tokens,
+        "finish_reason": "stop",
+        "language": "hau",
         "seed": 7,
-    }  # fmt: skip
+    }
 
 
 def evaluation(name: str, lang: str, rights: tuple[int, int]) -> Evaluation:
@@ -151,20 +196,30 @@ def evaluation(name: str, lang: str, rights: tuple[int, int]) -> Evaluation:
     for place, right in enumerate(rights):
         wrong = attempt("no box", EVIL, 40) if place == 0 else attempt("wrong", r"\boxed{18}")
         attempts = [attempt("right", rf"{name}: \boxed{{18}}")] * right + [wrong] * (2 - right)
-        problem = {"id": f"{lang}-{place}", "problem": f"Mangwaro {place}?", "gold": "18", "level": None}
+        problem = {
+            "id": f"{lang}-{place}",
+            "problem": f"Mangwaro {place}?",
+            "gold": "18",
+            "level": None,
+        }
         problems.append({**problem, "attempts": attempts})
     share = sum(rights) / 4
     return Evaluation(
-        name, {"lang": lang, "samples": 2}, problems, {"format rate": estimate(0.75), "mean tokens": estimate(25.0)},
+        name,
+        {"lang": lang, "samples": 2},
+        problems,
+        {"format rate": estimate(0.75), "mean tokens": estimate(25.0)},
         {1: estimate(share), 2: estimate(min(1.0, share + 0.25))},
-    )  # fmt: skip
+    )
 
 
 def two_runs() -> list[Evaluation]:
     return [
-        evaluation("base", "hau", (0, 1)), evaluation("base", "swa", (1, 1)),
-        evaluation("COPSD", "hau", (2, 2)), evaluation("COPSD", "swa", (1, 2)),
-    ]  # fmt: skip
+        evaluation("base", "hau", (0, 1)),
+        evaluation("base", "swa", (1, 1)),
+        evaluation("COPSD", "hau", (2, 2)),
+        evaluation("COPSD", "swa", (1, 2)),
+    ]
 
 
 def cells(table) -> list[list[str]]:
@@ -173,16 +228,26 @@ def cells(table) -> list[list[str]]:
 
 def test_a_report_has_a_table_per_language_and_the_mean_over_languages():
     hausa, swahili, first, second = report_tables(two_runs())
-    assert [str(table.title) for table in (hausa, swahili, first, second)] == ["hau", "swa", "pass@1", "pass@2"]
+    assert [str(table.title) for table in (hausa, swahili, first, second)] == [
+        "hau",
+        "swa",
+        "pass@1",
+        "pass@2",
+    ]
     assert cells(hausa)[1] == ["0.750 [0.650, 0.850]", "25.0 [24.9, 25.1]"]
     assert cells(first)[0] == ["hau", "swa", "mean of languages"]
     assert cells(first)[1] == ["0.250 [0.150, 0.350]", "0.500 [0.400, 0.600]", "0.375"]
     assert len(report_tables([evaluation("base", "hau", (0, 1))])) == 1
 
 
-@pytest.mark.parametrize("kept", [[0, 1, 2], [0, 1, 1], []], ids=["a language lacks", "the same twice", "nothing"])
+@pytest.mark.parametrize(
+    "kept", [[0, 1, 2], [0, 1, 1], []], ids=["a language lacks", "the same twice", "nothing"]
+)
 def test_a_report_of_an_incomplete_grid_is_refused(kept, tmp_path):
-    with pytest.raises(ValueError, match=r"every run in every language, once; got (base in hau, base in swa|no run)"):
+    with pytest.raises(
+        ValueError,
+        match=r"every run in every language, once; got (base in hau, base in swa|no run)",
+    ):
         write_report([two_runs()[place] for place in kept], [], tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
@@ -193,18 +258,24 @@ def test_markup_in_names_stays_text_in_every_format():
     Console(file=stream, width=80).print(table)
     assert "[bold]50%_a|b" in stream.getvalue() and "[red]1" in stream.getvalue()
     assert latex_table(table).splitlines()[3:6:2] == [
-        r"metric & [bold]50\%\_a|b \\", r"\textbackslash{}x\textasciicircum{}2\textasciitilde{}\{\$\#\&\} & [red]1 \\"
-    ]  # fmt: skip
+        r"metric & [bold]50\%\_a|b \\",
+        r"\textbackslash{}x\textasciicircum{}2\textasciitilde{}\{\$\#\&\} & [red]1 \\",
+    ]
     assert markdown_table(["a|b"], []).splitlines()[0] == r"| a\|b |"
 
 
 def test_figures_hold_the_numbers():
     figures = report_figures(two_runs())
     assert list(figures) == ["pass-at-k", "languages", "scatter", "format", "lengths"]
-    assert figures["pass-at-k"][1].title == "swa" and figures["pass-at-k"][1].curves["COPSD"][0][:2] == (1, 0.75)
+    assert figures["pass-at-k"][1].title == "swa" and figures["pass-at-k"][1].curves["COPSD"][0][
+        :2
+    ] == (1, 0.75)
     assert [point[:2] for point in figures["languages"][0].curves["base"]] == [(0, 0.25), (1, 0.5)]
     assert figures["scatter"][0].curves["COPSD against base"] == [(0, 1, 1, 1), (0.5, 1, 1, 1)]
-    assert [point[:2] for point in figures["format"][0].curves["COPSD"]] == [(0.75, 1.0), (0.75, 0.75)]
+    assert [point[:2] for point in figures["format"][0].curves["COPSD"]] == [
+        (0.75, 1.0),
+        (0.75, 0.75),
+    ]
     assert figures["format"][0].slope == pytest.approx((0.25 + 0.5) / (0.75 + 0.75))
     shares = {x: share for x, share, _, _ in figures["lengths"][0].curves["base"] if share}
     assert shares == {21.0: 0.5, 41.0: 0.5}  # bins of 2 tokens: at most 31 of them
@@ -231,7 +302,9 @@ def test_every_format_holds_every_table(written):
         text = (written / name).read_text(encoding="utf-8")
         assert "0.250 [0.150, 0.350]" in text and "mean of languages" in text and "0.0123" in text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", (written / "report.md").read_text(encoding="utf-8"))
-    assert len(pictures) == 5 and all((written / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert len(pictures) == 5 and all(
+        (written / name).read_bytes().startswith(b"\x89PNG") for name in pictures
+    )
     rows = list(csv.DictReader((written / "report.csv").open(encoding="utf-8", newline="")))
     assert len(rows) == 4 * 4
     assert rows[0] == {
@@ -246,7 +319,9 @@ def test_every_format_holds_every_table(written):
 
 def test_the_page_holds_its_data_whatever_the_completions_say(written):
     page = (written / "report.html").read_text(encoding="utf-8")
-    (embedded,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, flags=re.DOTALL)
+    (embedded,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', page, flags=re.DOTALL
+    )
     found = json.loads(embedded)["runs"][0]["problems"][0]["attempts"][0]["completion"]
     assert found == EVIL.replace("\ud800", "?")  # half a surrogate pair is no text
     assert page.count("<script") == page.count("</script>") == 2
@@ -273,12 +348,42 @@ def test_a_browser_shows_the_filtered_problems_with_their_verdicts(written, tmp_
     if browser is None:
         pytest.skip("needs chromium")
     cases = [  # filters, count, what is shown, what is not; those of the first are in the address
-        ({}, "1 of 4 problems, completions: 2", ["✗ no box", "lenient reading: 18", "&lt;b&gt;"], ["✗ wrong", "<b>"]),
-        ({"open": True}, "4 of 4 problems, completions: 16", ["✗ no box", "✗ wrong", "✓ right"], []),
-        ({}, "4 of 4 problems, completions: 16", ["hau-0", "base: 0/2 right", "swa-1"], ["✗ no box"]),
-        ({"verdict": "not right", "run": "COPSD"}, "1 of 4 problems, completions: 1", ["swa-0"], ["swa-1", "hau-0"]),
-        ({"text": "copsd:", "open": True}, "4 of 4 problems, completions: 7", ["<mark>COPSD:</mark>"], ["✗"]),
-        ({"text": "MANGWARO 1", "run": "base"}, "2 of 4 problems, completions: 4", ["hau-1", "swa-1"], ["hau-0"]),
+        (
+            {},
+            "1 of 4 problems, completions: 2",
+            ["✗ no box", "lenient reading: 18", "&lt;b&gt;"],
+            ["✗ wrong", "<b>"],
+        ),
+        (
+            {"open": True},
+            "4 of 4 problems, completions: 16",
+            ["✗ no box", "✗ wrong", "✓ right"],
+            [],
+        ),
+        (
+            {},
+            "4 of 4 problems, completions: 16",
+            ["hau-0", "base: 0/2 right", "swa-1"],
+            ["✗ no box"],
+        ),
+        (
+            {"verdict": "not right", "run": "COPSD"},
+            "1 of 4 problems, completions: 1",
+            ["swa-0"],
+            ["swa-1", "hau-0"],
+        ),
+        (
+            {"text": "copsd:", "open": True},
+            "4 of 4 problems, completions: 7",
+            ["<mark>COPSD:</mark>"],
+            ["✗"],
+        ),
+        (
+            {"text": "MANGWARO 1", "run": "base"},
+            "2 of 4 problems, completions: 4",
+            ["hau-1", "swa-1"],
+            ["hau-0"],
+        ),
         ({"solved": "some"}, "1 of 4 problems, completions: 4", ["hau-0"], ["swa-0"]),
         ({"text": "nowhere"}, "No completion passes these filters.", [], ["class"]),
     ]
@@ -287,10 +392,19 @@ def test_a_browser_shows_the_filtered_problems_with_their_verdicts(written, tmp_
     text = (written / "report.html").read_text(encoding="utf-8")
     page.write_text(text.replace("</body>", user), encoding="utf-8")
     address = f"{page.as_uri()}#lang=hau&verdict=no+box&open=on"
-    flags = ["--no-sandbox", "--headless", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    found = subprocess.run([browser, *flags, "--dump-dom", address], capture_output=True, text=True, check=True)
+    flags = [
+        "--no-sandbox",
+        "--headless",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    found = subprocess.run(
+        [browser, *flags, "--dump-dom", address], capture_output=True, text=True, check=True
+    )
     title, views = json.loads(html.unescape(found.stdout.split("<pre>")[1].split("</pre>")[0]))
     assert title == "Evaluation report"
     for (count, problems), (filters, expected, shown, absent) in zip(views, cases, strict=True):
         assert count == expected, filters
-        assert all(text in problems for text in shown) and not any(text in problems for text in absent), filters
+        assert all(text in problems for text in shown) and not any(
+            text in problems for text in absent
+        ), filters

@@ -44,7 +44,9 @@ def test_whole_rows_survive_a_torn_last_line_and_a_broken_one_is_named(tmp_path)
     assert run.whole_rows("problems.jsonl") == []
     run.append("problems.jsonl", [{"id": "a\u2028b"}, {"id": "ʼn"}])
     whole = (tmp_path / "problems.jsonl").read_bytes()
-    (tmp_path / "problems.jsonl").write_bytes(whole + '{"id": "ƙ'.encode()[:-1])  # torn inside a letter
+    (tmp_path / "problems.jsonl").write_bytes(
+        whole + '{"id": "ƙ'.encode()[:-1]
+    )  # torn inside a letter
     assert run.whole_rows("problems.jsonl") == [{"id": "a\u2028b"}, {"id": "ʼn"}]
     assert (tmp_path / "problems.jsonl").read_bytes() == whole
     (tmp_path / "problems.jsonl").write_bytes(b'{"id"\n' + whole)
@@ -66,7 +68,10 @@ def test_an_evaluations_record_is_its_settings(tmp_path):
 def test_the_state_comes_back_bit_for_bit_with_its_step(tmp_path):
     run = Run(tmp_path)
     assert run.load_state() == (0, {})
-    tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(7)}  # a view that is not contiguous, and a scalar
+    tensors = {
+        "a": torch.randn(3, 4).T,
+        "b": torch.tensor(7),
+    }  # a view that is not contiguous, and a scalar
     run.save_state(12, tensors)
     step, loaded = run.load_state()
     assert step == 12 and all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
@@ -122,10 +127,16 @@ def test_broken_json_names_file_line_and_column(tmp_path):
 
 def test_a_recipe_gives_values_and_paths_beside_the_model(tmp_path):
     assert read_recipe(tmp_path) == {}
-    recipe = {"lr": {"value": 0.5, "why": "so"}, "data": {"value": "../problems/{lang}.jsonl", "why": "here"}}
+    recipe = {
+        "lr": {"value": 0.5, "why": "so"},
+        "data": {"value": "../problems/{lang}.jsonl", "why": "here"},
+    }
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "recipe.json").write_text(json.dumps(recipe))
-    assert read_recipe(tmp_path / "model") == {"lr": 0.5, "data": str(tmp_path / "problems" / "{lang}.jsonl")}
+    assert read_recipe(tmp_path / "model") == {
+        "lr": 0.5,
+        "data": str(tmp_path / "problems" / "{lang}.jsonl"),
+    }
 
 
 def test_the_last_adapter_of_a_run_is_found_and_a_missing_one_is_an_error(tmp_path):
@@ -142,7 +153,9 @@ def test_the_last_adapter_of_a_run_is_found_and_a_missing_one_is_an_error(tmp_pa
 
 
 def test_the_first_signal_is_remembered_and_the_second_acts():
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    inherited = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background job ignores it
     with stop_signals() as stopped:
         signal.raise_signal(signal.SIGINT)
         assert stopped == [signal.SIGINT]

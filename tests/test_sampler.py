@@ -23,7 +23,12 @@ from parts.sampler import Rollout, SamplingParams, choose_tokens, sample
 
 PLAIN = SamplingParams(12, temperature=1.1)
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 256}
+HEADS = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 256,
+}
 
 
 def random_prompts(*lengths: int) -> list[list[int]]:
@@ -65,14 +70,20 @@ def test_greedy_equals_an_uncached_argmax_loop(tiny_model):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     ("config_class", "model_class"),
-    [(Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM), (LlamaConfig, LlamaForCausalLM)],
+    [
+        (Qwen2Config, Qwen2ForCausalLM),
+        (Qwen3Config, Qwen3ForCausalLM),
+        (LlamaConfig, LlamaForCausalLM),
+    ],
 )
 def test_logprobs_equal_a_full_forward(config_class, model_class, attention):
     torch.manual_seed(3)
     extra = {"head_dim": 8, "attn_implementation": attention}
     model = model_class(config_class(**SIZES, **HEADS, **extra, tie_word_embeddings=False)).eval()
     params = SamplingParams(12, temperature=1.3, top_p=0.9, top_k=50)
-    for group in sample(model, random_prompts(9, 1, 4), params, eos_ids={3}, samples_per_prompt=2, valid_ids=290):
+    for group in sample(
+        model, random_prompts(9, 1, 4), params, eos_ids={3}, samples_per_prompt=2, valid_ids=290
+    ):
         for rollout in group:
             assert rollout.logprobs == pytest.approx(full_logprobs(model, rollout, 1.3), abs=1e-4)
 
@@ -82,7 +93,9 @@ def test_a_batch_of_mixed_lengths_equals_one_by_one(tiny_model):
     together = sample(tiny_model, prompts, PLAIN, eos_ids={4, 9}, samples_per_prompt=2)
     for index, prompt in enumerate(prompts):
         # Equal short prompts in front keep the prompt's index, on which its random stream depends.
-        alone = sample(tiny_model, [prompt] * (index + 1), PLAIN, eos_ids={4, 9}, samples_per_prompt=2)[index]
+        alone = sample(
+            tiny_model, [prompt] * (index + 1), PLAIN, eos_ids={4, 9}, samples_per_prompt=2
+        )[index]
         for batched, single in zip(together[index], alone, strict=True):
             assert batched.completion_ids == single.completion_ids
             assert batched.logprobs == pytest.approx(single.logprobs, abs=1e-4)
@@ -90,7 +103,10 @@ def test_a_batch_of_mixed_lengths_equals_one_by_one(tiny_model):
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 7])
 def test_max_rows_bounds_the_batch_and_changes_no_result(tiny_model, max_rows):
-    prompts, eos_ids = random_prompts(3, 9, 1, 9), set(range(0, 290, 10))  # rows end at many different steps
+    prompts, eos_ids = (
+        random_prompts(3, 9, 1, 9),
+        set(range(0, 290, 10)),
+    )  # rows end at many different steps
     free = sample(tiny_model, prompts, PLAIN, eos_ids=eos_ids, samples_per_prompt=3)
     shapes: list = []
     watch(tiny_model.model, shapes)
@@ -117,7 +133,9 @@ def test_the_cache_grows_past_its_first_block(tiny_model, monkeypatch):
     assert ids_of(sample(tiny_model, prompts, PLAIN, eos_ids=set())) == expected
 
 
-@pytest.mark.parametrize(("tokens", "groups"), [(10, [(1, 6), (2, 5), (1, 2)]), (1, [(1, 6), (1, 5), (1, 4), (1, 2)])])
+@pytest.mark.parametrize(
+    ("tokens", "groups"), [(10, [(1, 6), (2, 5), (1, 2)]), (1, [(1, 6), (1, 5), (1, 4), (1, 2)])]
+)
 def test_small_prefill_groups_change_no_result(tiny_model, monkeypatch, tokens, groups):
     prompts, shapes = random_prompts(6, 2, 5, 4), []
     expected = ids_of(sample(tiny_model, prompts, PLAIN, eos_ids=set()))
@@ -141,7 +159,9 @@ def test_onednn_takes_every_layer_adapters_too_and_changes_no_result(tiny_model,
         torch.nn.init.normal_(tensor, std=0.3)
     prompts, fast = random_prompts(6, 2, 9), []
     with monkeypatch.context() as patch:
-        patch.setattr(sampler, "_OneDNN", None)  # not called: in so small a model it would only cost
+        patch.setattr(
+            sampler, "_OneDNN", None
+        )  # not called: in so small a model it would only cost
         plain = sample(tiny_model, prompts, PLAIN, eos_ids={3})
     monkeypatch.setattr(sampler, "ONEDNN_PRODUCTS", 0)
     counts = operations(lambda: fast.extend(sample(tiny_model, prompts, PLAIN, eos_ids={3})))
@@ -163,9 +183,13 @@ def test_onednn_takes_large_fp32_layers_only_and_inside_sample_only(tiny_model, 
 
     with pytest.raises(RuntimeError, match="stop here"):
         sample(tiny_model, random_prompts(2, 2), PLAIN, eos_ids=set(), on_progress=fail)
-    assert not operations(lambda: tiny_model(input_ids=torch.ones(9, 9, dtype=torch.long)))["aten::mkldnn_linear"]
+    assert not operations(lambda: tiny_model(input_ids=torch.ones(9, 9, dtype=torch.long)))[
+        "aten::mkldnn_linear"
+    ]
     model = tiny_model.bfloat16()
-    assert not operations(lambda: sample(model, random_prompts(9, 9), PLAIN, eos_ids=set()))["aten::mkldnn_linear"]
+    assert not operations(lambda: sample(model, random_prompts(9, 9), PLAIN, eos_ids=set()))[
+        "aten::mkldnn_linear"
+    ]
 
 
 def test_seed_and_indices_fix_the_draws_and_the_global_random_state_is_untouched(tiny_model):
@@ -188,9 +212,13 @@ def test_seed_and_indices_fix_the_draws_and_the_global_random_state_is_untouched
 def test_a_part_of_the_prompts_samples_as_it_does_within_the_whole(tiny_model):
     prompts = random_prompts(4, 4, 9, 6, 4)
     whole = sample(tiny_model, prompts, PLAIN, eos_ids=set(), samples_per_prompt=2)
-    part = sample(tiny_model, prompts[2:4], PLAIN, eos_ids=set(), samples_per_prompt=2, first_index=2)
+    part = sample(
+        tiny_model, prompts[2:4], PLAIN, eos_ids=set(), samples_per_prompt=2, first_index=2
+    )
     assert ids_of(part) == ids_of(whole[2:4])
-    assert ids_of(sample(tiny_model, prompts[2:4], PLAIN, eos_ids=set(), samples_per_prompt=2)) != ids_of(part)
+    assert ids_of(
+        sample(tiny_model, prompts[2:4], PLAIN, eos_ids=set(), samples_per_prompt=2)
+    ) != ids_of(part)
 
 
 def test_any_of_several_eos_ids_ends_a_row_and_is_its_last_id(tiny_model):
@@ -205,17 +233,23 @@ def test_any_of_several_eos_ids_ends_a_row_and_is_its_last_id(tiny_model):
             assert rollout.finish_reason == ("stop" if last in eos_ids else "length")
             assert len(rollout.completion_ids) == 20 or last in eos_ids
             assert len(rollout.logprobs) == len(rollout.completion_ids)
-            assert rollout.logprobs == pytest.approx(full_logprobs(tiny_model, rollout, 2.0), abs=1e-4)
+            assert rollout.logprobs == pytest.approx(
+                full_logprobs(tiny_model, rollout, 2.0), abs=1e-4
+            )
             rows.append((rollout.finish_reason, last))
     assert len({last for reason, last in rows if reason == "stop"}) > 1
     assert any(reason == "length" for reason, _ in rows)
 
 
 def test_an_eos_as_the_very_last_token_is_a_stop(tiny_model):
-    (free,) = sample(tiny_model, random_prompts(4), SamplingParams(6, temperature=0.0), eos_ids=set())[0]
+    (free,) = sample(
+        tiny_model, random_prompts(4), SamplingParams(6, temperature=0.0), eos_ids=set()
+    )[0]
     last = free.completion_ids[-1]
     count = free.completion_ids.index(last) + 1
-    (rollout,) = sample(tiny_model, random_prompts(4), SamplingParams(count, temperature=0.0), eos_ids={last})[0]
+    (rollout,) = sample(
+        tiny_model, random_prompts(4), SamplingParams(count, temperature=0.0), eos_ids={last}
+    )[0]
     assert (rollout.completion_ids, rollout.finish_reason) == (free.completion_ids[:count], "stop")
 
 
@@ -226,16 +260,29 @@ def test_ids_outside_valid_ids_are_never_sampled(tiny_model, temperature):
         tiny_model.get_output_embeddings().bias[290:] = 50.0
     params = SamplingParams(10, temperature=temperature)
     wild = sample(tiny_model, random_prompts(3, 5), params, eos_ids=set(), samples_per_prompt=4)
-    tame = sample(tiny_model, random_prompts(3, 5), params, eos_ids=set(), samples_per_prompt=4, valid_ids=290)
-    few = sample(tiny_model, random_prompts(3, 5), params, eos_ids=set(), samples_per_prompt=4, valid_ids=[2, 5, 7])
+    tame = sample(
+        tiny_model, random_prompts(3, 5), params, eos_ids=set(), samples_per_prompt=4, valid_ids=290
+    )
+    few = sample(
+        tiny_model,
+        random_prompts(3, 5),
+        params,
+        eos_ids=set(),
+        samples_per_prompt=4,
+        valid_ids=[2, 5, 7],
+    )
     assert all(min(ids) >= 290 for group in ids_of(wild) for ids in group)
     assert all(max(ids) < 290 for group in ids_of(tame) for ids in group)
     assert all(set(ids) <= {2, 5, 7} for group in ids_of(few) for ids in group)
     rollout = tame[0][0]  # the log-prob is over the whole head, as in training
-    assert rollout.logprobs == pytest.approx(full_logprobs(tiny_model, rollout, temperature or 1.0), abs=1e-4)
+    assert rollout.logprobs == pytest.approx(
+        full_logprobs(tiny_model, rollout, temperature or 1.0), abs=1e-4
+    )
 
 
-def truncated(logits: list[float], temperature: float, top_p: float, top_k: int) -> list[tuple[int, float]]:
+def truncated(
+    logits: list[float], temperature: float, top_p: float, top_k: int
+) -> list[tuple[int, float]]:
     """Return the kept (id, probability), most likely first, by the words of the definition."""
     order = sorted(range(len(logits)), key=lambda index: -logits[index])[: top_k or len(logits)]
     weights = [math.exp(logits[index] / temperature) for index in order]
@@ -248,8 +295,12 @@ def truncated(logits: list[float], temperature: float, top_p: float, top_k: int)
     return [(index, weight / sum(weight for _, weight in kept)) for index, weight in kept]
 
 
-@pytest.mark.parametrize("first_width", [3, 256])  # 3: nearly every row needs the second, complete draw
-@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.7, 0), (0.97, 0), (1.0, 5), (0.6, 9), (0.9, 999), (1e-9, 0)])
+@pytest.mark.parametrize(
+    "first_width", [3, 256]
+)  # 3: nearly every row needs the second, complete draw
+@pytest.mark.parametrize(
+    ("top_p", "top_k"), [(1.0, 0), (0.7, 0), (0.97, 0), (1.0, 5), (0.6, 9), (0.9, 999), (1e-9, 0)]
+)
 def test_draws_invert_the_truncated_distribution(monkeypatch, first_width, top_p, top_k):
     monkeypatch.setattr(sampler, "FIRST_WIDTH", first_width)
     logits_1V = 2 * torch.randn(1, 40, generator=torch.Generator().manual_seed(8))
@@ -261,34 +312,60 @@ def test_draws_invert_the_truncated_distribution(monkeypatch, first_width, top_p
         edge += probability
     uniform_B = torch.tensor(uniforms, dtype=torch.float64)
     ids_B, logprob_B = choose_tokens(
-        logits_1V.expand(len(uniforms), -1), uniform_B, torch.ones(40).bool(), temperature=1.4, top_p=top_p, top_k=top_k
+        logits_1V.expand(len(uniforms), -1),
+        uniform_B,
+        torch.ones(40).bool(),
+        temperature=1.4,
+        top_p=top_p,
+        top_k=top_k,
     )
     assert ids_B.tolist() == expected
-    assert logprob_B.tolist() == pytest.approx((logits_1V / 1.4).log_softmax(-1)[0, ids_B].tolist(), abs=1e-5)
+    assert logprob_B.tolist() == pytest.approx(
+        (logits_1V / 1.4).log_softmax(-1)[0, ids_B].tolist(), abs=1e-5
+    )
 
 
 def test_a_uniform_next_to_one_still_draws_a_kept_id():
     uniform_B = torch.full((3,), 1 - 2**-53, dtype=torch.float64)
     logits_BV, allowed_V = torch.zeros(3, 700), torch.arange(700) < 650
     for top_p, top_k in [(1.0, 0), (0.999, 0), (1.0, 690), (0.5, 20)]:
-        ids_B, _ = choose_tokens(logits_BV, uniform_B, allowed_V, temperature=1.0, top_p=top_p, top_k=top_k)
+        ids_B, _ = choose_tokens(
+            logits_BV, uniform_B, allowed_V, temperature=1.0, top_p=top_p, top_k=top_k
+        )
         assert ids_B.max() < 650
 
 
 def test_the_generation_config_is_ignored(tiny_model):
     expected = ids_of(sample(tiny_model, random_prompts(4), PLAIN, eos_ids=set()))
-    absurd = {"temperature": 9.0, "top_k": 1, "top_p": 0.01, "max_new_tokens": 1, "repetition_penalty": 50.0}
-    tiny_model.generation_config.update(**absurd, eos_token_id=expected[0][0][0], do_sample=False, num_beams=4)
+    absurd = {
+        "temperature": 9.0,
+        "top_k": 1,
+        "top_p": 0.01,
+        "max_new_tokens": 1,
+        "repetition_penalty": 50.0,
+    }
+    tiny_model.generation_config.update(
+        **absurd, eos_token_id=expected[0][0][0], do_sample=False, num_beams=4
+    )
     before = tiny_model.generation_config.to_dict()
     assert ids_of(sample(tiny_model, random_prompts(4), PLAIN, eos_ids=set())) == expected
     assert tiny_model.generation_config.to_dict() == before
 
 
-@pytest.mark.parametrize("max_rows", [None, 2])  # 2: the three samples of a prompt are not admitted together
+@pytest.mark.parametrize(
+    "max_rows", [None, 2]
+)  # 2: the three samples of a prompt are not admitted together
 def test_each_distinct_prompt_is_prefilled_once(tiny_model, max_rows):
     prompts, shapes = random_prompts(4, 6), []
     watch(tiny_model.model, shapes)
-    sample(tiny_model, [*prompts, *prompts], PLAIN, eos_ids=set(), samples_per_prompt=3, max_rows=max_rows)
+    sample(
+        tiny_model,
+        [*prompts, *prompts],
+        PLAIN,
+        eos_ids=set(),
+        samples_per_prompt=3,
+        max_rows=max_rows,
+    )
     assert sum(rows for rows, columns in shapes if columns > 1) == 2
 
 
@@ -308,12 +385,18 @@ def test_finished_rows_leave_the_batch(tiny_model):
     lengths = [len(ids) for group in ids_of(groups) for ids in group]
     steps = [rows for rows, columns in shapes if columns == 1]
     assert len(steps) == max(lengths) - 1
-    for step, rows in enumerate(steps):  # rows still generating after this step, and at most an eighth more
+    for step, rows in enumerate(
+        steps
+    ):  # rows still generating after this step, and at most an eighth more
         assert sum(length > step + 1 for length in lengths) <= rows <= 16
         assert rows <= 8 / 7 * sum(length > step for length in lengths)
     assert min(steps) < 8
     assert progress == [
-        (sum(length <= step for length in lengths), 16, sum(min(length, step) for length in lengths))
+        (
+            sum(length <= step for length in lengths),
+            16,
+            sum(min(length, step) for length in lengths),
+        )
         for step in range(1, max(lengths) + 1)
     ]
 
@@ -344,9 +427,13 @@ def test_every_modules_mode_is_put_back_and_dropout_is_off(tiny_model):
 def test_bf16_rows_stay_close_to_the_full_forward(tiny_model):
     model = tiny_model.bfloat16()
     for (rollout,) in sample(model, random_prompts(3, 9), PLAIN, eos_ids=set()):
-        assert rollout.logprobs == pytest.approx(full_logprobs(model.float(), rollout, 1.1), abs=0.3)
+        assert rollout.logprobs == pytest.approx(
+            full_logprobs(model.float(), rollout, 1.1), abs=0.3
+        )
         logprobs = torch.tensor(rollout.logprobs)
-        assert not torch.equal(logprobs, logprobs.bfloat16().float())  # summed in fp32, not in the model's precision
+        assert not torch.equal(
+            logprobs, logprobs.bfloat16().float()
+        )  # summed in fp32, not in the model's precision
 
 
 def test_no_prompts_give_no_rollouts(tiny_model):
@@ -359,7 +446,10 @@ def test_no_prompts_give_no_rollouts(tiny_model):
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[1], [300]]}, "prompt 1 .* 0 to 299"),
         ({"prompts": [[1], [-1]]}, "prompt 1 .* 0 to 299"),
-        ({"prompts": [[1], [5] * 250]}, "prompt 1 has 250 tokens and max_new_tokens is 12; valid: 256"),
+        (
+            {"prompts": [[1], [5] * 250]},
+            "prompt 1 has 250 tokens and max_new_tokens is 12; valid: 256",
+        ),
         ({"eos_ids": {300}}, "eos ids .300."),
         ({"eos_ids": {-1}}, "eos ids .-1."),
         ({"eos_ids": {295}, "valid_ids": 290}, "eos ids .295."),
@@ -377,7 +467,15 @@ def test_bad_arguments_are_named(tiny_model, arguments, message):
 
 @pytest.mark.parametrize(
     "field",
-    ["max_new_tokens=0", "temperature=-0.1", "temperature=nan", "temperature=inf", "top_p=0", "top_p=1.01", "top_k=-1"],
+    [
+        "max_new_tokens=0",
+        "temperature=-0.1",
+        "temperature=nan",
+        "temperature=inf",
+        "top_p=0",
+        "top_p=1.01",
+        "top_k=-1",
+    ],
 )
 def test_bad_sampling_params_are_named(field):
     name, value = field.split("=")
@@ -393,7 +491,9 @@ def test_the_longest_fitting_prompt_is_accepted(tiny_model):
 def test_models_that_would_be_sampled_wrongly_are_refused(tiny_model):
     mistral = MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=8))
     sliding = Qwen2ForCausalLM(
-        Qwen2Config(**SIZES, **HEADS, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+        Qwen2Config(
+            **SIZES, **HEADS, use_sliding_window=True, sliding_window=8, max_window_layers=1
+        )
     )
     for model in (mistral, sliding):
         with pytest.raises(ValueError, match="full_attention only"):
