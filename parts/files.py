@@ -1,0 +1,80 @@
+"""Files that are written whole or not at all, and the readers of JSON and of JSON lines.
+
+A run can be killed at any moment. A file that is replaced is therefore written beside its place first, and a file that
+grows is a file of lines, whose last line may be torn.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PARTIAL = ".partial"  # the suffix of a file that is being written
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; when the block ends well, what was written there replaces `path`.
+
+    After an error, or a kill at any moment, `path` holds what it held before. The only way by which the project
+    replaces a file.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    yield partial
+    os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON, whole or not at all."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; a ValueError names file, line and column where it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        place = f"{path}, line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{place}: broken JSON: {error.msg}") from error
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a line of JSON for each row. JSON escapes a line feed, so a row never spans two lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append a line of JSON for each row; a torn last line, left by a kill, is cut off first."""
+    with path.open("ab+") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        torn = _torn_bytes(path) if end else 0
+        stream.truncate(end - torn)
+        stream.write(json_lines(rows).encode())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file of JSON lines, [] where there is none; a torn last line does not count.
+
+    Lines end at a line feed and nowhere else: U+2028 and its like are ordinary text inside a row. Never writes.
+    Raises ValueError, with the file, where a whole line is broken.
+    """
+    if not path.is_file():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:  # broken JSON, or bytes that are no UTF-8
+        raise ValueError(f"{path} is broken before its last line: {error}") from error
+
+
+def _torn_bytes(path: Path) -> int:
+    """Return how many bytes stand behind the file's last line feed."""
+    return len(path.read_bytes().rpartition(b"\n")[2])
