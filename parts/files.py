@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, and the readers of JSON and of JSON lines.
 
-A run can be killed at any moment. A file that is replaced is therefore written beside its place first, and a file that
-grows is a file of lines, whose last line may be torn.
+A run can be killed at any moment. A file that is replaced is therefore written beside its place
+first, and a file that grows is a file of lines, whose last line may be torn.
 """
 
 import json
@@ -18,8 +18,8 @@ PARTIAL = ".partial"  # the suffix of a file that is being written
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; when the block ends well, what was written there replaces `path`.
 
-    After an error, or a kill at any moment, `path` holds what it held before. The only way by which the project
-    replaces a file.
+    After an error, or a kill at any moment, `path` holds what it held before. The only way by which
+    the project replaces a file.
     """
     partial = path.with_name(path.name + PARTIAL)
     yield partial
@@ -38,7 +38,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; a ValueError names file, line and column where it is broken."""
+    """Return the content of a JSON file; a ValueError names the place where it is broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -47,24 +47,27 @@ def read_json(path: Path) -> Any:
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return a line of JSON for each row. JSON escapes a line feed, so a row never spans two lines."""
+    """Return a line of JSON for each row; JSON escapes line feeds, so no row spans two lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append a line of JSON for each row; a torn last line, left by a kill, is cut off first."""
     with path.open("ab+") as stream:
-        end = stream.seek(0, os.SEEK_END)
-        torn = _torn_bytes(path) if end else 0
-        stream.truncate(end - torn)
+        size = stream.seek(0, os.SEEK_END)
+        if size:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read() != b"\n":
+                stream.seek(0)
+                stream.truncate(stream.read().rfind(b"\n") + 1)
         stream.write(json_lines(rows).encode())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of JSON lines, [] where there is none; a torn last line does not count.
+    """Return the rows of a file of JSON lines, without a torn last line; [] where there is no file.
 
-    Lines end at a line feed and nowhere else: U+2028 and its like are ordinary text inside a row. Never writes.
-    Raises ValueError, with the file, where a whole line is broken.
+    Lines end at a line feed and nowhere else: U+2028 and its like are ordinary text inside a row.
+    Never writes. Raises ValueError, with the file, where a whole line is broken.
     """
     if not path.is_file():
         return []
@@ -73,8 +76,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
     except ValueError as error:  # broken JSON, or bytes that are no UTF-8
         raise ValueError(f"{path} is broken before its last line: {error}") from error
-
-
-def _torn_bytes(path: Path) -> int:
-    """Return how many bytes stand behind the file's last line feed."""
-    return len(path.read_bytes().rpartition(b"\n")[2])

@@ -1,0 +1,259 @@
+"""What the student reads and what the teacher reads: the paper's idea, in one room.
+
+Both are the same model. The student reads a problem in the target language; the teacher also reads
+its English translation and an English solution. The two prompts end alike, so that the same
+completion can follow either:
+
+    student   [ problem            | instruction ]                                        opening
+    teacher   [ problem | English problem | English solution | transition | instruction ] opening
+
+The brackets are one user turn in the model's own chat template, the opening is the assistant's
+first sentence. The wordings in languages.json are ours, unreviewed by speakers; Vai's are English
+that names it in its own script.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# transformers takes seconds to load, and `copsd.py languages` needs this file but not that one.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+ROLES = ("student", "teacher")
+THINKING = ("auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language and the short wordings, in that language, that its prompts are made of."""
+
+    iso3: str  # ISO 639-3, the code used everywhere inside the project
+    iso1: str | None  # ISO 639-1, None where the language has none
+    english: str  # its name in English
+    own: str  # its name in itself
+    script: str
+    benchmarks: tuple[str, ...]  # the benchmarks that cover it: "afrimgsm", "polymath"
+    problem_label: str
+    english_problem_label: str
+    english_solution_label: str
+    solution_begin: str
+    solution_end: str
+    transition: str  # understand the solution, do not copy it, solve the problem yourself
+    instruction: str  # reason step by step, put the final answer in \boxed{}
+    opening: str  # the assistant's first sentence, which announces thinking in this language
+
+    @property
+    def names(self) -> set[str]:
+        """Its codes and names in lower case, as data files may write them."""
+        return {name.lower() for name in (self.iso3, self.iso1, self.english, self.own) if name}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem in one language, and what the data has of its English side and its answer."""
+
+    id: str
+    problem: str
+    problem_en: str | None
+    solution_en: str | None
+    answer: str | None
+    language: str  # ISO 639-3
+
+
+@cache
+def languages() -> dict[str, Language]:
+    """Return every language of languages.json by its ISO 639-3 code."""
+    text = Path(__file__).with_name("languages.json").read_text(encoding="utf-8")
+    found = {}
+    for iso3, record in json.loads(text).items():
+        benchmarks = tuple(record.pop("benchmarks"))
+        found[iso3] = Language(iso3=iso3, benchmarks=benchmarks, **record)
+    return found
+
+
+def find_language(code: str) -> Language:
+    """Return the language of an ISO 639-1 or 639-3 code in any case, or raise ValueError."""
+    for language in languages().values():
+        if code.lower() in (language.iso3, language.iso1):
+            return language
+    valid = ", ".join(
+        f"{known.iso3} ({known.iso1})" if known.iso1 else known.iso3
+        for known in languages().values()
+    )
+    raise ValueError(f"unknown language {code!r}; valid codes: {valid}")
+
+
+def pose_in_english(problems: list[Problem], share: float) -> list[Problem]:
+    """Return the problems with the first `share` of them posed in English.
+
+    A problem that has no English side stays as it is.
+    """
+    count = round(share * len(problems))
+    english = [
+        replace(problem, problem=problem.problem_en, language="eng")
+        if problem.problem_en
+        else problem
+        for problem in problems[:count]
+    ]
+    return english + problems[count:]
+
+
+def is_teachable(problem: Problem, *, english_problem: bool, english_solution: bool) -> bool:
+    """Say whether the problem has all that the teacher's prompt is to show of it."""
+    return not _missing_fields(problem, _shown_fields(english_problem, english_solution))
+
+
+def render_prompt(
+    problem: Problem,
+    language: str | Language,
+    tokenizer: "Tokenizer",
+    *,
+    role: str = "student",
+    thinking: str = "auto",
+    english_problem: bool = True,
+    english_solution: bool = True,
+) -> str:
+    r"""Return the prompt's text: the user's turn and the opened turn of the assistant.
+
+    role      "student" or "teacher". english_problem=False and english_solution=False leave that
+              block out of the teacher's prompt; the transition stays (for ablations)
+    thinking  a think block is where a reasoning model writes before it answers. "auto" opens one
+              where the template knows one, "on" insists on it, "off" keeps it closed
+    Adds no system turn and never truncates. ValueError: an unknown value, no chat template, a
+    problem that lacks a field to be shown or that holds a control token. Both roles end in the same
+    text:
+
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({}))
+    >>> template = "user: {{ messages[0].content }} assistant: "
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template)
+    >>> problem = Problem("7", "Nawa ne 2 + 3?", "What is 2 + 3?", "2 + 3 = 5", "5", "hau")
+    >>> {render_prompt(problem, "hau", tokenizer, role=role)[-56:] for role in ROLES}
+    {'ed{}. assistant: Zan yi tunani da Hausa, mataki-mataki.\n'}
+    """
+    if role not in ROLES:
+        raise ValueError(f"unknown role {role!r}; valid: {', '.join(ROLES)}")
+    if isinstance(language, str):
+        language = find_language(language)
+    if role == "student":
+        user_turn = _student_turn(problem, language)
+    else:
+        shown = _shown_fields(english_problem, english_solution)
+        user_turn = _teacher_turn(problem, language, shown)
+    text, _ = _open_assistant_turn(user_turn, tokenizer, thinking)
+    _refuse_control_text(problem, tokenizer)
+    return f"{text}{language.opening}\n"
+
+
+def build_prompt(
+    problem: Problem, language: str | Language, tokenizer: "Tokenizer", **options: Any
+) -> list[int]:
+    """Return render_prompt's text, with its options, as token ids.
+
+    The one prompt builder of training, GRPO and evaluation. The text is tokenised here once and
+    never decoded again, for decoding and tokenising again can give other ids.
+    """
+    text = render_prompt(problem, language, tokenizer, **options)
+    return tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
+
+
+def prompt_opens_think(tokenizer: "Tokenizer", thinking: str = "auto") -> bool:
+    """Say whether prompts end inside an opened think block, so that answers count only after it."""
+    return _open_assistant_turn("?", tokenizer, thinking)[1]
+
+
+def template_hash(tokenizer: "Tokenizer", language: str | Language, thinking: str = "auto") -> str:
+    """Return 12 hex digits that change with either role's prompt.
+
+    So with the chat template, the wordings, the thinking mode, and a date that a template writes.
+    """
+    placeholder = Problem("placeholder", "PROBLEM", "ENGLISH PROBLEM", "SOLUTION", None, "eng")
+    texts = [
+        render_prompt(placeholder, language, tokenizer, role=role, thinking=thinking)
+        for role in ROLES
+    ]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
+def _student_turn(problem: Problem, language: Language) -> str:
+    return f"{problem.problem}\n\n{language.instruction}"
+
+
+def _teacher_turn(problem: Problem, language: Language, shown: list[str]) -> str:
+    """Return the teacher's user turn with the English fields `shown`, or raise ValueError."""
+    missing = _missing_fields(problem, shown)
+    if missing:
+        raise ValueError(
+            f"problem {problem.id!r} has no {' and no '.join(missing)}, "
+            "which the teacher's prompt shows"
+        )
+    blocks = [f"{language.problem_label}\n{problem.problem}"]
+    if "problem_en" in shown:
+        blocks.append(f"{language.english_problem_label}\n{problem.problem_en}")
+    if "solution_en" in shown:
+        # The marks say where the solution ends, for it may hold blank lines and labels of its own.
+        solution = f"{language.solution_begin}\n{problem.solution_en}\n{language.solution_end}"
+        blocks.append(f"{language.english_solution_label}\n{solution}")
+    return "\n\n".join([*blocks, language.transition, language.instruction])
+
+
+def _shown_fields(english_problem: bool, english_solution: bool) -> list[str]:
+    shown = {"problem_en": english_problem, "solution_en": english_solution}
+    return [field for field, is_shown in shown.items() if is_shown]
+
+
+def _missing_fields(problem: Problem, shown: list[str]) -> list[str]:
+    return [field for field in shown if not getattr(problem, field)]
+
+
+def _open_assistant_turn(user_turn: str, tokenizer: "Tokenizer", thinking: str) -> tuple[str, bool]:
+    """Return the text up to where the assistant writes, and whether that is in a think block."""
+    if thinking not in THINKING:
+        raise ValueError(f"unknown thinking mode {thinking!r}; valid: {', '.join(THINKING)}")
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has no chat template; "
+            "use an instruction-tuned model"
+        )
+    template = tokenizer.get_chat_template()
+    enabled = thinking != "off"
+    options: dict[str, Any] = {
+        "tokenize": False,
+        "add_generation_prompt": True,
+        "enable_thinking": enabled,
+    }
+    turns = [{"role": "user", "content": user_turn}]
+    text = str(tokenizer.apply_chat_template(turns, **options))
+    # DeepSeek-R1 and Qwen3-Thinking open the block themselves.
+    already_open = text.rstrip().endswith("<think>")
+    knows_think = "enable_thinking" in template or "<think>" in template
+    opens = already_open or (enabled and knows_think)
+    if thinking != "auto" and opens != enabled:
+        habit = "always opens a think block" if opens else "has no think block"
+        raise ValueError(
+            f"thinking {thinking!r} does not fit this chat template, which {habit}; use 'auto'"
+        )
+    if not opens:
+        return text, False
+    opened = text.rstrip("\n") if already_open else f"{text}<think>"
+    return f"{opened}\n", True
+
+
+def _refuse_control_text(problem: Problem, tokenizer: "Tokenizer") -> None:
+    """Raise ValueError where a problem spells a control token, which would act as one."""
+    fields = (problem.problem, problem.problem_en, problem.solution_en)
+    text = "\n".join(field for field in fields if field)
+    template = tokenizer.get_chat_template()
+    for token in tokenizer.added_tokens_decoder.values():
+        # DeepSeek-R1 does not mark its turn tokens special; Gemma adds runs of blanks that are
+        # ordinary text.
+        is_control = token.content.strip() and (token.special or token.content in template)
+        if is_control and token.content in text:
+            raise ValueError(
+                f"problem {problem.id!r} spells the control token {token.content!r}; drop it"
+            )
