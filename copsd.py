@@ -72,8 +72,8 @@ from parts.model import (
     teacher_view,
     valid_ids,
 )
-from parts.report import SamplingProgress, StepView, estimates_table
 from parts.sampler import Rollout, SamplingParams, sample
+from parts.view import SamplingProgress, StepView, estimates_table
 
 ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
 MAX_DRAWS = 4  # of --resample-dead-groups, for one step
@@ -719,7 +719,7 @@ def work_metrics(
         "score/tokens": scored,  # forward
         "update/tokens": updated,  # backward
         "rollout/completion_tokens_mean": count_tokens(rollouts) / len(rollouts),
-        "rollout/clipped_frac": sum(rollout.finish_reason == "length" for rollout in rollouts)
+        "rollout/cut_frac": sum(rollout.finish_reason == "length" for rollout in rollouts)
         / len(rollouts),
         **{f"{phase}/time_s": seconds for phase, seconds in watch.seconds.items()},
         "time_s": sum(watch.seconds.values()),
@@ -983,7 +983,11 @@ def train_command(given: dict[str, Any]) -> None:
         ends = {end: runs.read_json(run.folder / f"{end}.json") for end in ("before", "after")}
         for code in ends["before"]:
             title = data.find_language(code).english
-            console.print(estimates_table(title, {end: found[code] for end, found in ends.items()}))
+            columns = {
+                end: {name: Estimate(**entry) for name, entry in found[code].items()}
+                for end, found in ends.items()
+            }
+            console.print(estimates_table(title, columns))
     say(
         f"done in {time.monotonic() - started:.0f} s. {run.folder}: metrics.jsonl, completions.jsonl, adapters/"
     )

@@ -35,8 +35,6 @@ from parts.data import (
     find_language,
     languages,
     load_problems,
-    prompt_opens_think,
-    template_hash,
 )
 from parts.grading import grade
 from parts.machine import keep_freed_memory, pick_device, pick_dtype
@@ -54,16 +52,10 @@ from parts.metrics import (
     summarise,
 )
 from parts.model import eos_ids, load_adapter, load_model, load_tokenizer, resolve_model, valid_ids
-from parts.report import (
-    Evaluation,
-    SamplingProgress,
-    cell,
-    estimates_table,
-    report_tables,
-    text_table,
-    write_report,
-)
+from parts.prompts import prompt_opens_think, template_hash
+from parts.report import Evaluation, report_tables, write_report
 from parts.sampler import SamplingParams, sample
+from parts.view import SamplingProgress, cell, estimates_table, text_table
 
 MAIN_METRICS = (
     "format rate",
@@ -409,21 +401,18 @@ def results_table(settings: Settings, results: dict[str, list[Graded]]) -> Table
     title += f"{' or '.join(map(str, counts))} problems x {settings.samples}"
     if len(results) == 1:
         summaries = {code: summarise(graded, settings.ks) for code, graded in results.items()}
-        return estimates_table(
-            title, {code: as_plain(summary) for code, summary in summaries.items()}
-        )
+        return estimates_table(title, summaries)
     found = {code: ratios(graded, settings.ks) for code, graded in results.items()}
     columns = {}
     for name in (*(f"pass@{k}" for k in settings.ks), *MAIN_METRICS):
         rows = {code: bootstrap(*metrics[name]) for code, metrics in found.items()}
-        columns[name] = as_plain(
-            {**rows, "mean": bootstrap_mean([metrics[name] for metrics in found.values()])}
-        )
+        mean = bootstrap_mean([metrics[name] for metrics in found.values()])
+        columns[name] = {**rows, "mean": mean}
     return estimates_table(title, columns)
 
 
 def as_plain(summary: dict[str, Estimate]) -> dict[str, dict[str, float]]:
-    """Return a summary as JSON and parts.report take it."""
+    """Return a summary as JSON takes it."""
     return {name: asdict(estimate) for name, estimate in summary.items()}
 
 
@@ -540,8 +529,10 @@ def load_evaluations(
         passes = {
             k: [pass_at_k(n, c, k) for n, c in counts] for k in range(1, settings["samples"] + 1)
         }
-        curve = {k: asdict(bootstrap(values, [1.0] * len(values))) for k, values in passes.items()}
-        view = Evaluation(name, settings, rows, runs.read_json(run.folder / "summary.json"), curve)
+        curve = {k: bootstrap(values, [1.0] * len(values)) for k, values in passes.items()}
+        entries = runs.read_json(run.folder / "summary.json")
+        summary = {metric: Estimate(**entry) for metric, entry in entries.items()}
+        view = Evaluation(name, settings, rows, summary, curve)
         found[settings["lang"]] = (record, results, view)
     if not found:
         raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
@@ -573,7 +564,7 @@ def report_command(
                     )
                 if first is not view:
                     change, *p_values = paired_tests(first_results, results)
-                    cells = [cell("pass@1", asdict(change)), *(f"{p:.3g}" for p in p_values)]
+                    cells = [cell("pass@1", change), *(f"{p:.3g}" for p in p_values)]
                     tests.append([language, f"{first.name} to {view.name}", *cells])
         benchmarks = {view.settings["benchmark"] for view in evaluations}
         if len(benchmarks) > 1:

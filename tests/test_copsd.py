@@ -14,7 +14,7 @@ from copsd import Config, completion_hidden, configure, distil, micro_batches, p
 from kernels import chunked_logprob, divergence, reduce_loss
 from parts import runs
 from parts.model import head_weight, teacher_view
-from parts.report import StepView
+from parts.view import StepView
 
 SMALL = {"steps": 2, "batch_size": 6, "micro_batch": 4, "eval_problems": 0, "max_new_tokens": 24}
 QUIET = Console(quiet=True)
@@ -243,7 +243,7 @@ def test_a_step_logs_what_it_did(tmp_path):
         "update/grad_norm",
         "update/lr",
         "rollout/completion_tokens_mean",
-        "rollout/clipped_frac",
+        "rollout/cut_frac",
         "rollout/tokens",
         "score/tokens",
         "update/tokens",

@@ -20,8 +20,8 @@ from copsd import (
     surrogate,
 )
 from kernels import reduce_loss
-from parts.report import StepView
 from parts.sampler import Rollout
+from parts.view import StepView
 
 SMALL = {
     "method": "grpo",
@@ -347,7 +347,7 @@ def test_a_step_logs_what_it_did(tmp_path):
         "ratio/max",
         "ratio/clipped_low_frac",
         "ratio/clipped_high_frac",
-        "rollout/clipped_frac",
+        "rollout/cut_frac",
         "update/grad_norm",
         "rollout/tokens",
         "sampled_tokens",
@@ -417,7 +417,7 @@ def test_a_step_in_which_everything_is_masked_changes_nothing(tmp_path, monkeypa
     start = [tensor.clone() for tensor in setup.lora.parameters()]
     copsd.train_grpo(setup, run, StepView(QUIET, 1))
     metrics = jsonl(run.folder / "metrics.jsonl")[0]
-    assert metrics["rollout/clipped_frac"] == 1 and metrics["reward/dead_group_frac"] < 1
+    assert metrics["rollout/cut_frac"] == 1 and metrics["reward/dead_group_frac"] < 1
     unchanged = all(
         torch.equal(tensor, before)
         for tensor, before in zip(setup.lora.parameters(), start, strict=True)
