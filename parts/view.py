@@ -1,4 +1,4 @@
-"""What is watched on a terminal: the steps of a run, the progress of sampling, tables of estimates.
+"""What is watched on a terminal: the steps of a run, progress, tables of estimates.
 
 Names of folders and of runs are the user's. Square brackets and colons in them mean something to
 rich, so every such text is shown as a rich Text, which is never read as markup.
@@ -86,7 +86,7 @@ class StepView:
         """Print the newest step as one line, however narrow the console is."""
         cells = _cells(self.rows[-1])
         texts = [f"{title} {text}" for title, text in cells.items() if title != "step"]
-        self.console.print(Text(f"{place}  {'  '.join(texts)}"), soft_wrap=True)
+        say(self.console, f"{place}  {'  '.join(texts)}")
 
 
 def _cells(metrics: dict[str, Any]) -> dict[str, str]:
@@ -139,6 +139,73 @@ class SamplingProgress:
         seconds = time.monotonic() - self.started
         done = f"{self.finished}/{self.rows} completions, {self.tokens} tokens, {seconds:.0f} s"
         self.console.print(Text(f"{self.title}: {done}"), end=end, soft_wrap=True)
+
+
+class ArmsProgress:
+    """Say which run of an experiment is at work, how far it is, and how long the rest will take.
+
+    It stands where a loop expects a StepView. On a terminal one line is rewritten, elsewhere a line
+    is printed every minute, and a last one for each arm. Time left is elapsed time by the share of
+    the work that is done.
+
+    arms   how many there will be
+    units  the work of all of them; one unit is a run of a whole budget
+    """
+
+    TERMINAL_EVERY_S = 0.5
+    LINE_EVERY_S = 60.0
+
+    def __init__(self, console: Console, arms: int, units: float):
+        self.console = console
+        self.arms = arms
+        self.units = units
+        self.arm = 0
+        self.title = ""
+        self.size = 0.0  # of the arm at work, in units
+        self.done = 0.0  # units
+        self.before = 0.0  # units that an earlier call had finished
+        self.started = time.monotonic()
+        self.printed = self.started
+
+    def start(self, title: str, size: float) -> None:
+        """Begin the next arm, of `size` units."""
+        self.arm += 1
+        self.title = title
+        self.size = size
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Take a step's metrics, as StepView does."""
+        pause = self.TERMINAL_EVERY_S if self.console.is_terminal else self.LINE_EVERY_S
+        if time.monotonic() - self.printed > pause:
+            said = f"step {metrics['step']}, {metrics['progress']:.0%}"
+            self._print(said, min(1.0, metrics["progress"]), last=False)
+
+    def finish(self, said: str, *, earlier: bool = False) -> None:
+        """End the arm with what came out of it; `earlier` where an earlier call did the work."""
+        self.done += self.size
+        if earlier:
+            self.before += self.size
+        self._print(said, 0.0, last=True)
+
+    def _print(self, said: str, share: float, *, last: bool) -> None:
+        """Print a line; `share` is what is done of the arm at work."""
+        self.printed = time.monotonic()
+        done = self.done + share * self.size
+        done_here = done - self.before
+        line = f"{self.arm}/{self.arms} {self.title}: {said}"
+        if done_here:
+            left_s = (self.printed - self.started) / done_here * (self.units - done)
+            line += f"; {left_s / 60:.0f} min left" if left_s > 1 else ""
+        end = "\n"
+        if self.console.is_terminal:
+            line = line.ljust(100)  # over what is left of a longer line
+            end = "\n" if last else "\r"
+        self.console.print(Text(line), end=end, soft_wrap=True)
+
+
+def say(console: Console, text: str) -> None:
+    """Print text as it is: no markup, no colours, and no line broken at the console's width."""
+    console.print(Text(text), soft_wrap=True)
 
 
 def cell(name: str, estimate: "Estimate") -> str:

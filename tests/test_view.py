@@ -12,10 +12,12 @@ from rich.console import Console
 from parts.metrics import Estimate
 from parts.view import (
     COLUMNS,
+    ArmsProgress,
     SamplingProgress,
     StepView,
     cell,
     estimates_table,
+    say,
     text_table,
 )
 
@@ -82,6 +84,29 @@ def test_progress_shows_a_name_as_it_is(terminal):
     with SamplingProgress(console, NAME) as progress:
         progress.update(3, 8, 99)
     assert stream.getvalue() == f"{NAME}: 3/8 completions, 99 tokens, 0 s\n"
+
+
+def test_the_progress_of_arms_counts_the_time_that_is_left(monkeypatch):
+    clock = iter([0.0, 30.0, 120.0, 120.0, 180.0])
+    monkeypatch.setattr("parts.view.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    progress = ArmsProgress(Console(file=stream, width=40), arms=3, units=2.5)
+    progress.start(NAME, 0.5)
+    progress.finish("read again", earlier=True)  # at 30 s; it says nothing about the speed
+    progress.start("second", 1.0)
+    progress.show({"step": 4, "progress": 0.5})  # at 120 s: half a unit of two is done
+    progress.finish("accuracy 0.500")  # at 180 s
+    assert stream.getvalue().splitlines() == [
+        f"1/3 {NAME}: read again",
+        "2/3 second: step 4, 50%; 6 min left",
+        "2/3 second: accuracy 0.500; 3 min left",
+    ]
+
+
+def test_what_is_said_is_printed_as_it_is():
+    stream = io.StringIO()
+    say(Console(file=stream, width=20), f"{NAME}, and a line longer than the console")
+    assert stream.getvalue() == f"{NAME}, and a line longer than the console\n"
 
 
 def test_cells_show_value_and_interval_and_nothing_where_there_is_nothing():
