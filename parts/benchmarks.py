@@ -1,8 +1,9 @@
-"""Benchmarks: the languages each has, where its files are, and how many rows they hold. parts.data reads the files.
+"""Benchmarks: which languages each has, where its files are, and how many rows they hold.
 
-They come from the hub at a revision, or from a local folder or file. The layouts of AfriMGSM, MGSM and MSVAMP were
-checked on copies of their files, PolyMath's on its card; nothing here has been run against the hub itself. PolyMath has
-18 languages: offered are those that languages.json has wordings for.
+The files come from the hub at a revision, or from a local folder or file. parts.data reads them.
+The layouts of AfriMGSM, MGSM and MSVAMP were checked on copies of their files, PolyMath's on its
+card. Nothing here has been run against the hub itself. PolyMath has 18 languages; those offered are
+the ones that languages.json has wordings for.
 """
 
 from collections.abc import Mapping
@@ -17,12 +18,18 @@ LEVELS = ("low", "medium", "high", "top")  # PolyMath's, easiest first
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark: where it is, a language's files in it, the rows of each file."""
+    """One benchmark.
 
-    repo: str | None  # a data set of the hub; None: the lab's folder
-    files: tuple[str, ...]  # ends of paths; {iso3}, {iso1} and {english} stand for the language
+    repo       the data set on the hub; None for the lab's own folder
+    files      how the paths of a language's files end; {iso3}, {iso1} and {english} stand for it
+    rows       of each file
+    languages  their ISO 639-3 codes, with spaces between
+    """
+
+    repo: str | None
+    files: tuple[str, ...]
     rows: int
-    languages: str  # ISO 639-3
+    languages: str
 
 
 BENCHMARKS = {
@@ -52,45 +59,39 @@ BENCHMARKS = {
 
 
 def has_language(benchmark: str, names: Mapping[str, str | None]) -> bool:
-    """Say whether a benchmark has a language, both as in find_files. A single file does not tell: ValueError."""
+    """Return whether a benchmark has a language; the arguments are those of find_files.
+
+    ValueError: the benchmark is a single file, which does not tell its language.
+    """
     if benchmark in BENCHMARKS:
         return names["iso3"] in BENCHMARKS[benchmark].languages.split()
-    path = _local(benchmark, names)
+    path = _local_path(benchmark, names)
     if path.is_file() and "{lang}" not in benchmark:
         raise ValueError(
             f"{benchmark} is one file: name its language, all is for named benchmarks and folders"
         )
-    return path.is_file() or any(_inside(path, layout, names) for layout in BENCHMARKS.values())
+    return path.is_file() or bool(_known_layouts(path, names))
 
 
 def find_files(
     benchmark: str, names: Mapping[str, str | None], *, revision: str = "main"
 ) -> tuple[list[Path], str | None]:
-    """Return a language's files of a benchmark, and the hub's commit that they are of, None for local files.
+    """Return a language's files of a benchmark, and the hub's commit that they are of.
 
-    benchmark  a name in BENCHMARKS, a folder in the layout of one, or a file; {lang} in its path is the ISO 639-3 code
-    names      what the language is called: iso3, iso1, english
-    ValueError: the benchmark has no such language. FileNotFoundError: the files are not there.
+    benchmark  a name in BENCHMARKS, a folder in the layout of one of them, or a file; {lang} in a
+               path stands for the ISO 639-3 code
+    names      what the language is called: iso3, iso1 and english
+    revision   of a benchmark on the hub: a branch, a tag or a commit
+    The commit is None for local files. ValueError: the benchmark has no such language.
+    FileNotFoundError: the files are not there.
     """
     if benchmark not in BENCHMARKS:
-        path = _local(benchmark, names)
-        if path.is_file():
-            return [path], None
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"no benchmark {path}; valid: a file, a folder, {', '.join(BENCHMARKS)}"
-            )
-        found = list(filter(None, (_inside(path, layout, names) for layout in BENCHMARKS.values())))
-        if len(found) != 1:
-            raise FileNotFoundError(
-                f"{path} has files for {names['english']} in {len(found)} known layouts, not in 1"
-            )
-        return found[0], None
+        return _local_files(_local_path(benchmark, names), names), None
     layout = BENCHMARKS[benchmark]
     if not has_language(benchmark, names):
         raise ValueError(f"{benchmark} has no {names['english']}; valid: {layout.languages}")
     folder = _fetch(layout, names, revision) if layout.repo else LAB
-    files = _inside(folder, layout, names)
+    files = _files_inside(folder, layout, names)
     if len(files) != len(layout.files):
         raise FileNotFoundError(
             f"{benchmark} has {len(files)} files for {names['english']}, not {len(layout.files)}"
@@ -98,11 +99,35 @@ def find_files(
     return files, folder.name if layout.repo else None
 
 
-def _local(benchmark: str, names: Mapping[str, str | None]) -> Path:
+def _local_path(benchmark: str, names: Mapping[str, str | None]) -> Path:
+    """Return the path that is meant by a benchmark without a name of its own."""
     return Path(benchmark.replace("{lang}", str(names["iso3"])))
 
 
-def _inside(folder: Path, layout: Benchmark, names: Mapping[str, str | None]) -> list[Path]:
+def _local_files(path: Path, names: Mapping[str, str | None]) -> list[Path]:
+    """Return the file itself, or a language's files in a folder of exactly one known layout."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no benchmark {path}; valid: a file, a folder, {', '.join(BENCHMARKS)}"
+        )
+    found = _known_layouts(path, names)
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"{path} has files for {names['english']} in {len(found)} known layouts, not in 1"
+        )
+    return found[0]
+
+
+def _known_layouts(folder: Path, names: Mapping[str, str | None]) -> list[list[Path]]:
+    """Return a language's files in a folder, one list for each layout that finds any."""
+    found = [_files_inside(folder, layout, names) for layout in BENCHMARKS.values()]
+    return [files for files in found if files]
+
+
+def _files_inside(folder: Path, layout: Benchmark, names: Mapping[str, str | None]) -> list[Path]:
+    """Return a language's files anywhere below a folder, in the order of the layout."""
     return [file for end in layout.files for file in folder.rglob(end.format(**names))]
 
 
@@ -116,6 +141,7 @@ def _fetch(layout: Benchmark, names: Mapping[str, str | None], revision: str) ->
         )
     except OSError as error:
         raise FileNotFoundError(
-            f"cannot reach revision {revision} of {layout.repo} on the hub; pass --benchmark FOLDER instead"
+            f"cannot reach revision {revision} of {layout.repo} on the hub; "
+            "pass --benchmark FOLDER instead"
         ) from error
     return Path(folder)

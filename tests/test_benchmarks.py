@@ -1,4 +1,7 @@
-"""Benchmarks from the hub's cache, from folders and from files: each layout read whole, each lack named."""
+"""Benchmarks from the hub's cache, from folders and from files.
+
+Each layout is read whole, and whatever is missing is named.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,8 +12,8 @@ from pyarrow import parquet
 
 from eval import load_benchmark
 from parts.benchmarks import BENCHMARKS, LEVELS, find_files, has_language
-from parts.data import find_language, languages
 from parts.metrics import LEVEL_WEIGHTS
+from parts.prompts import find_language, languages
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # copies of the real files, where there are any
@@ -30,8 +33,8 @@ def names(code: str) -> dict:
 def fill(folder: Path, benchmark: str, code: str, rows: int) -> None:
     """Write a language's files of a benchmark as its data set lays them out."""
     language = find_language(code)
-    folder.mkdir(parents=True, exist_ok=True)
     numbers = range(rows)
+    folder.mkdir(parents=True, exist_ok=True)
     if benchmark == "afrimgsm":
         (folder / "data" / code).mkdir(parents=True)
         text = "".join(f"Nawa\nne {number}?\t\t{number}\t\n" for number in numbers)
@@ -43,23 +46,23 @@ def fill(folder: Path, benchmark: str, code: str, rows: int) -> None:
         (folder / f"mgsm_{language.iso1}.tsv").write_text(text, encoding="utf-8")
     elif benchmark == "msvamp":
         row = '{"m_query": "Ngapi %d?", "equation": "+ number0 number1", "response": "%d.0"}\n'
-        (folder / f"test_{language.english}.json").write_text(
-            "".join(row % (number, number) for number in numbers)
-        )
+        text = "".join(row % (number, number) for number in numbers)
+        (folder / f"test_{language.english}.json").write_text(text)
     else:
+        inside = folder / str(language.iso1)
+        inside.mkdir()
         for level in LEVELS:
-            (folder / str(language.iso1)).mkdir(exist_ok=True)
-            table = {"id": [f"{level}-{language.iso1}-{number}" for number in numbers]}
-            table |= {
+            columns = {
+                "id": [f"{level}-{language.iso1}-{number}" for number in numbers],
                 "question": [f"Ngapi {number}?" for number in numbers],
-                "answer": [str(n) for n in numbers],
+                "answer": [str(number) for number in numbers],
             }
-            parquet.write_table(pa.table(table), folder / str(language.iso1) / f"{level}.parquet")
+            parquet.write_table(pa.table(columns), inside / f"{level}.parquet")
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Return a function that puts a benchmark into an offline hub cache, as a download would leave it."""
+    """Return a function that lays a benchmark into an offline hub cache, as a download would."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -74,20 +77,17 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("benchmark", REPOS)
 def test_a_named_benchmark_comes_from_the_hub_with_its_commit_and_all_its_rows(hub, benchmark):
-    rows, files = BENCHMARKS[benchmark].rows, len(BENCHMARKS[benchmark].files)
+    rows = BENCHMARKS[benchmark].rows
+    files = len(BENCHMARKS[benchmark].files)
     hub(benchmark, "swa", rows)
     hub(benchmark, "eng", rows)  # another language beside it
     swahili = find_language("swa")
     problems, commit = load_benchmark(benchmark, swahili, "main", None)
-    assert (
-        commit == COMMIT
-        and len(problems) == rows * files
-        and {p.language for p in problems} == {"swa"}
-    )
-    assert (
-        len({problem.id for problem in problems}) == len(problems)
-        and float(str(problems[7].answer)) == 7
-    )
+    assert commit == COMMIT
+    assert len(problems) == rows * files
+    assert {problem.language for problem in problems} == {"swa"}
+    assert len({problem.id for problem in problems}) == len(problems)
+    assert float(str(problems[7].answer)) == 7
     assert len(load_benchmark(benchmark, swahili, COMMIT, 3)[0]) == 3  # by its commit, and limited
 
 
@@ -107,9 +107,8 @@ def test_a_level_that_is_missing_is_an_error(hub, tmp_path):
 
 
 def test_what_the_cache_does_not_hold_offline_says_what_to_pass_instead(hub):
-    with pytest.raises(
-        FileNotFoundError, match=r"cannot reach revision v9 of juletxara/mgsm.*--benchmark FOLDER"
-    ):
+    message = r"cannot reach revision v9 of juletxara/mgsm.*--benchmark FOLDER"
+    with pytest.raises(FileNotFoundError, match=message):
         find_files("mgsm", names("swa"), revision="v9")
 
 
@@ -118,11 +117,11 @@ def test_a_folder_in_a_known_layout_is_taken_as_it_is(tmp_path, benchmark):
     fill(tmp_path / "copy", benchmark, "swa", 9)
     folder = str(tmp_path / "copy")
     problems, commit = load_benchmark(folder, find_language("swa"), "main", None)
-    assert commit is None and len(problems) == 9 * len(BENCHMARKS[benchmark].files)
+    assert commit is None
+    assert len(problems) == 9 * len(BENCHMARKS[benchmark].files)
     assert [code for code in languages() if has_language(folder, names(code))] == ["swa"]
-    with pytest.raises(
-        FileNotFoundError, match="has files for French in 0 known layouts, not in 1"
-    ):
+    message = "has files for French in 0 known layouts, not in 1"
+    with pytest.raises(FileNotFoundError, match=message):
         find_files(folder, names("fra"))
 
 
@@ -140,10 +139,10 @@ def test_a_file_and_a_path_with_the_language_in_it(tmp_path):
     file.rename(tmp_path / "swa.tsv")
     pattern = str(tmp_path / "{lang}.tsv")
     assert find_files(pattern, names("swa")) == ([tmp_path / "swa.tsv"], None)
-    assert has_language(pattern, names("swa")) and not has_language(pattern, names("hau"))
-    with pytest.raises(
-        FileNotFoundError, match=r"no benchmark .*hau.tsv; valid: a file, a folder, lab, afrimgsm"
-    ):
+    assert has_language(pattern, names("swa"))
+    assert not has_language(pattern, names("hau"))
+    message = r"no benchmark .*hau.tsv; valid: a file, a folder, lab, afrimgsm"
+    with pytest.raises(FileNotFoundError, match=message):
         find_files(pattern, names("hau"))
     with pytest.raises(ValueError, match="is one file: name its language"):
         has_language(str(tmp_path / "swa.tsv"), names("swa"))
@@ -153,20 +152,18 @@ def test_the_languages_are_those_of_each_benchmark():
     counts = {"lab": 4, "afrimgsm": 19, "mgsm": 11, "msvamp": 10, "polymath": 11}
     for benchmark, count in counts.items():
         codes = BENCHMARKS[benchmark].languages.split()
-        assert len(set(codes)) == len(codes) == count and set(codes) <= languages().keys()
-    for benchmark, others in {
-        "afrimgsm": {"eng", "fra"},
-        "polymath": {"eng"},
-    }.items():  # languages.json: the rest
+        assert len(set(codes)) == len(codes) == count
+        assert set(codes) <= languages().keys()
+    # languages.json lists a benchmark's languages, but for these.
+    unlisted = {"afrimgsm": {"eng", "fra"}, "polymath": {"eng"}}
+    for benchmark, others in unlisted.items():
         listed = {
             code for code, language in languages().items() if benchmark in language.benchmarks
         }
         assert listed | others == set(BENCHMARKS[benchmark].languages.split())
     assert tuple(LEVEL_WEIGHTS) == LEVELS
-    assert all(
-        len(load_benchmark("lab", find_language(code), "main", None)[0]) == 250
-        for code in ("eng", "yor")
-    )
+    for code in ("eng", "yor"):
+        assert len(load_benchmark("lab", find_language(code), "main", None)[0]) == 250
 
 
 @pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""What people look at: the numbers survive the layout, and no completion breaks the page."""
+"""Figures, tables and the page: the numbers survive, and no name or completion breaks them."""
 
 import ast
 import csv
@@ -15,86 +15,24 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from parts.metrics import Estimate
 from parts.report import (
-    COLUMNS,
     LOOKS,
     Evaluation,
     Panel,
-    SamplingProgress,
-    StepView,
-    cell,
+    Point,
     curves_figure,
-    estimates_table,
     latex_table,
     markdown_table,
     report_figures,
     report_tables,
-    text_table,
     write_report,
 )
-
-METRICS = {
-    name: 0.25
-    for title, (name, _) in COLUMNS.items()
-    if title not in ("objective", "reward", "dead", "ratio max")
-}
+from parts.view import text_table
 
 
-def estimate(value: float) -> dict[str, float]:
-    return {"value": value, "low": value - 0.1, "high": value + 0.1}
-
-
-def test_without_a_terminal_a_step_is_one_line():
-    stream = io.StringIO()
-    with StepView(Console(file=stream, width=40), steps=3) as view:
-        view.show({**METRICS, "step": 1, "progress": 1 / 3})
-        view.show({**METRICS, "step": 2, "progress": 2 / 3})
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 2 and lines[1].startswith("step 2/3  loss +0.2500  KL 0.2500  clipped 25%")
-
-
-def test_with_a_budget_of_tokens_the_share_of_it_is_shown():
-    stream = io.StringIO()
-    with StepView(Console(file=stream), steps=None) as view:
-        view.show({"step": 7, "progress": 0.31, "reward/mean": 0.5, "loss/kl_nats_per_token": None})
-    assert stream.getvalue() == "step 7, 31%  reward 0.500\n"
-
-
-def test_on_a_terminal_the_last_steps_and_the_bar_are_shown():
-    stream = io.StringIO()
-    with StepView(Console(file=stream, width=120, force_terminal=True), steps=40) as view:
-        for step in range(1, 31):
-            view.show({**METRICS, "step": step, "progress": step / 40})
-    last = stream.getvalue().rsplit("student H", 1)[1]
-    assert "step 30/40" in last and "19" in last and " 18 " not in last
-
-
-def test_progress_says_how_much_was_sampled():
-    stream = io.StringIO()
-    with SamplingProgress(Console(file=stream), "before") as progress:
-        progress.update(3, 8, 99)
-    assert stream.getvalue().startswith("before: 3/8 completions, 99 tokens")
-
-
-def test_cells_show_value_and_interval_and_nothing_where_there_is_nothing():
-    assert cell("pass@1", {"value": 0.3, "low": 0.25, "high": 0.351}) == "0.300 [0.250, 0.351]"
-    assert cell("mean tokens", {"value": 26.04, "low": 25.0, "high": 27.0}) == "26.0 [25.0, 27.0]"
-    assert cell("pass@1", dict.fromkeys(("value", "low", "high"), float("nan"))) == "-"
-
-
-def test_a_table_of_two_columns_fits_a_narrow_terminal():
-    stream = io.StringIO()
-    summary = {
-        "KL to the teacher, nats/token": estimate(0.5),
-        "accuracy given a box": estimate(0.25),
-    }
-    Console(file=stream, width=80).print(
-        estimates_table("Hausa", {"before": summary, "after": summary})
-    )
-    assert (
-        stream.getvalue().count("0.500 [0.400, 0.600]") == 2
-        and "KL to the teacher, nats/token" in stream.getvalue()
-    )
+def estimate(value: float) -> Estimate:
+    return Estimate(value, value - 0.1, value + 0.1)
 
 
 def test_markdown_has_a_header_and_a_row_each():
@@ -112,32 +50,21 @@ def texts(svg: str) -> list[str]:
 
 def test_a_label_looks_alike_in_all_panels_and_stands_once_in_the_legend(tmp_path):
     points = [(1.0, 0.2, 0.1, 0.3), (4.0, 0.5, 0.4, 0.6)]
+    both = {"base": points, "COPSD": points}
     panels = [
-        Panel(
-            "Hausa",
-            "attempts k",
-            "pass@k",
-            {"base": points, "COPSD": points},
-            log_x=True,
-            y_range=(0, 1),
-        ),
+        Panel("Hausa", "attempts k", "pass@k", both, log_x=True, y_range=(0, 1)),
         Panel("Swahili", "attempts k", "pass@k", {"COPSD": points}),
     ]
     paths = [tmp_path / "curves.png", tmp_path / "curves.svg"]
     curves_figure(panels, paths)
     svg = paths[1].read_text()
     assert paths[0].read_bytes().startswith(b"\x89PNG")
-    assert [texts(svg).count(word) for word in ("base", "COPSD", "Hausa", "attempts k", "4")] == [
-        1,
-        1,
-        1,
-        2,
-        1,
-    ]
-    base, copsd = (svg.count(f"stroke: {colour}") for colour, *_ in LOOKS[:2])
-    assert (
-        base > 0 and copsd > base
-    )  # the second panel's only curve is not drawn in the first colour
+    words = ("base", "COPSD", "Hausa", "attempts k", "4")
+    assert [texts(svg).count(word) for word in words] == [1, 1, 1, 2, 1]
+    # The second panel's only curve is not drawn in the first colour.
+    base, copsd = (svg.count(f"stroke: {look.colour}") for look in LOOKS[:2])
+    assert base > 0
+    assert copsd > base
 
 
 def test_more_labels_than_colours_still_look_different(tmp_path):
@@ -146,31 +73,51 @@ def test_more_labels_than_colours_still_look_different(tmp_path):
     curves_figure([Panel("", "k", "pass@k", curves)], [tmp_path / "many.svg"])
     svg = (tmp_path / "many.svg").read_text()
     lines = re.findall(r'fill: none; (stroke-dasharray[^"]*?; )?(?:[^"]*?)stroke: (#\w+)', svg)
-    assert len({line for line in lines if line[1] in {colour for colour, *_ in LOOKS}}) == len(
-        names
-    )
+    colours = {look.colour for look in LOOKS}
+    assert len({line for line in lines if line[1] in colours}) == len(names)
+
+
+def kinds() -> dict[str, dict[str, Any]]:
+    """Return, for each kind of panel, the arguments that it is made with beside its texts."""
+    return {
+        "lines": {"kind": "lines"},
+        "bars": {"kind": "bars", "names": ("n$1$", "_n$2$")},
+        "marks": {"kind": "marks", "names": ("n$1$", "_n$2$")},
+    }
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_names_are_no_formulas_and_an_underscore_does_not_hide_them(tmp_path, kind):
+    points: list[Point] = [(0.0, 0.2, 0.1, 0.3), (1.0, 0.5, 0.4, 0.6)]
+    curves = {"_a$b_1$": points, "__$": points, r"c\$d$": points}
+    shown = kinds()[kind]
+    path = tmp_path / "names.svg"
+    curves_figure([Panel("t$x$", "x$x$", "y$x$", curves, **shown)], [path])
+    found = texts(path.read_text())
+    assert [found.count(text) for text in ("t$x$", "x$x$", "y$x$", *curves)] == [1] * 6
+    times = len(curves) if kind == "marks" else 1  # beside each label's marks, or once on the axis
+    assert all(found.count(name) == times for name in shown.get("names", ()))
 
 
 def test_a_figure_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a panel with a curve"):
         curves_figure([Panel("", "", "", {})], [tmp_path / "none.png"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_matplotlib_is_imported_by_the_functions_that_draw_and_nowhere_else():
     root = Path(__file__).resolve().parent.parent
     for path in [*root.glob("*.py"), *(root / "parts").glob("*.py")]:
-        outside = ast.parse(path.read_text(encoding="utf-8")).body
-        assert not any(
-            "matplotlib" in ast.unparse(node)
-            for node in outside
-            if not isinstance(node, ast.FunctionDef)
-        )
-        assert path.name == "report.py" or "import matplotlib" not in path.read_text(
-            encoding="utf-8"
-        )
+        text = path.read_text(encoding="utf-8")
+        outside = [node for node in ast.parse(text).body if not isinstance(node, ast.FunctionDef)]
+        assert not any("matplotlib" in ast.unparse(node) for node in outside)
+        assert path.name == "report.py" or "import matplotlib" not in text
 
 
-EVIL = "</script><script>document.title = 'broken'</script> <b>\"bold\"</b> 'quoted' &lt; \\ @DATA@ \u2028 \ud800 end"
+EVIL = (
+    "</script><script>document.title = 'broken'</script> <b>\"bold\"</b> 'quoted' &lt; \\ "
+    "@DATA@ \u2028 \ud800 end"
+)
 
 
 def attempt(reason: str, completion: str, tokens: int = 20) -> dict[str, Any]:
@@ -191,7 +138,10 @@ def attempt(reason: str, completion: str, tokens: int = 20) -> dict[str, Any]:
 
 
 def evaluation(name: str, lang: str, rights: tuple[int, int]) -> Evaluation:
-    """Return two problems with two attempts each, so many of them right; what is wrong in the first has no box."""
+    """Return two problems with two attempts each, so many of them right.
+
+    A wrong attempt at the first problem has no box, one at the second has one.
+    """
     problems = []
     for place, right in enumerate(rights):
         wrong = attempt("no box", EVIL, 40) if place == 0 else attempt("wrong", r"\boxed{18}")
@@ -228,12 +178,8 @@ def cells(table) -> list[list[str]]:
 
 def test_a_report_has_a_table_per_language_and_the_mean_over_languages():
     hausa, swahili, first, second = report_tables(two_runs())
-    assert [str(table.title) for table in (hausa, swahili, first, second)] == [
-        "hau",
-        "swa",
-        "pass@1",
-        "pass@2",
-    ]
+    titles = [str(table.title) for table in (hausa, swahili, first, second)]
+    assert titles == ["hau", "swa", "pass@1", "pass@2"]
     assert cells(hausa)[1] == ["0.750 [0.650, 0.850]", "25.0 [24.9, 25.1]"]
     assert cells(first)[0] == ["hau", "swa", "mean of languages"]
     assert cells(first)[1] == ["0.250 [0.150, 0.350]", "0.500 [0.400, 0.600]", "0.375"]
@@ -244,10 +190,8 @@ def test_a_report_has_a_table_per_language_and_the_mean_over_languages():
     "kept", [[0, 1, 2], [0, 1, 1], []], ids=["a language lacks", "the same twice", "nothing"]
 )
 def test_a_report_of_an_incomplete_grid_is_refused(kept, tmp_path):
-    with pytest.raises(
-        ValueError,
-        match=r"every run in every language, once; got (base in hau, base in swa|no run)",
-    ):
+    message = r"every run in every language, once; got (base in hau, base in swa|no run)"
+    with pytest.raises(ValueError, match=message):
         write_report([two_runs()[place] for place in kept], [], tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
@@ -267,15 +211,12 @@ def test_markup_in_names_stays_text_in_every_format():
 def test_figures_hold_the_numbers():
     figures = report_figures(two_runs())
     assert list(figures) == ["pass-at-k", "languages", "scatter", "format", "lengths"]
-    assert figures["pass-at-k"][1].title == "swa" and figures["pass-at-k"][1].curves["COPSD"][0][
-        :2
-    ] == (1, 0.75)
+    assert figures["pass-at-k"][1].title == "swa"
+    assert figures["pass-at-k"][1].curves["COPSD"][0][:2] == (1, 0.75)
     assert [point[:2] for point in figures["languages"][0].curves["base"]] == [(0, 0.25), (1, 0.5)]
     assert figures["scatter"][0].curves["COPSD against base"] == [(0, 1, 1, 1), (0.5, 1, 1, 1)]
-    assert [point[:2] for point in figures["format"][0].curves["COPSD"]] == [
-        (0.75, 1.0),
-        (0.75, 0.75),
-    ]
+    marks = figures["format"][0].curves["COPSD"]
+    assert [mark[:2] for mark in marks] == [(0.75, 1.0), (0.75, 0.75)]
     assert figures["format"][0].slope == pytest.approx((0.25 + 0.5) / (0.75 + 0.75))
     shares = {x: share for x, share, _, _ in figures["lengths"][0].curves["base"] if share}
     assert shares == {21.0: 0.5, 41.0: 0.5}  # bins of 2 tokens: at most 31 of them
@@ -285,7 +226,8 @@ def test_figures_hold_the_numbers():
 def test_equal_problems_lie_side_by_side_in_the_scatter():
     runs = [evaluation("base", "hau", (1, 1)), evaluation("COPSD", "hau", (2, 2))]
     one, other = report_figures(runs)["scatter"][0].curves["COPSD against base"]
-    assert one[:2] == (0.5, 1) and 0.01 < math.dist(one[:2], other[:2]) < 0.1
+    assert one[:2] == (0.5, 1)
+    assert 0.01 < math.dist(one[:2], other[:2]) < 0.1
 
 
 @pytest.fixture(scope="module")
@@ -293,18 +235,19 @@ def written(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("report") / "new" / "folder"
     tests = [text_table("paired tests", ["metric", "p"], [["pass@1", "0.0123"]])]
     paths = write_report(two_runs(), tests, out)
-    assert sorted(paths) == sorted(out.iterdir()) and len(paths) == 14
+    assert sorted(paths) == sorted(out.iterdir())
+    assert len(paths) == 14
     return out
 
 
 def test_every_format_holds_every_table(written):
     for name in ("report.html", "report.md", "report.tex"):
         text = (written / name).read_text(encoding="utf-8")
-        assert "0.250 [0.150, 0.350]" in text and "mean of languages" in text and "0.0123" in text
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (written / "report.md").read_text(encoding="utf-8"))
-    assert len(pictures) == 5 and all(
-        (written / name).read_bytes().startswith(b"\x89PNG") for name in pictures
-    )
+        assert all(part in text for part in ("0.250 [0.150, 0.350]", "mean of languages", "0.0123"))
+    markdown = (written / "report.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
+    assert len(pictures) == 5
+    assert all((written / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     rows = list(csv.DictReader((written / "report.csv").open(encoding="utf-8", newline="")))
     assert len(rows) == 4 * 4
     assert rows[0] == {
@@ -335,7 +278,9 @@ const element = id => document.getElementById(id);
 const view = () => [element("count").textContent, element("problems").innerHTML];
 const views = [view()].concat(CASES.map(filters => {
   form.reset();
-  for (const name of Object.keys(filters)) form.elements[name][name === "open" ? "checked" : "value"] = filters[name];
+  for (const name of Object.keys(filters)) {
+    form.elements[name][name === "open" ? "checked" : "value"] = filters[name];
+  }
   form.dispatchEvent(new Event("input"));
   return view();
 }));
@@ -405,6 +350,5 @@ def test_a_browser_shows_the_filtered_problems_with_their_verdicts(written, tmp_
     assert title == "Evaluation report"
     for (count, problems), (filters, expected, shown, absent) in zip(views, cases, strict=True):
         assert count == expected, filters
-        assert all(text in problems for text in shown) and not any(
-            text in problems for text in absent
-        ), filters
+        assert all(text in problems for text in shown), filters
+        assert not any(text in problems for text in absent), filters

@@ -1,0 +1,152 @@
+"""What is watched on a terminal: the numbers survive the layout, and no name is read as markup."""
+
+import io
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from parts.metrics import Estimate
+from parts.view import (
+    COLUMNS,
+    ArmsProgress,
+    SamplingProgress,
+    StepView,
+    cell,
+    estimates_table,
+    say,
+    text_table,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+METRICS = {
+    name: 0.25
+    for title, (name, _) in COLUMNS.items()
+    if title not in ("objective", "reward", "dead", "ratio max")
+}
+NAME = "runs/[bold]a:smile:[/]"  # rich would drop the brackets and draw a face
+
+
+def estimate(value: float) -> Estimate:
+    return Estimate(value, value - 0.1, value + 0.1)
+
+
+def test_without_a_terminal_a_step_is_one_line():
+    stream = io.StringIO()
+    with StepView(Console(file=stream, width=40), steps=3) as view:
+        view.show({**METRICS, "step": 1, "progress": 1 / 3})
+        view.show({**METRICS, "step": 2, "progress": 2 / 3})
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("step 2/3  loss +0.2500  KL 0.2500  clipped 25%")
+
+
+def test_with_a_budget_of_tokens_the_share_of_it_is_shown():
+    stream = io.StringIO()
+    with StepView(Console(file=stream), steps=None) as view:
+        view.show({"step": 7, "progress": 0.31, "reward/mean": 0.5, "loss/kl_nats_per_token": None})
+    assert stream.getvalue() == "step 7, 31%  reward 0.500\n"
+
+
+def test_the_share_that_the_length_limit_cut_is_not_the_share_that_the_clip_clipped():
+    stream = io.StringIO()
+    with StepView(Console(file=stream), steps=9) as view:
+        cut = {"rollout/cut_frac": 0.75, "loss/clipped_token_frac": 0.5}
+        view.show({"step": 1, "progress": 1 / 9, **cut})
+    assert stream.getvalue() == "step 1/9  clipped 50%  cut 75%\n"
+
+
+def test_on_a_terminal_the_last_steps_and_the_bar_are_shown():
+    stream = io.StringIO()
+    with StepView(Console(file=stream, width=120, force_terminal=True), steps=40) as view:
+        for step in range(1, 31):
+            view.show({**METRICS, "step": step, "progress": step / 40})
+    last = stream.getvalue().rsplit("student H", 1)[1]
+    assert "step 30/40" in last
+    assert "19" in last
+    assert " 18 " not in last
+
+
+def test_progress_says_how_much_was_sampled():
+    stream = io.StringIO()
+    with SamplingProgress(Console(file=stream), "before") as progress:
+        progress.update(3, 8, 99)
+    assert stream.getvalue().startswith("before: 3/8 completions, 99 tokens")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_shows_a_name_as_it_is(terminal):
+    stream = io.StringIO()
+    console = Console(file=stream, width=40, force_terminal=terminal, color_system=None)
+    with SamplingProgress(console, NAME) as progress:
+        progress.update(3, 8, 99)
+    assert stream.getvalue() == f"{NAME}: 3/8 completions, 99 tokens, 0 s\n"
+
+
+def test_the_progress_of_arms_counts_the_time_that_is_left(monkeypatch):
+    clock = iter([0.0, 30.0, 120.0, 120.0, 180.0])
+    monkeypatch.setattr("parts.view.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    progress = ArmsProgress(Console(file=stream, width=40), arms=3, units=2.5)
+    progress.start(NAME, 0.5)
+    progress.finish("read again", earlier=True)  # at 30 s; it says nothing about the speed
+    progress.start("second", 1.0)
+    progress.show({"step": 4, "progress": 0.5})  # at 120 s: half a unit of two is done
+    progress.finish("accuracy 0.500")  # at 180 s
+    assert stream.getvalue().splitlines() == [
+        f"1/3 {NAME}: read again",
+        "2/3 second: step 4, 50%; 6 min left",
+        "2/3 second: accuracy 0.500; 3 min left",
+    ]
+
+
+def test_what_is_said_is_printed_as_it_is():
+    stream = io.StringIO()
+    say(Console(file=stream, width=20), f"{NAME}, and a line longer than the console")
+    assert stream.getvalue() == f"{NAME}, and a line longer than the console\n"
+
+
+def test_cells_show_value_and_interval_and_nothing_where_there_is_nothing():
+    assert cell("pass@1", Estimate(0.3, 0.25, 0.351)) == "0.300 [0.250, 0.351]"
+    assert cell("mean tokens", Estimate(26.04, 25.0, 27.0)) == "26.0 [25.0, 27.0]"
+    assert cell("pass@1", Estimate(math.nan, math.nan, math.nan)) == "-"
+    assert cell("pass@1", Estimate(0.375, math.nan, math.nan)) == "0.375"
+
+
+def test_a_table_of_two_columns_fits_a_narrow_terminal():
+    stream = io.StringIO()
+    summary = {
+        "KL to the teacher, nats/token": estimate(0.5),
+        "accuracy given a box": estimate(0.25),
+    }
+    table = estimates_table("Hausa", {"before": summary, "after": summary})
+    Console(file=stream, width=80).print(table)
+    assert stream.getvalue().count("0.500 [0.400, 0.600]") == 2
+    assert "KL to the teacher, nats/token" in stream.getvalue()
+
+
+def test_a_metric_that_one_summary_lacks_is_a_dash_there():
+    columns = {"before": {"pass@1": estimate(0.5)}, "after": {"pass@8": estimate(0.25)}}
+    table = estimates_table("Hausa", columns)
+    assert [[str(text) for text in column.cells] for column in table.columns] == [
+        ["pass@1", "pass@8"],
+        ["0.500 [0.400, 0.600]", "-"],
+        ["-", "0.250 [0.150, 0.350]"],
+    ]
+
+
+def test_a_table_shows_names_as_they_are():
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(text_table(NAME, ["metric", NAME], [[NAME, NAME]]))
+    assert stream.getvalue().count(NAME) == 4
+
+
+def test_a_table_is_shown_without_the_large_libraries():
+    seen = "import sys, parts.view; print({'torch', 'numpy', 'matplotlib'} & sys.modules.keys())"
+    found = subprocess.run(
+        [sys.executable, "-c", seen], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "set()\n"
