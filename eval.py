@@ -39,7 +39,6 @@ from parts.metrics import (
     bootstrap,
     bootstrap_mean,
     paired_tests,
-    pass_at_k,
     ratios,
     read_graded,
     summarise,

@@ -45,8 +45,8 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep freed memory for the next request; nothing is done for another C library.
 
-    Every step frees and asks for the same large tensors. By default each goes back to the system and costs a page fault
-    per 4 KiB when it returns: LOG.md has what that costs.
+    Every step frees and asks for the same large tensors. By default each goes back to the system
+    and costs a page fault per 4 KiB when it returns: LOG.md has what that costs.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

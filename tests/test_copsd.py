@@ -367,7 +367,8 @@ CHANGES = {
     "swap_solutions": True,
     "token_budget": 150,
 }
-# These change memory, speed, place or the evaluation, and must not change what is learned, or are tested elsewhere.
+# These change memory, speed, place or the evaluation, and must not change what is learned, or are
+# tested elsewhere.
 ELSEWHERE = {
     "model",
     "top_p",
