@@ -53,7 +53,7 @@ from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Setup
 from parts.steplog import Tally, count_tokens
-from parts.view import StepView
+from parts.view import StepView, Watcher
 
 ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
 MAX_DRAWS = 4  # of --resample-dead-groups, for one step
@@ -138,7 +138,7 @@ def copsd_loss(
     return loss_N, {**stats, "clipped_N": loss_N.detach() < stats["kl_N"]}
 
 
-def train_copsd(setup: Setup, run: runs.Run, view: StepView) -> bool:
+def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
     """Train from the last saved step to the end; return False if a signal stopped it early."""
     config = setup.config
     optimizer, step, sampled_tokens = begin(setup, run)
@@ -353,7 +353,7 @@ def loss_mean(config: Config, tokens: int, rows: int) -> tuple[str, int]:
     return {"token": "token", "sequence": "trajectory"}[config.loss_norm], tokens
 
 
-def train_grpo(setup: Setup, run: runs.Run, view: StepView) -> bool:
+def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
     """Train from the last saved step to the end; return False if a signal stopped it early."""
     config = setup.config
     optimizer, step, sampled_tokens = begin(setup, run)

@@ -43,6 +43,7 @@ from parts.metrics import (
     read_graded,
     summarise,
 )
+from parts.metrics import pass_at_k as pass_at_k  # stays importable from here
 from parts.model import load_model, load_tokenizer, resolve_model
 from parts.prompts import (
     Language,

@@ -7,7 +7,8 @@ its program when it runs.
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
@@ -16,15 +17,34 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from parts.prompts import languages
 from parts.recipe import CompareConfig, Config, EvalConfig, range_text
 
 Given = dict[str, Any]  # the values of the flags that were typed
+UsageError: Any = typer.BadParameter.__base__  # click's, which typer carries inside
+
+
+class _OneLineErrors(TyperGroup):
+    """A program that answers a mistyped command line with one line, like any other bad input."""
+
+    def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:
+        """Run the program and exit."""
+        typed = list(sys.argv[1:] if args is None else args)
+        if self.no_args_is_help and not typed:
+            typed = ["--help"]
+        try:
+            code = super().main(typed, **{**options, "standalone_mode": False})
+        except UsageError as error:
+            typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+            sys.exit(2)
+        sys.exit(code)
 
 
 def _program(text: str, **options: Any) -> typer.Typer:
     return typer.Typer(
+        cls=_OneLineErrors,
         add_completion=False,
         pretty_exceptions_enable=False,  # a bug shows Python's own traceback
         rich_markup_mode="rich",  # flags stand under headings
@@ -106,7 +126,7 @@ def start() -> Console:
 
 @contextmanager
 def bad_input() -> Iterator[None]:
-    """Turn a wrong value, and a file that is missing, torn or unwritable, into a line and exit code 2.
+    """Turn a wrong value, or a file that is missing, torn or unwritable, into a line and exit 2.
 
     It goes around reading, checking and loading only: an error in what comes after is a bug, and
     shows its traceback.
@@ -185,7 +205,7 @@ def compare_command() -> None:
     raise typer.Exit(2)
 
 
-@comparison.command()
+@comparison.callback(invoke_without_command=True)
 @flags_of(CompareConfig)
 def run_comparison(given: Given) -> None:
     """Train base, GRPO and COPSD at an equal budget of sampled tokens; write tables and figures.

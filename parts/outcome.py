@@ -179,8 +179,8 @@ def sweep_table(sweep: dict[str, Sweep]) -> str:
 def write_experiment(experiment: Experiment, out: Path, results: Path | None) -> list[Path]:
     """Write compare.json, RESULTS.md and the figures; return the files.
 
-    results  another Markdown file, whose section for this experiment is written anew; the figures go
-             beside it, too
+    results  another Markdown file, whose section for this experiment is written anew; the figures
+             go beside it, too
     """
     summaries = {
         lang: summarise_language(arms, experiment.pairs) for lang, arms in experiment.arms.items()

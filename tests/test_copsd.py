@@ -1,4 +1,4 @@
-"""The method end to end on the lab model: what is scored, what the loss is, what the loop leaves behind."""
+"""The method end to end on the lab model: what is scored, the loss, what the loop leaves behind."""
 
 import json
 from dataclasses import fields
@@ -178,7 +178,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batches(tmp_path, r
         torch.testing.assert_close(other, gradients[0], atol=1e-5 * scale, rtol=0)
 
 
-def test_with_swapped_solutions_the_teacher_reads_that_of_another_problem_and_the_held_out_keep_theirs(
+def test_swapped_solutions_are_of_other_problems_and_the_held_out_ones_stay(
     tmp_path,
 ):
     plain, _ = make_setup(tmp_path / "plain", eval_problems=4)
@@ -539,7 +539,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, argumen
         ("c.jsonl", '{"problem": " ", "answer": "1"}\n', "empty"),
         (
             "d.jsonl",
-            '{"problem": "p", "solution": "s", "answer": "1", "problem_translated": "q", "language": "swa"}\n',
+            '{"problem": "p", "answer": "1", "problem_translated": "q", "language": "swa"}\n',
             "swa",
         ),
         ("e.jsonl", "", "no problems"),

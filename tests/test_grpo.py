@@ -1,4 +1,4 @@
-"""GRPO: advantages and surrogate by hand, what counts in the mean, and a loop that is COPSD's but for the method."""
+"""GRPO: advantages and loss by hand, what counts in the mean, and a loop that is like COPSD's."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def nudge(setup, scale: float = 0.05) -> None:
 
 
 def live_groups(setup, count: int = 2) -> list[Group]:
-    """Return groups with rewards that differ, given by hand: the lab's own would depend on its weights."""
+    """Return groups with rewards that differ, by hand: the lab's would depend on its weights."""
     groups = roll_out_groups(setup, setup.train[:count], seed=0)
     return [Group(group.problem, group.rollouts, [1.0, 0.0, 0.0, 1.0]) for group in groups]
 
@@ -134,7 +134,7 @@ def test_the_corners_of_the_clipped_surrogate(ratio, advantage, loss, gradient):
 
 @pytest.mark.parametrize(
     ("norm", "weights"),
-    [  # what a token weighs in completions of 3 tokens and of 1, in a step of 2 completions of up to 10 tokens
+    [  # what a token weighs in completions of 3 and 1 tokens, of at most 10
         ("token", [1 / 4, 1 / 4]),
         ("sequence", [1 / 6, 1 / 2]),
         ("constant", [1 / 20, 1 / 20]),
