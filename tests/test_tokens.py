@@ -98,8 +98,9 @@ def test_each_number_is_what_fp64_says(scored):
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_the_footer_is_the_loss_that_training_takes(scored, kind, clip_mode):
     settings = {**LOSS, "kind": kind, "clip_mode": clip_mode, "beta": 0.3}
-    rows = explain_tokens(*scored, letters, **settings)
-    loss_N, stats = chunked_divergence(*scored[:3], **settings)
+    student_ND, teacher_ND, head_VD, ids = scored
+    rows = explain_tokens(student_ND, teacher_ND, head_VD, ids, letters, **settings)
+    loss_N, stats = chunked_divergence(student_ND, teacher_ND, head_VD, **settings)
     clipped_N = loss_N.detach() < stats["kl_N"]
     assert [r.loss for r in rows] == pytest.approx(loss_N.tolist(), abs=1e-4)
     assert [r.clipped for r in rows] == clipped_N.tolist()
@@ -161,14 +162,18 @@ def test_a_rollout_without_tokens_is_an_error(scored):
 
 def test_tokens_read_as_they_stand_in_their_text(lab_folder, tiny_model):
     tokenizer = load_tokenizer(lab_folder)
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids))
+
     # The bytes of the last letter lie on both sides of the place where the next tokens are scored.
     ids = tokenizer.encode(" Da\n\nƙ猫 ce")
     ids += tokenizer.encode("1") * (ROWS - 1 - len(ids)) + tokenizer.encode("猫")
     hidden_ND = torch.zeros(len(ids), 32)
     head_VD = torch.zeros(len(tokenizer), 32)
-    rows = explain_tokens(hidden_ND, hidden_ND, head_VD, ids, tokenizer.decode, **LOSS)
+    rows = explain_tokens(hidden_ND, hidden_ND, head_VD, ids, decode, **LOSS)
     texts = [found.text for found in rows]
-    assert "".join(text for text in texts if text != BROKEN) == tokenizer.decode(ids)
+    assert "".join(text for text in texts if text != BROKEN) == decode(ids)
     assert (
         texts.count("猫") == 2 and BROKEN in texts
     )  # three bytes, of which only the last completes it
