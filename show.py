@@ -117,7 +117,10 @@ def write_page(found: Walk, path: Path) -> None:
     write_tokens_page(
         path,
         title=f"One problem carried through: {found.problem.id}, {found.problem.language}",
-        prompts=found.prompts,
+        prompts={
+            f"What the {role} reads ({found.prompt_tokens[role]} tokens)": text
+            for role, text in found.prompts.items()
+        },
         rows=found.rows,
         after=found.after,
         notes=found.notes,
@@ -136,7 +139,7 @@ def _explain(setup: Setup, problem: Problem, rollout: Rollout) -> list[TokenRow]
         teacher_ND,
         head_weight(setup.model),
         rollout.completion_ids,
-        setup.tokenizer.decode,
+        lambda ids: str(setup.tokenizer.decode(ids)),
         kind=config.divergence,
         beta=config.beta,
         temperature=config.temperature,

@@ -11,87 +11,101 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import copsd
-import eval as evaluation
+from parts import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CEILINGS = {
-    "copsd.py": 800,
-    "eval.py": 450,
-    "kernels.py": 320,
-    "parts/sampler.py": 330,
-    "parts/model.py": 280,
-    "parts/data.py": 320,
-    "parts/grading.py": 320,
-    "parts/runs.py": 280,
-    "parts/report.py": 350,
-    # not in the first plan; LOG.md says why they are there
-    "parts/benchmarks.py": 120,
-    "parts/flags.py": 80,
-    "parts/machine.py": 80,
-    "parts/mathcheck.py": 100,
-    "parts/metrics.py": 250,
+# A file imports only files above it here, and the programs stand above them all.
+PARTS = (
+    "machine files prompts recipe data model adapters sampler numerals grading mathcheck metrics view "
+    "measure benchmarks runs steplog setup report outcome tokens commands"
+).split()
+ABOVE = {
+    "kernels": set(),
+    "copsd": {"kernels", "parts"},
+    "eval": {"parts"},
+    "show": {"copsd", "parts"},
+    "compare": {"copsd", "parts"},
 }
-SOURCES = [ROOT / name for name in CEILINGS]
-FUNCTION_CEILING, LOOP_CEILING = 60, 90
+SOURCES = [ROOT / f"{name}.py" for name in ABOVE] + [ROOT / f"parts/{name}.py" for name in PARTS]
+SCREEN = 60  # lines of a function
+LOOP = 90  # lines of a training loop
 
 
-def imports(path: Path) -> set[str]:
+def imported(path: Path) -> set[str]:
+    """Return the modules of ours that a file imports at its top, such as "kernels" or "parts.data"."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "parts":
+            found |= {f"parts.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
-    return found
+    return {name for name in found if name.split(".")[0] in {*ABOVE, "parts"}}
 
 
-def ours(path: Path) -> set[str]:
-    return {
-        name
-        for name in imports(path)
-        if name.split(".")[0] in ("copsd", "eval", "kernels", "parts", "lab")
-    }
+def functions(path: Path) -> list[ast.FunctionDef]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def nesting(node: ast.AST, depth: int = 0) -> int:
+    """Return how deep blocks stand in each other inside a function."""
+    blocks = (ast.If, ast.For, ast.While, ast.With, ast.Try)
+    inner = [
+        nesting(child, depth + isinstance(child, blocks))
+        for child in ast.iter_child_nodes(node)
+        if not isinstance(child, (ast.FunctionDef, ast.ClassDef))
+    ]
+    return max(inner, default=depth)
+
+
+def test_every_part_is_in_the_order_of_imports():
+    found = {path.stem for path in (ROOT / "parts").glob("*.py")} - {"__init__"}
+    assert found == set(PARTS)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_imports_only_parts_above_it(name):
+    allowed = {f"parts.{above}" for above in PARTS[: PARTS.index(name)]} | {"kernels"}
+    assert imported(ROOT / f"parts/{name}.py") <= allowed
+
+
+@pytest.mark.parametrize("name", ABOVE)
+def test_a_program_imports_what_stands_below_it(name):
+    assert {module.split(".")[0] for module in imported(ROOT / f"{name}.py")} == ABOVE[name]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_files_and_functions_stay_within_their_ceilings(path):
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= CEILINGS[path.relative_to(ROOT).as_posix()]
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            ceiling = (
-                LOOP_CEILING if node.name in ("train_copsd", "train_grpo") else FUNCTION_CEILING
-            )
-            assert (node.end_lineno or 0) - node.lineno < ceiling, node.name
-            assert node.name.startswith("_") or ast.get_docstring(node), (
-                f"{node.name} has no docstring"
-            )
+def test_functions_fit_a_screen_and_public_ones_are_documented(path):
+    for node in functions(path):
+        limit = LOOP if node.name in ("train_copsd", "train_grpo") else SCREEN
+        assert (node.end_lineno or 0) - node.lineno < limit, node.name
+        assert node.name.startswith("_") or ast.get_docstring(node), f"{node.name} has no docstring"
 
 
-def test_imports_point_one_way():
-    parts = [*(ROOT / "parts").glob("*.py"), ROOT / "kernels.py"]
-    assert all(not ours(path) for path in parts)
-    assert {name.split(".")[0] for name in ours(ROOT / "eval.py")} == {"parts"}
-    assert {name.split(".")[0] for name in ours(ROOT / "copsd.py")} == {"eval", "kernels", "parts"}
+def test_copsd_is_the_method_and_shows_it_early():
+    lines = (ROOT / "copsd.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 650
+    places = [lines.index(line) for line in lines if line.startswith(("def train_", "class Group"))]
+    copsd_loop, grpo, grpo_loop = places
+    assert copsd_loop < grpo < 250 and grpo_loop > grpo, "COPSD whole, then GRPO whole"
 
 
 def test_copsd_does_not_know_the_lab():
-    text = (ROOT / "copsd.py").read_text(encoding="utf-8")
-    assert [line for line in text.splitlines() if "lab/" in line] == [
-        line for line in text.splitlines() if line.strip().startswith("model: str = setting(")
-    ]
+    assert "lab/" not in (ROOT / "copsd.py").read_text(encoding="utf-8")
 
 
 def test_nothing_is_unpickled_and_no_remote_code_runs():
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
-        assert (
-            "torch.load" not in text
-            and "pickle.load" not in text
-            and "trust_remote_code=True" not in text
-        )
+        assert "torch.load" not in text and "pickle.load" not in text
+        assert "trust_remote_code=True" not in text
+
+
+def test_files_are_replaced_in_one_place():
+    assert [path.name for path in SOURCES if "os.replace(" in path.read_text()] == ["files.py"]
 
 
 def test_each_equation_of_the_readme_is_marked_where_it_is_computed():
@@ -105,23 +119,17 @@ def test_each_equation_of_the_readme_is_marked_where_it_is_computed():
     assert mapped == computed != set()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["kernels", "eval", "copsd"]
-    + [
-        f"parts.{name}"
-        for name in (
-            "sampler",
-            "model",
-            "data",
-            "grading",
-            "mathcheck",
-            "metrics",
-            "benchmarks",
-            "tokens",
-        )
-    ],
-)
+def test_each_place_that_the_equation_map_names_is_there():
+    rows = [line for line in README.splitlines() if line.startswith("| Eq. (")]
+    for row in rows:
+        for module, name in re.findall(r"`(kernels|copsd)\.(\w+)`", row):
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+DOCTESTED = [*ABOVE, *(f"parts.{name}" for name in PARTS)]
+
+
+@pytest.mark.parametrize("name", DOCTESTED)
 def test_examples_in_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
@@ -129,7 +137,8 @@ def test_examples_in_docstrings_run(name):
 def readme_commands(program: str) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith(f"python {program}")]
+    found = [line for line in lines if line.startswith(f"python {program}")]
+    return list(dict.fromkeys(found))
 
 
 @pytest.mark.parametrize("command", readme_commands("copsd.py"))
@@ -137,41 +146,29 @@ def test_copsd_commands_of_the_readme_run(command, tmp_path):
     arguments = shlex.split(command)[2:]
     if "Qwen2.5-1.5B" in arguments:
         pytest.skip("needs the hub; test_hub.py runs it against a local cache")
-    if arguments[0] == "compare":
-        arguments += [
-            "--seeds",
-            "1",
-            "--sweep",
-            "1",
-            "--token-budget",
-            "600",
-            "--batch-size",
-            "8",
-            "--max-new-tokens",
-            "30",
-        ]
-        arguments += [
-            "--eval-problems",
-            "4",
-            "--eval-samples",
-            "2",
-            "--dev-problems",
-            "4",
-            "--out",
-            str(tmp_path / "out"),
-        ]
+    run = tmp_path / "run"
+    if "--adapter" in arguments:
+        made = ["train", "--steps", "1", "--batch-size", "4", "--eval-problems", "0"]
+        assert CliRunner().invoke(commands.copsd, [*made, "--out", str(run)]).exit_code == 0
+        arguments[arguments.index("--adapter") + 1] = str(run)
+    if "--html" in arguments:
+        arguments[arguments.index("--html") + 1] = str(tmp_path / "walk.html")
     if arguments[0] == "train":
-        arguments += [
-            "--steps",
-            "1",
-            "--batch-size",
-            "8",
-            "--eval-problems",
-            "4",
-            "--out",
-            str(tmp_path / "run"),
-        ]
-    result = CliRunner().invoke(copsd.app, arguments)
+        small = ["--steps", "1", "--batch-size", "8", "--eval-problems", "4"]
+        arguments += [*small, "--out", str(run)]
+    result = CliRunner().invoke(commands.copsd, arguments)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", readme_commands("compare.py"))
+def test_compare_commands_of_the_readme_run(command, tmp_path):
+    arguments = shlex.split(command)[2:]
+    if "--results" in arguments:
+        arguments[arguments.index("--results") + 1] = str(tmp_path / "RESULTS.md")
+    small = ["--seeds", "1", "--sweep", "1", "--token-budget", "600", "--batch-size", "8"]
+    small += ["--max-new-tokens", "30", "--eval-problems", "4", "--eval-samples", "2"]
+    out = ["--dev-problems", "4", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(commands.comparison, [*arguments, *small, *out])
     assert result.exit_code == 0, result.output
 
 
@@ -181,26 +178,18 @@ def test_eval_commands_of_the_readme_run(command, tmp_path):
         argument.replace("evaluations/", f"{tmp_path}/") for argument in shlex.split(command)[2:]
     ]
     if "--adapter" in arguments:
-        flags = [
-            "--steps",
-            "1",
-            "--batch-size",
-            "4",
-            "--eval-problems",
-            "0",
-            "--out",
-            str(tmp_path / "run"),
-        ]
-        assert CliRunner().invoke(copsd.app, ["train", *flags]).exit_code == 0
+        flags = ["--steps", "1", "--batch-size", "4", "--eval-problems", "0"]
+        made = ["train", *flags, "--out", str(tmp_path / "run")]
+        assert CliRunner().invoke(commands.copsd, made).exit_code == 0
         arguments[arguments.index("--adapter") + 1] = str(tmp_path / "run")
     if arguments[0] == "report":
         for seed, folder in enumerate(arguments[1:]):
             made = ["--pass-at-k", "2", "--limit", "4", "--seed", str(seed), "--out", folder]
-            assert CliRunner().invoke(evaluation.app, made).exit_code == 0
+            assert CliRunner().invoke(commands.evaluation, made).exit_code == 0
         arguments += ["--out", str(tmp_path / "report")]
     else:
         arguments += ["--limit", "4"]
-    result = CliRunner().invoke(evaluation.app, arguments)
+    result = CliRunner().invoke(commands.evaluation, arguments)
     assert result.exit_code == 0, result.output
 
 
