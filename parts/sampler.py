@@ -21,7 +21,7 @@ never touched.
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +39,6 @@ GROWTH_COLUMNS = 256
 PREFILL_TOKENS = 512
 # Multiplications in a layer from which oneDNN saves more than the two copies around it cost.
 ONEDNN_PRODUCTS = 2**22
-# Models with fewer parameters decode on one CPU thread: see _cpu_settings.
-ONE_THREAD_PARAMETERS = 2**22
 # Candidates that are tried before a sort of the whole vocabulary.
 FIRST_WIDTH = 256
 
@@ -137,8 +135,8 @@ def sample(
     on_progress  called after every step with (finished rows, all rows, tokens generated so far)
 
     A row depends on the seed, its prompt's index (from first_index on) and its sample's, not on the
-    rows beside it, up to float rounding. No gradient; each module's own mode is put back, and so is
-    the number of threads. ValueError: bad arguments, models that are not supported.
+    rows beside it, up to float rounding. No gradient; each module's own mode is put back.
+    ValueError: bad arguments, models that are not supported.
     """
     _check(model, prompts, params)
     _require(samples_per_prompt >= 1, f"samples_per_prompt is {samples_per_prompt}", "1 or more")
@@ -155,7 +153,7 @@ def sample(
         for index, ids in enumerate(prompts, start=first_index)
         for number in range(samples_per_prompt)
     ]
-    with _eval_mode(model), _cpu_settings(model):
+    with _eval_mode(model), _fast_products(model):
         steps = _decode(batch, rows, params, eos_ids, allowed_V, max_rows or len(rows))
         for finished, generated in steps:
             if on_progress is not None:
@@ -235,30 +233,17 @@ def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = True  # train() would also reach children that were in eval mode
 
 
-@contextmanager
-def _cpu_settings(model: PreTrainedModel) -> Iterator[None]:
-    """On a CPU: one thread for a small model, oneDNN's matrix products for a large one in fp32.
-
-    A small model's step is hundreds of operations of some microseconds each. Threads meet at the
-    end of every one of them and spin until the last has come: beside other busy processes, a step
-    of the lab's model takes many times as long on two threads as on one.
-    """
-    size = model.num_parameters()
-    on_cpu = model.device.type == "cpu"
-    threads = torch.get_num_threads()
-    with ExitStack() as undo:
-        if on_cpu and size < ONE_THREAD_PARAMETERS:
-            undo.callback(torch.set_num_threads, threads)
-            torch.set_num_threads(1)
-        # The mode is asked at every operation, which would slow a small model.
-        if (
-            on_cpu
-            and size >= ONEDNN_PRODUCTS
-            and model.dtype == torch.float32
-            and torch.backends.mkldnn.is_available()
-        ):
-            undo.enter_context(_OneDNN())
-        yield
+def _fast_products(model: PreTrainedModel) -> AbstractContextManager:
+    """Return what a large fp32 model on a CPU samples within: _OneDNN. Otherwise, nothing."""
+    fits = (
+        torch.backends.mkldnn.is_available()
+        and model.device.type == "cpu"
+        and model.dtype == torch.float32
+    )
+    # The mode is asked at every operation, which would slow a small model.
+    if fits and model.num_parameters() >= ONEDNN_PRODUCTS:
+        return _OneDNN()
+    return nullcontext()
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ from eval import check_answers, keep_fitting, text_language
 from parts.adapters import save_adapter
 from parts.data import Problem
 from parts.model import attach_lora, load_model
+from parts.report import cell
 from parts.runs import read_json, write_json
-from parts.view import cell
 
 
 @pytest.mark.parametrize("answer", [None, "", " ", "1" * 5000])
@@ -358,15 +358,18 @@ def test_report_compares_evaluations_and_writes_its_files(tmp_path, two_evaluati
     change = evaluation.paired_tests(
         *(evaluation.load_evaluations(Path(f), f)["swa"][1] for f in two_evaluations)
     )[0]
-    assert cell("pass@1", change) in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert cell("pass@1", asdict(change)) in (tmp_path / "report" / "report.md").read_text(
+        encoding="utf-8"
+    )
     assert run_cli("report", two_evaluations[0], "--out", str(tmp_path / "one")).exit_code == 0
 
 
 def test_the_reports_curve_holds_every_k(two_evaluations):
     record, results, view = evaluation.load_evaluations(Path(two_evaluations[0]), "first")["hau"]
     assert list(view.pass_at_k) == [1, 2]
-    summary = read_json(Path(two_evaluations[0]) / "hau" / "summary.json")
-    assert asdict(view.pass_at_k[2]) == summary["pass@2"]
+    assert (
+        view.pass_at_k[2] == read_json(Path(two_evaluations[0]) / "hau" / "summary.json")["pass@2"]
+    )
     assert [asdict(each) for each in results] == view.problems and record[
         "settings"
     ] == view.settings

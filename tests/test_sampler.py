@@ -176,27 +176,6 @@ def test_the_room_for_all_columns_is_allocated_at_once(tiny_model, monkeypatch):
     assert made == [[6, 2, 11]] * 4  # keys and values of two layers; the twelfth token needs none
 
 
-def test_a_small_model_decodes_on_one_thread_and_the_number_is_put_back(tiny_model, monkeypatch):
-    before = torch.get_num_threads()
-    seen: set[int] = set()
-    tiny_model.model.register_forward_pre_hook(lambda *_: seen.add(torch.get_num_threads()))
-
-    def fail(*_):
-        raise RuntimeError("stop here")
-
-    try:
-        torch.set_num_threads(3)
-        with pytest.raises(RuntimeError, match="stop here"):
-            sample(tiny_model, random_prompts(4), PLAIN, eos_ids=set(), on_progress=fail)
-        assert (seen, torch.get_num_threads()) == ({1}, 3)
-        seen.clear()
-        monkeypatch.setattr(sampler, "ONE_THREAD_PARAMETERS", tiny_model.num_parameters())
-        sample(tiny_model, random_prompts(4), PLAIN, eos_ids=set())
-        assert (seen, torch.get_num_threads()) == ({3}, 3)
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("tokens", "groups"), [(10, [(1, 6), (2, 5), (1, 2)]), (1, [(1, 6), (1, 5), (1, 4), (1, 2)])]
 )
