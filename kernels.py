@@ -1,12 +1,18 @@
-"""Tensor maths of both methods: divergences over the whole vocabulary, log-probabilities, and how losses are reduced.
+"""Tensor maths of both methods: divergences, log-probabilities, and how losses are reduced.
 
-p is the teacher's distribution and q the student's, everywhere. `divergence` is the version of the loss to read first.
+At every token of a completion a model has a distribution over its vocabulary, the tokens v that
+could come next. p is the teacher's distribution and q the student's, everywhere. A divergence D
+says how far apart the two are. It is zero only where p = q, and counted in nats, which are bits by
+the natural logarithm. `divergence` is the version of the loss to read first.
 
-    Eq. (1)  L = (1/N) sum_t D( p(.|x, x_en, s_en, y_<t) || q(.|x, y_<t) ),  D = sum_v summand_v, here KL(p || q)
-    Eq. (2)  D = sum_v min(summand_v, clip)                                the entry clip, upper side only
-    Eq. (3)  dD/dlogit_v = (g_v - q_v sum_w g_w) / T,  g_v = q_v dD/dq_v   what `chunked_divergence` evaluates (ours)
+    Eq. (1)  L = (1/N) sum_t D( p(.|x, x_en, s_en, y_<t) || q(.|x, y_<t) ),  N tokens t,
+             D = sum_v summand_v, which for the forward KL is sum_v p_v (log p_v - log q_v)
+    Eq. (2)  D = sum_v min(summand_v, clip), the entry clip, on the upper side only
+    Eq. (3)  dD/dlogit_v = (g_v - q_v sum_w g_w) / T,  g_v = q_v dD/dq_v,  T the temperature;
+             the gradient on the student's logits, which `chunked_divergence` evaluates (ours)
 
-Departures: the token clip caps D and not its summands; the trajectory mean is not the mean over tokens.
+Departures: the token clip caps D and not its summands; the trajectory mean is not the mean over
+tokens.
 """
 
 import functools
@@ -37,19 +43,27 @@ def divergence(
     """Return loss_N, the divergence between teacher p and student q at every token, in nats.
 
     student_logits_NV  carries the gradient; 16-bit floats are computed in fp32, fp64 stays fp64
-    teacher_logits_NV  the same tokens; detached. Both are divided by `temperature`, without a factor T^2
-    kind       forward_kl  KL(p || q), summands p_v (log p_v - log q_v)
-               reverse_kl  KL(q || p), summands q_v (log q_v - log p_v)
-               jsd         beta KL(p || M) + (1 - beta) KL(q || M), M = beta p + (1 - beta) q, 0 < beta < 1, as in GKD:
-                           towards 0, jsd / beta tends to forward_kl; towards 1, jsd / (1 - beta) to reverse_kl
+    teacher_logits_NV  the same tokens; detached
+    temperature        divides both logits; there is no factor T^2 to make up for it
+    kind       forward_kl  KL(p || q), summands p_v (log p_v - log q_v). It weighs by the teacher:
+                           the student must cover whatever the teacher may say
+               reverse_kl  KL(q || p), summands q_v (log q_v - log p_v). It weighs by the student,
+                           which must not say what the teacher would not, and may leave things out
+               jsd         Jensen-Shannon, in between: how far each is from their mixture M,
+                           beta KL(p || M) + (1 - beta) KL(q || M), M = beta p + (1 - beta) q,
+                           0 < beta < 1, as in GKD. For beta towards 0, jsd / beta tends to
+                           forward_kl; towards 1, jsd / (1 - beta) tends to reverse_kl
     clip_mode  none        `clip` is ignored
-               entry       every summand becomes min(summand, clip) before the vocabulary is summed, Eq. (2)
+               entry       every summand becomes min(summand, clip), then they are summed, Eq. (2)
                token       the sum becomes min(D, clip)
-    Logits of +-1e4 are safe; an infinite one gives NaN. Raises ValueError for an unknown name or an unusable number.
 
-    The entry clip changes more than the size of the loss. With U the unclipped entries and P_T(U) the teacher's mass on
-    them, the gradient of forward_kl on the student's logits (T = 1) is P_T(U) (q - p restricted to U and renormalised).
-    An entry that the teacher wants clearly more than the student does is clipped away, and the rest pushes it DOWN:
+    Logits of +-1e4 are safe; an infinite one gives NaN. Raises ValueError for an unknown name or an
+    unusable number.
+
+    The entry clip changes more than the size of the loss. With U the unclipped entries and P_T(U)
+    the teacher's mass on them, the gradient of forward_kl on the student's logits (T = 1) is
+    P_T(U) (q - p restricted to U and renormalised). An entry that the teacher wants clearly more
+    than the student does is clipped away, and the rest pushes it DOWN:
 
     >>> q = torch.tensor([[0.3, 0.6, 0.1]]).log().requires_grad_()
     >>> p = torch.tensor([[0.6, 0.3, 0.1]]).log()
@@ -61,24 +75,27 @@ def divergence(
 
     And the loss can fall below zero, since only the upper side is cut:
 
-    >>> q, p = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
-    >>> [round(divergence(q, p, kind="forward_kl", clip_mode=m, clip=0.05).item(), 3) for m in ("none", "entry")]
-    [0.368, -0.111]
+    >>> q = torch.tensor([[0.5, 0.5]]).log()
+    >>> p = torch.tensor([[0.9, 0.1]]).log()
+    >>> for mode in ("none", "entry"):
+    ...     loss = divergence(q, p, kind="forward_kl", clip_mode=mode, clip=0.05)
+    ...     print(mode, round(loss.item(), 3))
+    none 0.368
+    entry -0.111
     """
     _check_options(kind, beta, temperature, clip_mode, clip)
     if student_logits_NV.shape != teacher_logits_NV.shape:
-        raise ValueError(
-            f"logits must share one [N, V], got {student_logits_NV.shape} and {teacher_logits_NV.shape}"
-        )
+        shapes = f"{student_logits_NV.shape} and {teacher_logits_NV.shape}"
+        raise ValueError(f"logits must share one [N, V], got {shapes}")
     log_q_NV = _scale(student_logits_NV, temperature).log_softmax(-1)
     log_p_NV = _scale(teacher_logits_NV.detach(), temperature).log_softmax(-1)
     summand_NV = _summand(kind, log_p_NV, log_q_NV, beta)
     if clip_mode == "entry":
         summand_NV = summand_NV.clamp(max=clip)  # Eq. (2)
     loss_N = summand_NV.sum(-1)  # Eq. (1), D
-    return (
-        loss_N.clamp(max=clip) if clip_mode == "token" else loss_N
-    )  # not Eq. (2): a token's loss as a whole
+    if clip_mode == "token":
+        loss_N = loss_N.clamp(max=clip)  # not Eq. (2): a token's loss as a whole
+    return loss_N
 
 
 def chunked_divergence(
@@ -94,34 +111,44 @@ def chunked_divergence(
     chunk_tokens: int = 256,
     compile: bool | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, ...) without ever holding those logits.
+    """Return divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, ...) without those logits.
+
+    At 10,000 tokens over a vocabulary of 150,000 they would take 6 GB, twice, in fp32.
 
     student_ND    hidden states that predict the N completion tokens; carries the gradient
     teacher_ND    the same tokens under the teacher's prompt; no gradient
-    head_VD       the output projection, taken as frozen: it gets no gradient even where it asks for one
-    chunk_tokens  rows of logits alive at a time; on a CPU, 256 is the fewest whose products run at full speed
-    compile       None compiles chunks of 2**22 logits and more, where torch.compile works; True and False insist
-    returns       loss_N, and stats without gradient: kl_N (the same kind, unclipped), teacher_entropy_N and
-                  student_entropy_N in nats at `temperature`, and clipped_frac, the share of the N tokens whose loss the
-                  clip made smaller: those with at least one clipped entry, or, for the token clip, the clipped ones
+    head_VD       the output projection, from a hidden state to logits. It is taken as frozen and
+                  gets no gradient even where it asks for one
+    chunk_tokens  rows of logits alive at a time; on a CPU, 256 is the fewest whose products run at
+                  full speed
+    compile       None compiles chunks of 2**22 logits and more, where torch.compile works; True and
+                  False insist
+    returns       loss_N, and stats without gradient:
+                  kl_N          the divergence of the same kind, unclipped
+                  teacher_entropy_N and student_entropy_N, at `temperature`: how undecided the
+                                model is, 0 nats when it is sure, log V when all tokens are alike
+                  clipped_frac  the share of the N tokens whose loss the clip made smaller: with at
+                                least one clipped entry, or clipped as a whole
 
-    The gradient, Eq. (3), is taken in the same visit as the loss: three matrix products a chunk, and [N, D] to keep.
-    Equal hidden states give a loss and a gradient of exactly zero. Raises ValueError as `divergence` does.
+    The gradient, Eq. (3), is taken in the same visit as the loss. That costs three matrix products
+    a chunk, and [N, D] is all that is kept for the backward pass. Equal hidden states give a loss
+    and a gradient of exactly zero. Raises ValueError as `divergence` does.
     """
     _check_options(kind, beta, temperature, clip_mode, clip)
     _check_projection(head_VD, chunk_tokens, student_ND, teacher_ND)
     if compile is None:
         compile = chunk_tokens * len(head_VD) >= 2**22 and _compiler_works(head_VD.device.type)
-    rows = (
-        chunk_tokens if compile else min(chunk_tokens, max(len(student_ND), 1))
-    )  # compiled: one shape for all calls
-    # As tensors: a Python number would be baked into the compiled code, and each new value would compile it again.
+    # Compiled code needs one shape for all calls; else few tokens make do with a small chunk.
+    rows = chunk_tokens if compile else min(chunk_tokens, max(len(student_ND), 1))
+    # As tensors: a Python number would be baked into the compiled code, and each new value would
+    # compile it again.
     dtype = torch.promote_types(head_VD.dtype, torch.float32)
     numbers = torch.tensor([temperature, beta, clip or 0.0], dtype=dtype, device=head_VD.device)
     options = _Options(kind, *numbers[:2], clip=numbers[2] if clip_mode == "entry" else None)
     scores_4N, gradient_ND = _walk_chunks(student_ND, teacher_ND, head_VD, options, rows, compile)
     loss_N, kl_N, teacher_entropy_N, student_entropy_N = scores_4N
-    # The sum adds nothing to the loss, and gradient_ND to its derivative.
+    # Autograd has not seen the walk, so it is told the gradient here. The difference is zero and
+    # changes no loss; its derivative is one, which makes gradient_ND the derivative of the loss.
     loss_N = loss_N + ((student_ND - student_ND.detach()).to(dtype) * gradient_ND).sum(-1)
     if clip_mode == "token":
         loss_N = loss_N.clamp(max=clip)  # not Eq. (2): as in `divergence`
@@ -130,8 +157,9 @@ def chunked_divergence(
         "kl_N": kl_N,
         "teacher_entropy_N": teacher_entropy_N,
         "student_entropy_N": student_entropy_N,
+        "clipped_frac": clipped_frac,
     }
-    return loss_N, {**stats, "clipped_frac": clipped_frac}
+    return loss_N, stats
 
 
 def chunked_logprob(
@@ -142,12 +170,15 @@ def chunked_logprob(
     temperature: float = 1.0,
     chunk_tokens: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """Return logprob_N of the chosen ids and entropy_N of their distributions, in nats, a chunk of logits at a time.
+    """Return logprob_N of the chosen ids and entropy_N of their distributions, in nats.
 
-    hidden_ND  hidden states at t-1, predicting ids_N at t; carries the gradient of both results
-    head_VD    the output projection, taken as frozen; logits are divided by `temperature`
-    ids_N      int64, the tokens that were chosen
-    The backward pass projects each chunk again instead of keeping its logits. Raises ValueError as `divergence` does.
+    hidden_ND     hidden states at t-1, predicting ids_N at t; carries the gradient of both results
+    head_VD       the output projection, taken as frozen; logits are divided by `temperature`
+    ids_N         int64, the tokens that were chosen
+    chunk_tokens  rows of logits alive at a time
+
+    The backward pass projects each chunk again instead of keeping its logits. Raises ValueError as
+    `divergence` does.
     """
     _check_options("forward_kl", 0.5, temperature, "none", None)
     _check_projection(head_VD, chunk_tokens, hidden_ND)
@@ -155,13 +186,11 @@ def chunked_logprob(
         raise ValueError(
             f"ids must be [N] for {len(hidden_ND)} hidden states, got {list(ids_N.shape)}"
         )
+    head_VD = head_VD.detach()
+    pairs = zip(hidden_ND.split(chunk_tokens), ids_N.split(chunk_tokens), strict=True)
     chunks = [
-        checkpoint(
-            _logprob_chunk, hidden_CD, head_VD.detach(), ids_C, temperature, use_reentrant=False
-        )
-        for hidden_CD, ids_C in zip(
-            hidden_ND.split(chunk_tokens), ids_N.split(chunk_tokens), strict=True
-        )
+        checkpoint(_logprob_chunk, hidden_CD, head_VD, ids_C, temperature, use_reentrant=False)
+        for hidden_CD, ids_C in pairs
     ]
     logprobs, entropies = zip(*chunks, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
@@ -170,14 +199,24 @@ def chunked_logprob(
 def reduce_loss(
     loss_N: Tensor, lengths: list[int], *, reduction: str, step_tokens: int, step_rows: int
 ) -> Tensor:
-    """Return this micro-batch's share of the step's loss, a scalar; the shares of any split add up to the same loss.
+    """Return this micro-batch's share of the step's loss, a scalar.
 
-    loss_N     per-token losses of the micro-batch's rows, one row after the other; `lengths` counts each row's tokens
-    reduction  token: mean over step_tokens; trajectory: mean over step_rows of each row's mean; both are the step's
+    A step may be computed in parts, the micro-batches, so that it fits into the memory. The shares
+    of any split add up to the same loss, since the denominators are the whole step's.
+
+    loss_N     per-token losses of the micro-batch's rows, one row after the other
+    lengths    how many tokens each row has
+    reduction  token       the mean over step_tokens, in which long rows count for more
+               trajectory  the mean over step_rows of each row's mean, in which rows count alike
+
+    Raises ValueError for an unknown reduction, and for lengths that do not add up.
 
     >>> loss_N = torch.tensor([3.0, 3.0, 3.0, 7.0])
-    >>> [reduce_loss(loss_N, [3, 1], reduction=r, step_tokens=4, step_rows=2).item() for r in REDUCTIONS]
-    [4.0, 5.0]
+    >>> for name in REDUCTIONS:
+    ...     share = reduce_loss(loss_N, [3, 1], reduction=name, step_tokens=4, step_rows=2)
+    ...     print(name, share.item())
+    token 4.0
+    trajectory 5.0
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}; valid: {', '.join(REDUCTIONS)}")
@@ -188,9 +227,8 @@ def reduce_loss(
     if reduction == "token":
         return loss_N.sum() / step_tokens  # Eq. (1), 1/N: the step's N
     lengths_B = torch.tensor(lengths, dtype=torch.int64, device=loss_N.device)
-    return (
-        loss_N / lengths_B.repeat_interleave(lengths_B)
-    ).sum() / step_rows  # not Eq. (1): rows weigh the same
+    row_length_N = lengths_B.repeat_interleave(lengths_B)
+    return (loss_N / row_length_N).sum() / step_rows  # not Eq. (1): rows weigh the same
 
 
 class _Options(NamedTuple):
@@ -210,20 +248,24 @@ def _walk_chunks(
     chunk_tokens: int,
     compile: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the four rows of `_score` for every token, and the gradient of each token's D on its hidden state.
+    """Return the four rows of `_score` for every token, and D's gradient on its hidden state.
 
-    The passes over a chunk are compiled one by one, and then none writes a [C, V] tensor except over student_CV;
-    compiled as a whole they would keep three, and take twice as long on a CPU.
+    The passes over a chunk are compiled one by one, and then none writes a [C, V] tensor except
+    over student_CV; compiled as a whole they would keep three, and take twice as long on a CPU.
     """
-    normalise, score, gradient_ = [
-        _prepare(step, compile) for step in (_normalise, _score, _gradient_)
-    ]
+    normalise = _prepare(_normalise, compile)
+    score = _prepare(_score, compile)
+    gradient_ = _prepare(_gradient_, compile)
     with_gradient = student_ND.requires_grad and torch.is_grad_enabled()
-    student_ND, teacher_ND, head_VD = student_ND.detach(), teacher_ND.detach(), head_VD.detach()
+    student_ND = student_ND.detach()
+    teacher_ND = teacher_ND.detach()
+    head_VD = head_VD.detach()
     scores_4N = head_VD.new_zeros(4, len(student_ND), dtype=options.temperature.dtype)
     gradient_ND = head_VD.new_zeros(student_ND.shape)
-    # Allocated once and always scored whole, whatever the last chunk fills: compiled code sees a single shape.
-    student_CV, teacher_CV = [head_VD.new_zeros(chunk_tokens, len(head_VD)) for _ in range(2)]
+    # Allocated once and always scored whole, whatever the last chunk fills: compiled code sees a
+    # single shape.
+    student_CV = head_VD.new_zeros(chunk_tokens, len(head_VD))
+    teacher_CV = head_VD.new_zeros(chunk_tokens, len(head_VD))
     for start in range(0, len(student_ND), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         filled = len(student_ND[rows])
@@ -239,7 +281,10 @@ def _walk_chunks(
 
 
 def _normalise(logits_CV: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """Return the largest scaled logit m and log sum exp(logit - m), [C, 1] each; their sum would lose digits."""
+    """Return the largest scaled logit m and log sum_v exp(logit_v - m), [C, 1] each.
+
+    log q is the logit minus both. They stay apart, since their sum would lose digits.
+    """
     scaled_CV = _scale(logits_CV, options.temperature)
     max_C1 = scaled_CV.amax(-1, keepdim=True)
     return max_C1, (scaled_CV - max_C1).exp().sum(-1, keepdim=True).log()
@@ -248,16 +293,16 @@ def _normalise(logits_CV: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
 def _score(
     student_CV: Tensor, teacher_CV: Tensor, normalisers, options: _Options
 ) -> tuple[Tensor, Tensor]:
-    """Return [D, D unclipped, teacher entropy, student entropy] of each token and the sum of Eq. (3)."""
+    """Return [D, D unclipped, teacher entropy, student entropy] of each token, and sum_w g_w."""
     log_p_CV, log_q_CV, summand_CV, slope_CV = _terms(student_CV, teacher_CV, normalisers, options)
-    loss_C = kl_C = summand_CV.sum(-1)  # Eq. (1), D
+    kl_C = summand_CV.sum(-1)  # Eq. (1), D
+    loss_C = kl_C
     if options.clip is not None:
         loss_C = summand_CV.clamp(max=options.clip).sum(-1)  # Eq. (2)
     teacher_entropy_C = -(log_p_CV.exp() * log_p_CV).sum(-1)
     student_entropy_C = -(log_q_CV.exp() * log_q_CV).sum(-1)
-    return torch.stack([loss_C, kl_C, teacher_entropy_C, student_entropy_C]), slope_CV.sum(
-        -1, keepdim=True
-    )
+    scores_4C = torch.stack([loss_C, kl_C, teacher_entropy_C, student_entropy_C])
+    return scores_4C, slope_CV.sum(-1, keepdim=True)
 
 
 def _gradient_(
@@ -271,23 +316,28 @@ def _gradient_(
 def _terms(
     student_CV: Tensor, teacher_CV: Tensor, normalisers, options: _Options
 ) -> tuple[Tensor, ...]:
-    """Return log p, log q, the summands of D, and g of Eq. (3).
+    """Return log p, log q, the summands of D, and g of Eq. (3), called the slope.
 
-    g_v is q_v dsummand_v/dq_v for an unclipped entry and 0 for a clipped one; to both, forward_kl adds one q_v and
-    reverse_kl takes one away. Eq. (3) cancels it, as q sums to one, and with it g is exactly 0 where p = q.
+    g_v is q_v dsummand_v/dq_v for an unclipped entry and 0 for a clipped one. To both, forward_kl
+    adds one q_v and reverse_kl takes one away. That q_v cancels in Eq. (3), as q sums to one, and
+    with it g is exactly 0 where p = q.
     """
     kind, temperature, beta, clip = options
     (student_max_C1, student_log_sum_C1), (teacher_max_C1, teacher_log_sum_C1) = normalisers
     log_q_CV = _scale(student_CV, temperature) - student_max_C1 - student_log_sum_C1
     log_p_CV = _scale(teacher_CV, temperature) - teacher_max_C1 - teacher_log_sum_C1
-    q_CV, summand_CV = log_q_CV.exp(), _summand(kind, log_p_CV, log_q_CV, beta)
+    q_CV = log_q_CV.exp()
+    summand_CV = _summand(kind, log_p_CV, log_q_CV, beta)
     if kind == "forward_kl":
-        slope_CV, clipped_slope_CV = q_CV - log_p_CV.exp(), q_CV
+        slope_CV = q_CV - log_p_CV.exp()
+        clipped_slope_CV = q_CV
     elif kind == "reverse_kl":
-        slope_CV, clipped_slope_CV = summand_CV, -q_CV
+        slope_CV = summand_CV
+        clipped_slope_CV = -q_CV
     else:
         q_to_mixture_CV, _ = _ratios_to_mixture(log_q_CV - log_p_CV, beta)
-        slope_CV, clipped_slope_CV = (1 - beta) * q_CV * q_to_mixture_CV, torch.zeros_like(q_CV)
+        slope_CV = (1 - beta) * q_CV * q_to_mixture_CV
+        clipped_slope_CV = torch.zeros_like(q_CV)
     if clip is not None:
         slope_CV = torch.where(summand_CV > clip, clipped_slope_CV, slope_CV)
     return log_p_CV, log_q_CV, summand_CV, slope_CV
@@ -309,10 +359,11 @@ def _summand(kind: str, log_p_NV: Tensor, log_q_NV: Tensor, beta: float | Tensor
 
 
 def _ratios_to_mixture(ratio_NV: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return log q/M and log p/M from log q/p, with M = beta p + (1 - beta) q; both exactly zero where p = q."""
-    ratio_NV = ratio_NV.clamp(
-        max=80
-    )  # exp(80) fits fp32, and a p that much smaller than q does not count
+    """Return log q/M and log p/M from log q/p, with M = beta p + (1 - beta) q.
+
+    Both are exactly zero where p = q.
+    """
+    ratio_NV = ratio_NV.clamp(max=80)  # exp(80) fits fp32, and beyond it p counts for nothing
     mixture_NV = torch.log1p((1 - beta) * torch.expm1(ratio_NV))
     return ratio_NV - mixture_NV, -mixture_NV
 
@@ -328,20 +379,24 @@ def _logprob_chunk(
 
 @functools.cache
 def _prepare(function: Callable, compile: bool) -> Callable:
-    """Return the function, compiled if asked: one object for all calls, or each call would compile again."""
+    """Return the function, compiled if asked.
+
+    The cache makes it one object for all calls; else each call would compile again.
+    """
     return torch.compile(function, fullgraph=True, dynamic=False) if compile else function
 
 
 @functools.cache
 def _compiler_works(device_type: str) -> bool:
-    """Compile something small to see whether torch.compile can (a CPU needs a C++ compiler); warn, once, if not."""
+    """Compile something small to see whether torch.compile can; warn, once, if not.
+
+    On a CPU it needs a C++ compiler.
+    """
     try:
         torch.compile(torch.neg)(torch.zeros(8, device=device_type))
     except TorchDynamoException as error:
-        warnings.warn(
-            f"divergences run eagerly, as torch.compile fails: {str(error).splitlines()[0]}",
-            stacklevel=3,
-        )
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"divergences run eagerly, as torch.compile fails: {reason}", stacklevel=3)
         return False
     return True
 

@@ -10,6 +10,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from pyarrow import parquet
+from rich.console import Console
 
 from parts.prompts import Language, Problem, find_language, languages
 from parts.prompts import build_prompt as build_prompt  # stays importable from here
+from parts.recipe import Config
 
 # In order of preference; m_query and response are MSVAMP's.
 PROBLEM_COLUMNS = ("problem_translated", "problem", "question", "m_query")
@@ -225,9 +228,53 @@ def split_heldout(
     return train, heldout
 
 
-def swap_solutions(problems: list[Problem]) -> list[str | None]:
-    """Return, for each problem, the English solution of the next one (an ablation)."""
-    return [problem.solution_en for problem in problems[1:] + problems[:1]]
+def read_train_and_heldout(config: Config) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems that a run trains on and those that it is evaluated on."""
+    lang = config.lang
+    source = Path(config.data) if config.data else hub_training_file(lang)
+    train = load_problems(source, language=lang)
+    heldout: list[Problem] = []
+    if config.eval_data:
+        heldout = load_problems(Path(config.eval_data), language=lang)[: config.eval_problems]
+    elif config.eval_problems:
+        train, heldout = split_heldout(train, config.eval_problems, config.seed)
+    if config.swap_solutions:
+        others = train[1:] + train[:1]
+        train = [
+            replace(problem, solution_en=other.solution_en)
+            for problem, other in zip(train, others, strict=True)
+        ]
+    return train, heldout
+
+
+def keep_fitting(
+    problems: list[Problem],
+    prompts: list[list[int]],
+    console: Console,
+    *,
+    context: int,
+    max_new_tokens: int,
+) -> list[Problem]:
+    """Return the problems whose prompts leave room for max_new_tokens in the model's context.
+
+    The others are left out whole, never cut, and counted aloud. Raises ValueError if that is all.
+    """
+    kept = [
+        problem
+        for problem, prompt in zip(problems, prompts, strict=True)
+        if len(prompt) + max_new_tokens <= context
+    ]
+    if problems and not kept:
+        raise ValueError(
+            f"no problem fits the model's context of {context} tokens: lower --max-new-tokens"
+        )
+    if len(kept) < len(problems):
+        console.print(
+            f"skipped {len(problems) - len(kept)} of {len(problems)} problems: their prompts and "
+            f"{max_new_tokens} new tokens exceed the model's context of {context}",
+            soft_wrap=True,
+        )
+    return kept
 
 
 def pick_order(count: int, *, seed: int, step: int, batch: int) -> list[int]:

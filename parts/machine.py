@@ -50,9 +50,8 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep freed memory for the next request.
 
-    Every step frees large tensors and asks for as large ones again. By default the memory goes back
-    to the system in between, and costs a page fault per 4 KiB when it returns. LOG.md has what that
-    amounts to. Nothing is done for another C library.
+    Every step frees and asks for the same large tensors. By default each goes back to the system
+    and costs a page fault per 4 KiB when it returns: LOG.md has what that costs.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""Metrics of graded completions: pass@k and its companions, 95 % intervals, and tests of a difference."""
+"""Metrics of graded completions: pass@k and its kin, 95 % intervals, tests of a difference."""
 
 import math
 import re
@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 
-LEVEL_WEIGHTS = {
-    "low": 1,
-    "medium": 2,
-    "high": 4,
-    "top": 8,
-}  # PolyMath's levels, and its paper's weights
+# PolyMath's levels of difficulty, and the weights of its paper.
+LEVEL_WEIGHTS = {"low": 1, "medium": 2, "high": 4, "top": 8}
+
+# Resamples of the bootstrap. From seed to seed the interval's ends then move by less than 0.3
+# points.
+RESAMPLES = 2000
+
+# The permutation test tries all sign patterns of up to so many problems, 2**14 of them.
+EXACT_FLIPS = 14
+# Of more problems it draws so many patterns.
+FLIPS = 20_000
+
 Ratio = tuple[list[float], list[float]]  # a numerator and a denominator per problem
-RESAMPLES = 2000  # of the bootstrap; the interval's ends then move by less than 0.3 points from seed to seed
-EXACT_FLIPS, FLIPS = (
-    14,
-    20_000,
-)  # of the permutation test: all sign patterns of so many problems, or so many drawn
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ class Estimate:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the unbiased probability that at least one of k attempts, drawn from n with c right, is right.
+    """Return the unbiased probability that of k attempts, drawn from n with c right, one is right.
 
-    1 - C(n-c, k) / C(n, k), as a product so that no binomial overflows (Chen et al. 2021, 2107.03374, Eq. 1).
+    One or more, that is: 1 - C(n-c, k) / C(n, k), computed as a product so that no binomial
+    overflows (Chen et al. 2021, 2107.03374, Eq. 1).
     Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
 
     >>> pass_at_k(n=8, c=2, k=1), round(pass_at_k(n=8, c=2, k=4), 4)
@@ -83,9 +85,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def bootstrap(numerators: list[float], denominators: list[float], *, seed: int = 0) -> Estimate:
-    """Return sum(numerators) / sum(denominators), one pair a problem, with a 95 % percentile interval over problems.
+    """Return sum(numerators) / sum(denominators), one pair a problem, with its 95 % interval.
 
-    nan where the denominators sum to zero. A mean over problems has denominators of 1.
+    The bootstrap draws as many problems as there are, with repeats, and computes the ratio of what
+    it drew, again and again. The interval holds the middle 95 % of these ratios: it says how far
+    other problems of the same kind might have moved the result. nan where the denominators sum to
+    zero. A mean over problems has denominators of 1.
     """
     return bootstrap_mean([(numerators, denominators)], seed=seed)
 
@@ -93,15 +98,17 @@ def bootstrap(numerators: list[float], denominators: list[float], *, seed: int =
 def bootstrap_mean(languages: list[Ratio], *, seed: int = 0) -> Estimate:
     """Return the mean of several languages' ratios with its interval; see bootstrap.
 
-    Languages of equally many problems are resampled alike: row i is the same problem in all, as benchmarks lay it out.
+    Languages of equally many problems are resampled alike: row i is the same problem in all, as
+    benchmarks lay it out.
     """
     ratios = []
-    for pairs in (np.array(language, dtype=float) for language in languages):
+    for language in languages:
+        pairs = np.array(language, dtype=float)  # [2, problems]
         if not pairs[1].sum():
             return Estimate(math.nan, math.nan, math.nan)
-        drawn = np.random.default_rng(seed).integers(
-            pairs.shape[1], size=(RESAMPLES, pairs.shape[1])
-        )
+        problems = pairs.shape[1]
+        drawn = np.random.default_rng(seed).integers(problems, size=(RESAMPLES, problems))
+        # First the sums over all problems, then those over each resample: [2, 1 + RESAMPLES].
         above, below = np.hstack([pairs.sum(axis=1, keepdims=True), pairs[:, drawn].sum(axis=2)])
         ratios.append(above / np.where(below > 0, below, math.nan))
     value, *resampled = np.mean(ratios, axis=0)
@@ -110,7 +117,10 @@ def bootstrap_mean(languages: list[Ratio], *, seed: int = 0) -> Estimate:
 
 
 def bootstrap_percentile(values: list[list[int]], percent: float, *, seed: int = 0) -> Estimate:
-    """Return a percentile of all problems' values, a row a problem, with a 95 % interval over problems."""
+    """Return a percentile of all problems' values, a row a problem, with its 95 % interval.
+
+    The interval is a bootstrap's over problems; see bootstrap.
+    """
     table = np.array(values)
     drawn = np.random.default_rng(seed).integers(len(table), size=(RESAMPLES, len(table)))
     low, high = np.percentile([np.percentile(table[rows], percent) for rows in drawn], [2.5, 97.5])
@@ -118,17 +128,22 @@ def bootstrap_percentile(values: list[list[int]], percent: float, *, seed: int =
 
 
 def difference(first: list[float], second: list[float], *, seed: int = 0) -> Estimate:
-    """Return the mean of second - first, per-problem scores in one order, with a bootstrap interval over problems."""
+    """Return the mean of second - first with its bootstrap interval over problems.
+
+    first, second  per-problem scores, in one order; ValueError if one is longer
+    """
     changes = [b - a for a, b in zip(first, second, strict=True)]
     return bootstrap(changes, [1.0] * len(changes), seed=seed)
 
 
 def paired_permutation(first: list[float], second: list[float], *, seed: int = 0) -> float:
-    """Return the two-sided p-value of the sign-flip test that per-problem scores do not differ in the mean.
+    """Return the two-sided p-value of the sign-flip test on per-problem scores.
 
-    If they did not, a problem's difference would as likely have had the other sign. The p-value is the share of sign
-    patterns whose sum is at least as far from 0 as the one seen: of all patterns where at most 14 problems differ, else
-    of 20,000 drawn ones and the one seen (the +1 correction), so it is never 0.
+    It tests whether they differ in the mean. If they did not, a problem's difference would as
+    likely have had the other sign. The p-value is the share of sign patterns whose sum is at least
+    as far from 0 as the one seen. Where at most EXACT_FLIPS problems differ, these are all
+    patterns. Else they are FLIPS drawn ones and the one seen (the +1 correction), so that it is
+    never 0.
 
     >>> paired_permutation([0.0] * 3, [1.0] * 3)
     0.25
@@ -136,6 +151,7 @@ def paired_permutation(first: list[float], second: list[float], *, seed: int = 0
     changes = np.array([b - a for a, b in zip(first, second, strict=True) if a != b])
     seen = abs(changes.sum()) - 1e-9  # a pattern that ties but for rounding counts
     if len(changes) <= EXACT_FLIPS:
+        # The bits of 0, 1, 2, ... are all patterns: a bit that is set is a minus.
         signs = 1 - 2 * (np.arange(2 ** len(changes))[:, None] >> np.arange(len(changes)) & 1)
         return float((abs(signs @ changes) >= seen).mean())
     random = np.random.default_rng(seed)
@@ -144,7 +160,10 @@ def paired_permutation(first: list[float], second: list[float], *, seed: int = 0
 
 
 def mcnemar(first: list[bool], second: list[bool]) -> float:
-    """Return the exact two-sided p-value of McNemar's test: of the problems that only one got right, is it half each?
+    """Return the exact two-sided p-value of McNemar's test of two verdicts a problem.
+
+    It looks at the problems that only one of the two got right, and asks whether that could be half
+    each.
 
     >>> mcnemar([False] * 5, [True] * 5)
     0.0625
@@ -161,12 +180,15 @@ def read_graded(row: dict[str, Any]) -> Graded:
 
 
 def harness_correct(completion: str, gold: str) -> bool:
-    """Return the verdict of lm-evaluation-harness's AfriMGSM task on a completion: exact_match, flexible-extract.
+    """Return the verdict of lm-evaluation-harness's AfriMGSM task on a completion.
 
-    Its answer is the last "$", ".", "," and ASCII figures in a row, anywhere. Punctuation is dropped from it and from
-    the gold, and the two texts compared. So, unlike ours: no box is needed; the think block counts; a number after the
-    answer replaces it; 1.5 is 15, -5 is 5, 18.0 is not 18; figures of other scripts, fractions and words are not read.
-    Not alike even so: the harness has its own prompts, decodes greedily and cuts the completion at "Question:".
+    That is its metric exact_match under its filter flexible-extract. The answer is the last "$",
+    ".", "," and ASCII figures in a row, anywhere. Punctuation is dropped from it and from the gold,
+    and the two texts are compared. So, unlike ours: no box is needed; the think block counts; a
+    number after the answer replaces it; 1.5 is 15, -5 is 5, 18.0 is not 18; figures of other
+    scripts, fractions and words are not read.
+    Not alike even so: the harness has its own prompts, decodes greedily and cuts the completion at
+    "Question:".
     """
     numbers = re.findall(r"-?(?:[$0-9.,]{2,}|[0-9]+)", completion)
     drop = str.maketrans("", "", string.punctuation)
@@ -184,35 +206,39 @@ def majority_correct(attempts: list[Attempt]) -> bool:
 
 
 def ratios(results: list[Graded], ks: list[int]) -> dict[str, Ratio]:
-    """Return every metric that is a ratio of sums over problems; all but those said otherwise are means of attempts.
+    """Return every metric that is a ratio of sums over problems.
 
-    pass@k, maj@k (of the first k attempts)   means of problems
-    difficulty-weighted accuracy              PolyMath's, where all its levels are there: weights 1, 2, 4, 8 over 15
-    accuracy given a box                      of the attempts that have a complete box, those that are right
-    extraction failures                       a complete box, and no single answer in it
-    lenient accuracy, lm-eval exact match     other rulers, apart: the last number where there is no box; the harness's
-    in the problem's language, in English     by text_language; an unknown language is neither
+    All but those that say otherwise are means of attempts.
+
+    pass@k                        a mean of problems: at least one of k attempts is right
+    maj@k                         a mean of problems: the majority of the first k attempts is right
+    difficulty-weighted accuracy  PolyMath's, where all its levels are there: LEVEL_WEIGHTS over 15
+    accuracy given a box          of the attempts that have a complete box, those that are right
+    extraction failures           a complete box, and no single answer in it
+    lenient accuracy              another ruler: without an answer, any box or the last number is it
+    lm-eval exact match           another ruler, the harness's: see `harness_correct`
+    in the problem's language     by text_language; an unknown language does not count here
+    in English                    likewise
     """
     each = [result.attempts for result in results]
+    ones = [1.0] * len(results)  # the denominators of a mean over problems
 
     def _share(holds: Callable[[Attempt], bool]) -> Ratio:
-        return [sum(map(holds, attempts)) / len(attempts) for attempts in each], [1.0] * len(each)
+        return [sum(map(holds, attempts)) / len(attempts) for attempts in each], ones
 
     right = _share(lambda a: a.correct)
     counts = [(len(attempts), sum(a.correct for a in attempts)) for attempts in each]
-    found = {f"pass@{k}": ([pass_at_k(n, c, k) for n, c in counts], right[1]) for k in ks}
+    found = {f"pass@{k}": ([pass_at_k(n, c, k) for n, c in counts], ones) for k in ks}
     if len(each[0]) > 1:
         found[f"avg@{len(each[0])}"] = right
-    found |= {
-        f"maj@{k}": ([float(majority_correct(a[:k])) for a in each], right[1]) for k in ks if k > 1
-    }
+    for k in ks:
+        if k > 1:
+            found[f"maj@{k}"] = [float(majority_correct(a[:k])) for a in each], ones
     sizes = Counter(result.level for result in results)
     if sizes.keys() == LEVEL_WEIGHTS.keys():
         weights = [LEVEL_WEIGHTS[str(result.level)] / sizes[result.level] for result in results]
-        found["difficulty-weighted accuracy"] = (
-            [w * a for w, a in zip(weights, right[0], strict=True)],
-            weights,
-        )
+        weighted = [w * share for w, share in zip(weights, right[0], strict=True)]
+        found["difficulty-weighted accuracy"] = weighted, weights
     found["format rate"] = _share(lambda a: a.answer is not None)
     boxes = [float(sum(a.answer is not None for a in attempts)) for attempts in each]
     found["accuracy given a box"] = [float(c) for _, c in counts], boxes
@@ -223,29 +249,31 @@ def ratios(results: list[Graded], ks: list[int]) -> dict[str, Ratio]:
         sum(harness_correct(a.completion, r.gold) for a in r.attempts) / len(r.attempts)
         for r in results
     ]
-    found["lm-eval exact match"] = matches, right[1]
+    found["lm-eval exact match"] = matches, ones
     inside = [sum(a.language == r.language for a in r.attempts) / len(r.attempts) for r in results]
-    found["in the problem's language"] = inside, right[1]
+    found["in the problem's language"] = inside, ones
     found["in English"] = _share(lambda a: a.language == "eng")
     found["cut at the length limit"] = _share(lambda a: a.finish_reason == "length")
-    found["mean tokens"] = (
-        [sum(a.tokens for a in attempts) / len(attempts) for attempts in each],
-        right[1],
-    )
+    lengths = [sum(a.tokens for a in attempts) / len(attempts) for attempts in each]
+    found["mean tokens"] = lengths, ones
     return found
 
 
 def summarise(results: list[Graded], ks: list[int]) -> dict[str, Estimate]:
-    """Return every metric over `results` with its interval: those of `ratios`, and a percentile of the lengths."""
+    """Return every metric over `results` with its interval.
+
+    They are those of `ratios`, and a percentile of the lengths.
+    """
     lengths = [[attempt.tokens for attempt in result.attempts] for result in results]
     summary = {name: bootstrap(*ratio) for name, ratio in ratios(results, ks).items()}
     return summary | {"p95 tokens": bootstrap_percentile(lengths, 95)}
 
 
 def paired_tests(first: list[Graded], second: list[Graded]) -> tuple[Estimate, float, float]:
-    """Return how two evaluations of the same problems differ: second - first in pass@1, and two p-values.
+    """Return how two evaluations of the same problems differ: the change, and two p-values of it.
 
-    They are of the permutation test on pass@1 and of McNemar's test on the majority answers.
+    The change is second - first in pass@1. The p-values are of the permutation test on pass@1 and
+    of McNemar's test on the majority answers.
     """
     shares = [
         [sum(a.correct for a in r.attempts) / len(r.attempts) for r in results]

@@ -1,21 +1,22 @@
-"""The run folder: settings, metrics, completions, adapters, and the state from which a stopped run goes on exactly.
+"""The run folder: its record, logs, adapters, and the state from which a stopped run goes on.
 
 config.json        settings, identity (hashes of weights, prompts and data), versions, git commit
 metrics.jsonl      one line a step
 completions.jsonl  some rollouts of every step, whole
 adapters/step_N/   adapter_model.safetensors and adapter_config.json, as peft writes them
-resume.safetensors adapter, moving average and optimiser state of the last save, written whole or not at all
+resume.safetensors adapter, moving average and optimiser state of the last save
 before.json, after.json   the evaluations at both ends
+
+An evaluation's folder is one, too; its record is settings.json. Whatever is replaced is replaced
+whole.
 """
 
 import hashlib
-import json
-import os
 import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,41 +28,110 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-LOGGED_ROLLOUTS = 4  # completions of every step that are kept whole
+from parts.files import (
+    append_rows,
+    json_lines,
+    read_json,
+    read_rows,
+    whole_file,
+    write_json,
+    write_text,
+)
+
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+LOGS = ("metrics.jsonl", "completions.jsonl")
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; ValueError names the file, line and column where it is broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}"
-        ) from error
+@dataclass(frozen=True)
+class Run:
+    """One run folder, or an evaluation's, whose record is settings.json."""
 
+    folder: Path
+    record: str = "config"
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    @property
+    def record_file(self) -> Path:
+        """The file that says what the folder is a run of."""
+        return self.folder / f"{self.record}.json"
 
+    def check(self, config: Mapping[str, Any], identity: Mapping[str, Any] | None = None) -> None:
+        """Raise ValueError if the folder holds anything but a run of this config and identity.
 
-def read_recipe(model_folder: Path, method: str = "copsd") -> dict[str, Any]:
-    """Return the settings that the folder's recipe.json has for this model, {} where there is none.
+        Touches nothing.
+        """
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return
+        if not self.record_file.is_file():
+            raise ValueError(
+                f"{self.folder} exists and is not a run folder (no {self.record_file.name}); "
+                "choose another --out"
+            )
+        stored = read_json(self.record_file)
+        for name, wanted in ((self.record, config), ("identity", identity or {})):
+            held = stored.get(name, {})
+            differing = [key for key, value in wanted.items() if held.get(key) != value]
+            if differing:
+                raise ValueError(
+                    f"{self.folder} holds a run that differs in {', '.join(differing)}; "
+                    "choose another --out"
+                )
 
-    Each entry is {"value": ..., "why": ...}, with another value under a method's name where that differs. Files in it
-    are relative to the folder; "{lang}" stands for the language.
-    """
-    path = model_folder / "recipe.json"
-    if not path.is_file():
-        return {}
-    recipe = {name: entry.get(method, entry["value"]) for name, entry in read_json(path).items()}
-    for name in ("data", "eval_data"):
-        if name in recipe:
-            recipe[name] = os.path.normpath(model_folder / recipe[name])
-    return recipe
+    def create(self, config: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """Make the folder and write its record, unless a run of this config already has."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.record_file.is_file():
+            record = {self.record: config, "identity": identity, **provenance()}
+            write_json(self.record_file, record)
+
+    def log(self, metrics: Mapping[str, Any], completions: list[dict[str, Any]]) -> None:
+        """Add a step's metrics and completions."""
+        append_rows(self.folder / "metrics.jsonl", [metrics])
+        append_rows(self.folder / "completions.jsonl", completions)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics of every step so far."""
+        return read_rows(self.folder / "metrics.jsonl")
+
+    def cut_back(self, step: int) -> None:
+        """Drop what was logged after `step`, and a torn last line: those steps are taken again."""
+        for name in LOGS:
+            path = self.folder / name
+            if path.is_file():
+                write_text(path, json_lines(row for row in read_rows(path) if row["step"] <= step))
+
+    def adapter_folder(self, step: int) -> Path:
+        """Return where the adapter after `step` is saved."""
+        return self.folder / "adapters" / f"step_{step:05d}"
+
+    def save_state(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the resumable state after `step`."""
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        with whole_file(self.folder / "resume.safetensors") as partial:
+            save_file(contiguous, partial, metadata={"step": str(step)})
+
+    def load_state(self) -> tuple[int, int, dict[str, Tensor]]:
+        """Return the last saved step, the tokens sampled up to it, and its tensors.
+
+        (0, 0, {}) for a new run.
+        """
+        path = self.folder / "resume.safetensors"
+        if not path.is_file():
+            return 0, 0, {}
+        with safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+        sampled = {row["step"]: row["sampled_tokens"] for row in self.metrics()}
+        return step, sampled[step], tensors
+
+    def read_evaluation(self, when: str) -> Any | None:
+        """Return the evaluation "before" or "after" training, None where it was not made yet."""
+        path = self.folder / f"{when}.json"
+        return read_json(path) if path.is_file() else None
+
+    def write_evaluation(self, when: str, content: Any) -> None:
+        """Keep the evaluation "before" or "after" training."""
+        write_json(self.folder / f"{when}.json", content)
 
 
 def fingerprint(rows: list[Any]) -> str:
@@ -70,42 +140,49 @@ def fingerprint(rows: list[Any]) -> str:
 
 
 def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return 16 hex digits of SHA-256 over names, shapes, dtypes and bytes; copies one tensor at a time to the CPU.
+    """Return 16 hex digits of SHA-256 over names, shapes, dtypes and bytes.
 
-    tensors  dict(model.named_parameters()) before an adapter is attached, or an adapter's state_dict()
+    tensors  dict(model.named_parameters()) without an adapter, or an adapter's state_dict()
+    Copies one tensor at a time to the CPU.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        as_bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(as_bytes.numpy().data)
     return digest.hexdigest()[:16]
 
 
 def provenance() -> dict[str, Any]:
-    """Return what a result may depend on beside its settings: versions, platform, git commit (None outside a clone)."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "--verify", "--quiet", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    changed = subprocess.run(
-        [*git, "status", "--porcelain"], capture_output=True, text=True, check=False
-    )
+    """Return what a result may depend on beside its settings: versions, platform, git commit.
+
+    The commit is None outside a clone.
+    """
+    commit = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    changes = _git("status", "--porcelain")
+    packages = {name: version(name) for name in PACKAGES}
     return {
         "command": sys.argv,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), **packages},
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "git_commit": commit.stdout.strip() or None,
-        "git_uncommitted_changes": bool(changed.stdout.strip()),
+        "git_commit": commit or None,
+        "git_uncommitted_changes": bool(changes),
     }
 
 
-def adapter_folder(path: Path) -> Path:
-    """Return the adapter that `path` stands for: itself, or the last one of a run folder. FileNotFoundError if none."""
+def _git(*arguments: str) -> str:
+    """Return what git says of the project's folder, "" outside a clone."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def last_adapter_folder(path: Path) -> Path:
+    """Return the adapter that `path` stands for: itself, or the last one of a run folder.
+
+    FileNotFoundError where there is none.
+    """
     if (path / "adapter_config.json").is_file():
         return path
     saved = sorted((path / "adapters").glob("step_*"))
@@ -117,160 +194,27 @@ def adapter_folder(path: Path) -> Path:
 
 
 def recorded_fingerprint(path: Path) -> str | None:
-    """Return the fingerprint of the base weights under a run or adapter folder, None where none was recorded."""
+    """Return the fingerprint of the base weights under a run or adapter folder.
+
+    None where none was recorded.
+    """
     for folder in (path, path.parent.parent):
         if (folder / "config.json").is_file():
             return read_json(folder / "config.json").get("identity", {}).get("base_weights")
     return None
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run folder, or an evaluation's, whose record is settings.json."""
-
-    folder: Path
-    record: str = "config"
-
-    def check(self, config: Mapping[str, Any], identity: Mapping[str, Any] | None = None) -> None:
-        """Raise ValueError if the folder is in use by anything but a run of this config and identity; touch nothing."""
-        file = self.folder / f"{self.record}.json"
-        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
-            return
-        if not file.is_file():
-            raise ValueError(
-                f"{self.folder} exists and is not a run folder (no {file.name}); choose another --out"
-            )
-        stored = read_json(file)
-        for name, wanted in ((self.record, config), ("identity", identity or {})):
-            differing = [
-                key for key, value in wanted.items() if stored.get(name, {}).get(key) != value
-            ]
-            if differing:
-                raise ValueError(
-                    f"{self.folder} holds a run that differs in {', '.join(differing)}; choose another --out"
-                )
-
-    def create(self, config: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-        """Make the folder and write its record, unless a run of this config already has."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{self.record}.json"
-        if not file.is_file():
-            write_json(file, {self.record: config, "identity": identity, **provenance()})
-
-    def append(self, file: str, rows: list[dict[str, Any]]) -> None:
-        """Append rows to a .jsonl file and flush them."""
-        with (self.folder / file).open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    def whole_rows(self, file: str) -> list[dict[str, Any]]:
-        """Return the rows of a .jsonl file, [] where there is none, and cut off a torn last line."""
-        path = self.folder / file
-        if not path.is_file():
-            return []
-        *lines, torn = path.read_bytes().split(b"\n")
-        if torn:
-            os.truncate(path, path.stat().st_size - len(torn))
-        try:
-            return [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is broken before its last line: {error}") from error
-
-    def cut_back(self, step: int) -> None:
-        """Drop what was logged after `step`, and a torn last line: those steps will be taken again."""
-        for file in ("metrics.jsonl", "completions.jsonl"):
-            path = self.folder / file
-            if path.is_file():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                whole = [
-                    line
-                    for line in lines
-                    if line.endswith("\n") and json.loads(line)["step"] <= step
-                ]
-                partial = path.with_name(file + ".partial")
-                partial.write_text("".join(whole), encoding="utf-8")
-                os.replace(partial, path)
-
-    def save_state(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write the resumable state after `step`, whole or not at all."""
-        partial = self.folder / "resume.partial"
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, partial, metadata={"step": str(step)})
-        os.replace(partial, self.folder / "resume.safetensors")
-
-    def load_state(self) -> tuple[int, dict[str, Tensor]]:
-        """Return the last saved step and its tensors; (0, {}) for a new run."""
-        path = self.folder / "resume.safetensors"
-        if not path.is_file():
-            return 0, {}
-        with safe_open(path, framework="pt") as file:
-            return int(file.metadata()["step"]), {
-                name: file.get_tensor(name) for name in file.keys()
-            }  # noqa: SIM118
-
-
-class Tally:
-    """What a step's micro-batches leave behind: the loss, and each token's statistics by name, on the CPU."""
-
-    def __init__(self):
-        self.loss = 0.0
-        self.tokens: dict[str, list[Tensor]] = {}
-        self.rows: list[tuple[int, int]] = []  # row, tokens
-
-    def add(
-        self, loss: Tensor, stats: dict[str, Tensor], rows: list[int], lengths: list[int]
-    ) -> None:
-        """Add a micro-batch: its share of the loss, its tokens' statistics, its rows and their lengths."""
-        self.loss += loss.item()
-        self.rows += zip(rows, lengths, strict=True)
-        for name, tensor_N in stats.items():
-            self.tokens.setdefault(name, []).append(tensor_N.float().cpu())
-
-    def mean(self, name: str) -> float | None:
-        """Return a statistic's mean over the step's tokens, None if there are none."""
-        return torch.cat(self.tokens[name]).mean().item() if name in self.tokens else None
-
-    def row_means(self, name: str) -> dict[int, float]:
-        """Return a statistic's mean over each row's tokens."""
-        by_row = torch.cat(self.tokens[name]).split([length for _, length in self.rows])
-        return {
-            row: tokens_C.mean().item()
-            for (row, _), tokens_C in zip(self.rows, by_row, strict=True)
-        }
-
-
-def completion_rows(
-    step: int,
-    problems: list[Any],
-    rollouts: list[Any],
-    scores: Mapping[str, Any],
-    decode: Callable[..., Any],
-) -> list[dict[str, Any]]:
-    """Return some of the step's rollouts whole, for completions.jsonl, evenly spread: English ones come first.
-
-    scores  name -> each row's value, to stand beside it
-    """
-    spread = range(0, len(rollouts), max(1, len(rollouts) // LOGGED_ROLLOUTS))[:LOGGED_ROLLOUTS]
-    return [
-        {
-            "step": step,
-            "problem_id": problems[row].id,
-            "prompt": decode(rollouts[row].prompt_ids),
-            "completion": decode(rollouts[row].completion_ids),
-            "answer": problems[row].answer,
-            "finish_reason": rollouts[row].finish_reason,
-            "tokens": len(rollouts[row].completion_ids),
-            **{name: values[row] for name, values in scores.items()},
-        }
-        for row in spread
-    ]
+def refuse_foreign_adapter(path: Path, base_weights: str, model: str) -> None:
+    """Raise ValueError for an adapter that was trained on other base weights than the model's."""
+    if recorded_fingerprint(path) not in (None, base_weights):
+        raise ValueError(f"adapter {path} was trained on other base weights than those of {model}")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimiser's state as flat named tensors: "optimizer/3/exp_avg"."""
-    state = optimizer.state_dict()["state"]
     return {
         f"optimizer/{index}/{name}": tensor
-        for index, entry in state.items()
+        for index, entry in optimizer.state_dict()["state"].items()
         for name, tensor in entry.items()
     }
 
@@ -288,16 +232,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the yielded list, so that a step can be finished; a second one acts at once."""
+    """Collect SIGINT and SIGTERM in the yielded list, so that a step can be finished.
+
+    A second one acts at once.
+    """
     received: list[int] = []
 
     def _remember(number: int, frame: Any) -> None:
         received.append(number)
         signal.signal(number, before[number])
 
-    before: dict[int, Any] = {
-        n: signal.signal(n, _remember) for n in (signal.SIGINT, signal.SIGTERM)
-    }
+    before: dict[int, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, _remember)
     try:
         yield received
     finally:

@@ -7,7 +7,7 @@ rich, so every such text is shown as a rich Text, which is never read as markup.
 import math
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -35,6 +35,14 @@ COLUMNS = {  # column title -> (metric, format); a run shows what its method log
     "cut": ("rollout/cut_frac", "{:.0%}"),  # ended by the length limit
     "s": ("time_s", "{:.1f}"),
 }
+
+
+class Watcher(Protocol):
+    """Whatever is told of every step of a training loop."""
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Take one step's metrics, which hold at least "step" and "progress"."""
+        ...
 
 
 class StepView:

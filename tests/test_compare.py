@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-from typer.testing import CliRunner
-
 import bench.compare
-import copsd
+import pytest
 from bench.compare import ablation_arms, parse_seeds
 from bench.outcome import band, over_seeds, per_problem, right_within
+from typer.testing import CliRunner
+
+import copsd
 from copsd import Config
 
 SMALL = [
@@ -118,8 +118,9 @@ def test_the_table_holds_the_results_of_the_arms(finished):
 
 def test_the_last_checkpoint_evaluates_as_the_adapter_that_was_saved(finished):
     from eval import evaluate
+    from parts.adapters import load_adapter
     from parts.data import load_problems
-    from parts.model import load_adapter, load_model, load_tokenizer
+    from parts.model import load_model, load_tokenizer
     from parts.sampler import SamplingParams
 
     run = finished[0] / "hau" / "copsd-0"

@@ -110,7 +110,16 @@ def test_each_equation_of_the_readme_is_marked_where_it_is_computed():
     ["kernels", "eval", "copsd"]
     + [
         f"parts.{name}"
-        for name in ("sampler", "model", "data", "grading", "mathcheck", "metrics", "benchmarks")
+        for name in (
+            "sampler",
+            "model",
+            "data",
+            "grading",
+            "mathcheck",
+            "metrics",
+            "benchmarks",
+            "tokens",
+        )
     ],
 )
 def test_examples_in_docstrings_run(name):

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 import eval as evaluation
 from eval import check_answers, keep_fitting, text_language
+from parts.adapters import save_adapter
 from parts.data import Problem
-from parts.model import attach_lora, load_model, save_adapter
+from parts.model import attach_lora, load_model
 from parts.runs import read_json, write_json
 from parts.view import cell
 

@@ -1,7 +1,8 @@
-"""GRPO: advantages and surrogate by hand, what counts in the mean, and a loop that is COPSD's but for the method."""
+"""GRPO: advantages and loss by hand, what counts in the mean, and a loop that is like COPSD's."""
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,14 @@ from copsd import (
     Group,
     advantages,
     clipped_surrogate,
-    configure,
+    grpo_loss,
     loss_mean,
-    prepare,
     roll_out_groups,
-    surrogate,
 )
 from kernels import reduce_loss
+from parts.recipe import Config
 from parts.sampler import Rollout
+from parts.setup import configure, prepare
 from parts.view import StepView
 
 SMALL = {
@@ -50,7 +51,7 @@ def train(tmp_path: Path, **given) -> Path:
 
 
 def jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def nudge(setup, scale: float = 0.05) -> None:
@@ -61,7 +62,7 @@ def nudge(setup, scale: float = 0.05) -> None:
 
 
 def live_groups(setup, count: int = 2) -> list[Group]:
-    """Return groups with rewards that differ, given by hand: the lab's own would depend on its weights."""
+    """Return groups with rewards that differ, by hand: the lab's would depend on its weights."""
     groups = roll_out_groups(setup, setup.train[:count], seed=0)
     return [Group(group.problem, group.rollouts, [1.0, 0.0, 0.0, 1.0]) for group in groups]
 
@@ -83,7 +84,7 @@ def step_gradient(
     for rows in copsd.micro_batches(rollouts, micro_batch, kept):
         lengths = [len(rollouts[row].completion_ids) for row in rows]
         advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
-        loss_N, _ = surrogate(setup, [rollouts[row] for row in rows], advantage_N, None)
+        loss_N, _ = grpo_loss(setup, [rollouts[row] for row in rows], advantage_N, None)
         options = {"reduction": reduction, "step_tokens": denominator, "step_rows": len(kept)}
         reduce_loss(loss_N, lengths, **options).backward()
     return torch.cat([t.grad.flatten() for t in setup.lora.parameters() if t.grad is not None])
@@ -133,14 +134,14 @@ def test_the_corners_of_the_clipped_surrogate(ratio, advantage, loss, gradient):
 
 @pytest.mark.parametrize(
     ("norm", "weights"),
-    [  # what a token weighs in completions of 3 tokens and of 1, in a step of 2 completions of up to 10 tokens
+    [  # what a token weighs in completions of 3 and 1 tokens, of at most 10
         ("token", [1 / 4, 1 / 4]),
         ("sequence", [1 / 6, 1 / 2]),
         ("constant", [1 / 20, 1 / 20]),
     ],
 )
 def test_what_a_token_weighs_in_the_mean(norm, weights):
-    config = copsd.Config(method="grpo", loss_norm=norm, max_new_tokens=10)
+    config = Config(method="grpo", loss_norm=norm, max_new_tokens=10)
     reduction, denominator = loss_mean(config, 4, 2)
     loss_N = torch.ones(4, requires_grad=True)
     reduce_loss(
@@ -157,12 +158,12 @@ def test_the_ratio_is_one_on_the_first_inner_epoch_and_moves_on_the_next(tmp_pat
     nudge(setup)
     batch = [rollout for group in live_groups(setup) for rollout in group.rollouts]
     advantage_N = torch.ones(sum(len(rollout.completion_ids) for rollout in batch))
-    _, first = surrogate(setup, batch, advantage_N, None)
-    _, again = surrogate(setup, batch, advantage_N, first["logprob_N"])
+    _, first = grpo_loss(setup, batch, advantage_N, None)
+    _, again = grpo_loss(setup, batch, advantage_N, first["logprob_N"])
     assert torch.equal(first["ratio_N"], torch.ones_like(advantage_N))
     torch.testing.assert_close(again["ratio_N"], torch.ones_like(advantage_N), atol=1e-5, rtol=0)
     nudge(setup)
-    _, moved = surrogate(setup, batch, advantage_N, first["logprob_N"])
+    _, moved = grpo_loss(setup, batch, advantage_N, first["logprob_N"])
     assert (moved["ratio_N"] - 1).abs().max() > 0.01
     torch.testing.assert_close(moved["ratio_N"], (moved["logprob_N"] - first["logprob_N"]).exp())
     assert (
@@ -232,7 +233,7 @@ def test_eos_gets_a_gradient(tmp_path):
     assert rollout.completion_ids[-1] == eos
     only_eos_N = torch.zeros(len(rollout.completion_ids))
     only_eos_N[-1] = 1.0
-    loss_N, _ = surrogate(setup, [rollout], only_eos_N, None)
+    loss_N, _ = grpo_loss(setup, [rollout], only_eos_N, None)
     loss_N.sum().backward()
     assert max(t.grad.abs().max().item() for t in setup.lora.parameters() if t.grad is not None) > 0
 
@@ -241,10 +242,10 @@ def test_the_kl_to_the_initial_model_is_k3_and_zero_at_the_start(tmp_path):
     setup, _ = make_setup(tmp_path, kl_coef=0.5)
     batch = live_groups(setup, 1)[0].rollouts
     zeros_N = torch.zeros(sum(len(rollout.completion_ids) for rollout in batch))
-    loss_N, start = surrogate(setup, batch, zeros_N, None)
+    loss_N, start = grpo_loss(setup, batch, zeros_N, None)
     assert start["kl_N"].abs().max() == 0 and loss_N.abs().max() == 0
     nudge(setup)
-    loss_N, moved = surrogate(setup, batch, zeros_N, None)
+    loss_N, moved = grpo_loss(setup, batch, zeros_N, None)
     difference_N = start["logprob_N"] - moved["logprob_N"]  # initial minus current
     torch.testing.assert_close(
         moved["kl_N"], difference_N.exp() - 1 - difference_N, atol=1e-6, rtol=1e-3
@@ -301,10 +302,9 @@ def test_problems_without_an_english_side_train_grpo_and_are_evaluated(tmp_path)
     data.write_text("".join(json.dumps(row) + "\n" for row in plain), encoding="utf-8")
     setup, run = make_setup(tmp_path, data=str(data), eval_problems=4)
     assert copsd.train_grpo(setup, run, StepView(QUIET, 2))
-    measured = copsd.measure(setup, QUIET, "after")
-    assert measured.keys() == {"hau"} and math.isnan(
-        measured["hau"]["KL to the teacher, nats/token"]["value"]
-    )
+    measured = copsd.measure_once(setup, run, QUIET, "after")
+    assert measured.keys() == {"hau"}
+    assert math.isnan(measured["hau"]["KL to the teacher, nats/token"].value)
     with pytest.raises(ValueError, match="has no problem_en and no solution_en"):
         make_setup(tmp_path / "copsd", method="copsd", data=str(data))
 
@@ -458,9 +458,7 @@ def test_the_defaults_are_the_published_recipe():
         {"method": "grpo", "model": "tests/../lab/tiny", "data": "lab/problems/hau/train.jsonl"}
     )
     assert (config.group_size, config.kl_coef, config.scale_rewards) == (8, 0.0, "group")
-    defaults = {
-        f.name: f.metadata["by_method"].get("grpo", f.default) for f in copsd.fields(copsd.Config)
-    }
+    defaults = {f.name: f.metadata["by_method"].get("grpo", f.default) for f in fields(Config)}
     assert (defaults["temperature"], defaults["steps"], defaults["max_new_tokens"]) == (
         1.2,
         500,

@@ -1,4 +1,4 @@
-"""Tests of the tensor maths: every claim against its definition in fp64, computed by other operations than ours."""
+"""Tests of the tensor maths: each claim against its definition in fp64, by other operations."""
 
 import doctest
 import itertools
@@ -19,11 +19,8 @@ from torch.utils._pytree import tree_leaves
 import kernels
 
 CASES = list(itertools.product(kernels.KINDS, kernels.CLIP_MODES))
-CLIPS = {
-    "none": None,
-    "entry": 0.05,
-    "token": 0.6,
-}  # each clips some tokens or entries of the inputs below, not all
+# Each clips some tokens or entries of the inputs below, and not all.
+CLIPS = {"none": None, "entry": 0.05, "token": 0.6}
 N, D, V = 13, 8, 31
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
@@ -54,10 +51,8 @@ def oracle(
     student_NV: Tensor, teacher_NV: Tensor, *, kind, beta, temperature, clip_mode, clip
 ) -> Tensor:
     """Return loss_N from explicit probabilities in fp64."""
-    q, p = (
-        Categorical(logits=student_NV.double() / temperature),
-        Categorical(logits=teacher_NV.double() / temperature),
-    )
+    q = Categorical(logits=student_NV.double() / temperature)
+    p = Categorical(logits=teacher_NV.double() / temperature)
     mixture = beta * p.probs + (1 - beta) * q.probs
     terms_NV = {
         "forward_kl": lambda: p.probs * torch.log(p.probs / q.probs),
@@ -70,15 +65,13 @@ def oracle(
     if clip_mode == "entry":
         terms_NV = torch.where(terms_NV > clip, torch.full_like(terms_NV, clip), terms_NV)
     loss_N = terms_NV.sum(-1)
-    return (
-        torch.where(loss_N > clip, torch.full_like(loss_N, clip), loss_N)
-        if clip_mode == "token"
-        else loss_N
-    )
+    if clip_mode == "token":
+        loss_N = torch.where(loss_N > clip, torch.full_like(loss_N, clip), loss_N)
+    return loss_N
 
 
 def loss_and_gradient(loss_N: Tensor, variable: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the losses and the gradient of their weighted sum, in which every token counts differently."""
+    """Return the losses and the gradient of their weighted sum; every token weighs differently."""
     weight_N = torch.linspace(-1, 2, len(loss_N), dtype=loss_N.dtype)
     (gradient,) = torch.autograd.grad((loss_N * weight_N).sum(), variable, retain_graph=True)
     return loss_N.detach(), gradient
@@ -87,16 +80,11 @@ def loss_and_gradient(loss_N: Tensor, variable: Tensor) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("kind, clip_mode", CASES)
 def test_divergence_equals_its_definition_in_value_and_gradient(kind: str, clip_mode: str) -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
-    student_NV, teacher_NV = (
-        (student_ND @ head_VD.T).detach().requires_grad_(),
-        teacher_ND @ head_VD.T,
-    )
-    ours = loss_and_gradient(
-        kernels.divergence(student_NV, teacher_NV, **options(kind, clip_mode)), student_NV
-    )
-    exact = loss_and_gradient(
-        oracle(student_NV, teacher_NV, **options(kind, clip_mode)), student_NV
-    )
+    student_NV = (student_ND @ head_VD.T).detach().requires_grad_()
+    teacher_NV = teacher_ND @ head_VD.T
+    given = options(kind, clip_mode)
+    ours = loss_and_gradient(kernels.divergence(student_NV, teacher_NV, **given), student_NV)
+    exact = loss_and_gradient(oracle(student_NV, teacher_NV, **given), student_NV)
     torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
 
 
@@ -110,7 +98,8 @@ def test_chunked_divergence_equals_its_definition_at_any_chunk(
         student_ND, teacher_ND, head_VD, chunk_tokens=chunk_tokens, **options(kind, clip_mode)
     )
     exact_N = oracle(student_ND @ head_VD.T, teacher_ND @ head_VD.T, **options(kind, clip_mode))
-    ours, exact = loss_and_gradient(loss_N, student_ND), loss_and_gradient(exact_N, student_ND)
+    ours = loss_and_gradient(loss_N, student_ND)
+    exact = loss_and_gradient(exact_N, student_ND)
     torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
     kl_N = oracle(student_ND @ head_VD.T, teacher_ND @ head_VD.T, **options(kind, "none"))
     torch.testing.assert_close(stats["kl_N"], kl_N.detach(), rtol=1e-10, atol=1e-12)
@@ -130,14 +119,13 @@ def test_chunked_error_is_no_larger_than_the_plain_versions(
     exact_N = oracle(student_NV, teacher_NV, **options(kind, clip_mode))
     assert ours_N.dtype == torch.float32
     exact = loss_and_gradient(exact_N, student_ND)
-    ours, plain = loss_and_gradient(ours_N, student_ND), loss_and_gradient(plain_N, student_ND)
+    ours = loss_and_gradient(ours_N, student_ND)
+    plain = loss_and_gradient(plain_N, student_ND)
     for ours_tensor, plain_tensor, exact_tensor in zip(ours, plain, exact, strict=True):
         our_error = (ours_tensor.double() - exact_tensor.double()).abs().max()
         plain_error = (plain_tensor.double() - exact_tensor.double()).abs().max()
-        assert (
-            our_error
-            <= plain_error + 4 * torch.finfo(ours_tensor.dtype).eps * exact_tensor.abs().max()
-        )
+        rounding = 4 * torch.finfo(ours_tensor.dtype).eps * exact_tensor.abs().max()
+        assert our_error <= plain_error + rounding
 
 
 def test_gradcheck_of_the_closed_form() -> None:
@@ -165,10 +153,8 @@ def test_equal_hidden_states_give_exactly_zero(kind: str, clip_mode: str) -> Non
 
 def test_kinds_point_the_way_they_say() -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
-    q, p = (
-        Categorical(logits=(student_ND @ head_VD.T).detach()),
-        Categorical(logits=teacher_ND @ head_VD.T),
-    )
+    q = Categorical(logits=(student_ND @ head_VD.T).detach())
+    p = Categorical(logits=teacher_ND @ head_VD.T)
 
     def measure(kind: str, beta: float = 0.5) -> Tensor:
         return kernels.divergence(q.logits, p.logits, kind=kind, beta=beta)
@@ -183,15 +169,14 @@ def test_kinds_point_the_way_they_say() -> None:
 
 def test_entry_clip_gradient_is_the_formula_of_the_docstring() -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
-    student_NV, teacher_NV = (
-        (student_ND @ head_VD.T).detach().requires_grad_(),
-        teacher_ND @ head_VD.T,
-    )
+    student_NV = (student_ND @ head_VD.T).detach().requires_grad_()
+    teacher_NV = teacher_ND @ head_VD.T
     loss_N = kernels.divergence(
         student_NV, teacher_NV, kind="forward_kl", clip_mode="entry", clip=0.05
     )
     (gradient_NV,) = torch.autograd.grad(loss_N.sum(), student_NV)
-    q_NV, p_NV = student_NV.detach().softmax(-1), teacher_NV.softmax(-1)
+    q_NV = student_NV.detach().softmax(-1)
+    p_NV = teacher_NV.softmax(-1)
     unclipped_NV = p_NV * (p_NV / q_NV).log() <= 0.05
     assert 0 < unclipped_NV.sum() < unclipped_NV.numel()
     mass_N1 = (p_NV * unclipped_NV).sum(-1, keepdim=True)
@@ -206,7 +191,8 @@ def test_stats_are_what_they_say_and_carry_no_gradient(kind: str, clip_mode: str
     given = options(kind, clip_mode)
     _, stats = kernels.chunked_divergence(student_ND, teacher_ND, head_VD, chunk_tokens=5, **given)
     student_NV, teacher_NV = student_ND @ head_VD.T, teacher_ND @ head_VD.T
-    q, p = Categorical(logits=student_NV / 1.3), Categorical(logits=teacher_NV / 1.3)
+    q = Categorical(logits=student_NV / 1.3)
+    p = Categorical(logits=teacher_NV / 1.3)
     assert set(stats) == {"kl_N", "clipped_frac", "teacher_entropy_N", "student_entropy_N"}
     torch.testing.assert_close(stats["teacher_entropy_N"], p.entropy())
     torch.testing.assert_close(stats["student_entropy_N"], q.entropy().detach())
@@ -246,7 +232,8 @@ class _Products(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count, self.largest = 0, 0
+        self.count = 0
+        self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -284,11 +271,8 @@ def test_non_contiguous_hidden_states_and_an_empty_batch_work() -> None:
     ]
     assert not any(tensor.is_contiguous() for tensor in strided)
     loss_N, _ = kernels.chunked_divergence(*strided, kind="forward_kl", chunk_tokens=5)
-    exact_N = oracle(
-        student_ND @ head_VD.T,
-        teacher_ND @ head_VD.T,
-        **{**options("forward_kl", "none"), "temperature": 1},
-    )
+    given = {**options("forward_kl", "none"), "temperature": 1}
+    exact_N = oracle(student_ND @ head_VD.T, teacher_ND @ head_VD.T, **given)
     torch.testing.assert_close(
         loss_and_gradient(loss_N, student_ND), loss_and_gradient(exact_N, student_ND)
     )
@@ -347,7 +331,9 @@ def test_every_micro_batch_split_gives_one_loss_and_one_gradient(
     results = set()
     for cuts in itertools.product([False, True], repeat=3):
         loss_N = value_N.clone().requires_grad_()
-        total, rows, start = 0.0, [], 0
+        total = 0.0
+        start = 0
+        rows = []
         for index, length in enumerate(lengths):
             rows.append(length)
             if index < 3 and not cuts[index]:
@@ -357,7 +343,9 @@ def test_every_micro_batch_split_gives_one_loss_and_one_gradient(
                 part_N, rows, reduction=reduction, step_tokens=10, step_rows=4
             )
             share.backward()
-            total, start, rows = total + share.item(), start + sum(rows), []
+            total += share.item()
+            start += sum(rows)
+            rows = []
         assert loss_N.grad is not None
         results.add((round(total, 12), tuple(loss_N.grad.mul(1e12).round().tolist())))
     assert len(results) == 1
@@ -437,11 +425,13 @@ def test_where_compiling_fails_it_is_said_once_and_the_loss_is_the_same() -> Non
     script = """
 import warnings, torch, kernels
 student_ND, teacher_ND, head_VD = torch.randn(3, 2), torch.randn(3, 2), torch.randn(2**14, 2)
+given = student_ND, teacher_ND, head_VD
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    losses = [kernels.chunked_divergence(student_ND, teacher_ND, head_VD, kind="jsd")[0] for _ in range(2)]
+    losses = [kernels.chunked_divergence(*given, kind="jsd")[0] for _ in range(2)]
 assert sum("divergences run eagerly" in str(warning.message) for warning in caught) == 1
-torch.testing.assert_close(losses[0], kernels.divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, kind="jsd"))
+plain_N = kernels.divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, kind="jsd")
+torch.testing.assert_close(losses[0], plain_N)
 """
     root = Path(__file__).resolve().parent.parent
     environment = {

@@ -30,14 +30,17 @@ from parts.metrics import (
 
 
 def attempt(correct: bool, answer: str | None = "1", text: str = "", **fields) -> Attempt:
-    """Return an attempt whose answer is its canonical form, too: a few tokens of Hausa that stop by themselves."""
+    """Return an attempt: a few tokens of Hausa that stop, with an answer in its canonical form."""
     plain = {
         "canonical": answer,
         "lenient": answer,
         "lenient_correct": correct,
         "reason": "right" if correct else "wrong",
+        "tokens": 4,
+        "finish_reason": "stop",
+        "language": "hau",
+        "seed": "0/0/0",
     }
-    plain |= {"tokens": 4, "finish_reason": "stop", "language": "hau", "seed": "0/0/0"}
     return Attempt(text, answer, correct=correct, **{**plain, **fields})
 
 
@@ -105,8 +108,10 @@ def test_accuracy_given_a_box_is_nan_when_nothing_is_formatted():
     assert math.isnan(values([graded(attempt(False, None))], [1])["accuracy given a box"])
 
 
-def test_the_majority_is_of_canonical_answers_ties_go_to_the_first_and_the_unformatted_do_not_vote():
-    one, two, none = attempt(True, "1"), attempt(False, "2"), attempt(False, None)
+def test_the_majority_is_of_canonical_answers_and_ties_go_to_the_first():
+    one = attempt(True, "1")
+    two = attempt(False, "2")
+    none = attempt(False, None)  # it does not vote
     assert majority_correct([two, one, one]) and not majority_correct([one, two, two])
     assert majority_correct([one, two]) and not majority_correct([two, one])
     assert majority_correct([none, none, none, one, two])
@@ -161,9 +166,8 @@ def test_the_mean_over_languages_resamples_parallel_problems_together():
     wrong = [1.0 - value for value in right]
     every = [1.0] * 100
     mean = bootstrap_mean([(right, every), (wrong, every)])
-    assert (
-        mean.value == mean.low == mean.high == pytest.approx(0.5)
-    )  # whatever is drawn, one of the two is right
+    # Whatever is drawn, one of the two is right.
+    assert mean.value == mean.low == mean.high == pytest.approx(0.5)
     assert bootstrap_mean([(right, every)]) == bootstrap(right, every)
     assert bootstrap_mean([(right, every), ([1.0] * 50, [1.0] * 50)]).value == pytest.approx(0.65)
     assert math.isnan(bootstrap_mean([(right, every), ([0.0], [0.0])]).value)
@@ -211,22 +215,19 @@ def test_bootstrap_interval_covers_the_binomial_one_and_is_seeded():
 def test_bootstrap_pairs_numerators_with_their_denominators():
     # A problem of 1 token in 100 and one of 99 in 100: every resample's ratio lies between theirs.
     estimate = bootstrap([1.0, 99.0], [100.0, 100.0])
-    assert (estimate.low, estimate.value, estimate.high) == (0.01, 0.5, 0.99)
+    assert estimate == metrics.Estimate(0.5, 0.01, 0.99)
 
 
 def test_a_difference_is_second_minus_first_problem_by_problem():
     estimate = difference([0.0, 0.5, 1.0], [0.25, 0.75, 1.25])
-    assert (estimate.value, estimate.low, estimate.high) == (
-        0.25,
-        0.25,
-        0.25,
-    )  # the problems' own spread cancels
+    assert estimate == metrics.Estimate(0.25, 0.25, 0.25)  # the problems' own spread cancels
     with pytest.raises(ValueError):
         difference([0.0], [0.0, 1.0])
 
 
 def test_the_permutation_test_enumerates_every_sign_pattern_of_few_problems():
-    first, second = [0.0, 0.25, 1.0, 0.5, 0.5], [0.75, 0.75, 0.875, 1.0, 0.5]
+    first = [0.0, 0.25, 1.0, 0.5, 0.5]
+    second = [0.75, 0.75, 0.875, 1.0, 0.5]
     changes = [b - a for a, b in zip(first, second, strict=True)]
     sums = [
         abs(sum(s * d for s, d in zip(signs, changes, strict=True)))
@@ -238,45 +239,40 @@ def test_the_permutation_test_enumerates_every_sign_pattern_of_few_problems():
 
 
 def test_the_permutation_test_of_many_problems_is_near_the_exact_value_seeded_and_never_zero():
-    # 40 differences of +1 and 20 of -1: the sum is 20, and P(|S| >= 20) is a binomial tail, McNemar's.
-    first, second = [0.0] * 40 + [1.0] * 20, [1.0] * 40 + [0.0] * 20
+    # 40 differences of +1 and 20 of -1: the sum is 20, and P(|S| >= 20) is a binomial tail,
+    # McNemar's.
+    first = [0.0] * 40 + [1.0] * 20
+    second = [1.0] * 40 + [0.0] * 20
     exact = 2 * sum(math.comb(60, i) for i in range(21)) / 2**60
     drawn = paired_permutation(first, second, seed=1)
     assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact / metrics.FLIPS))
-    assert (
-        drawn
-        == paired_permutation(first, second, seed=1)
-        != paired_permutation(first, second, seed=2)
-    )
+    assert drawn == paired_permutation(first, second, seed=1)
+    assert drawn != paired_permutation(first, second, seed=2)
     assert paired_permutation([0.0] * 60, [1.0] * 60) == 1 / (1 + metrics.FLIPS)
 
 
 def test_the_tests_keep_their_level_when_nothing_differs():
     random = np.random.default_rng(5)
     pairs = [random.integers(2, size=(2, 40)) for _ in range(200)]
-    assert (
-        sum(mcnemar(list(a > 0), list(b > 0)) < 0.05 for a, b in pairs) <= 18
-    )  # 5 % of 200, and 2.6 sigma
+    rejected = sum(mcnemar(list(a > 0), list(b > 0)) < 0.05 for a, b in pairs)
+    assert rejected <= 18  # 5 % of 200, and 2.6 sigma
 
 
 def test_mcnemar_is_the_exact_binomial_over_the_problems_that_only_one_got_right():
     first = [True] * 10 + [False] * 12 + [True] * 3
     second = [True] * 10 + [True] * 12 + [False] * 3
-    assert (
-        mcnemar(first, second)
-        == mcnemar(second, first)
-        == pytest.approx(2 * (1 + 15 + 105 + 455) / 2**15)
-    )
+    exact = 2 * (1 + 15 + 105 + 455) / 2**15
+    assert mcnemar(first, second) == mcnemar(second, first) == pytest.approx(exact)
     assert mcnemar(first, first) == mcnemar([True, False], [False, True]) == 1.0
 
 
 def test_two_evaluations_are_compared_problem_by_problem():
-    yes, no = attempt(True), attempt(False, "2")
+    yes = attempt(True)
+    no = attempt(False, "2")
     first = [graded(no, no, yes)] * 4 + [graded(yes, yes, no)]
     second = [graded(yes, yes, no)] * 5
     change, permuted, exact = paired_tests(first, second)
-    assert change == difference(
-        [1 / 3] * 4 + [2 / 3], [2 / 3] * 5
-    ) and change.value == pytest.approx(4 / 15)
+    assert change == difference([1 / 3] * 4 + [2 / 3], [2 / 3] * 5)
+    assert change.value == pytest.approx(4 / 15)
     assert permuted == paired_permutation([1 / 3] * 4, [2 / 3] * 4) == 2 / 2**4
     assert exact == mcnemar([False] * 4, [True] * 4)

@@ -1,4 +1,7 @@
-"""The sampler against plain definitions: an uncached loop, a full-sequence forward, a truncation written in Python."""
+"""The sampler against plain definitions.
+
+They are an uncached loop, a full-sequence forward, and a truncation written in Python.
+"""
 
 import math
 import random
@@ -37,7 +40,7 @@ def random_prompts(*lengths: int) -> list[list[int]]:
 
 
 def full_logprobs(model, rollout: Rollout, temperature: float) -> list[float]:
-    """Score a rollout the way training does: one forward over prompt and completion, no cache, no padding."""
+    """Score a rollout as training does: one forward over all of it, no cache, no padding."""
     ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
@@ -50,7 +53,7 @@ def ids_of(groups: list[list[Rollout]]) -> list[list[list[int]]]:
 
 
 def watch(module, record: list) -> None:
-    """Record the shape of the ids of every forward: prefills have several columns, decode steps one."""
+    """Record the shape of every forward's ids: prefills have several columns, decode steps one."""
     module.register_forward_pre_hook(
         lambda _, args, kwargs: record.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
@@ -103,10 +106,8 @@ def test_a_batch_of_mixed_lengths_equals_one_by_one(tiny_model):
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 7])
 def test_max_rows_bounds_the_batch_and_changes_no_result(tiny_model, max_rows):
-    prompts, eos_ids = (
-        random_prompts(3, 9, 1, 9),
-        set(range(0, 290, 10)),
-    )  # rows end at many different steps
+    prompts = random_prompts(3, 9, 1, 9)
+    eos_ids = set(range(0, 290, 10))  # rows end at many different steps
     free = sample(tiny_model, prompts, PLAIN, eos_ids=eos_ids, samples_per_prompt=3)
     shapes: list = []
     watch(tiny_model.model, shapes)
@@ -131,6 +132,69 @@ def test_the_cache_grows_past_its_first_block(tiny_model, monkeypatch):
     expected = ids_of(sample(tiny_model, prompts, PLAIN, eos_ids=set()))
     monkeypatch.setattr(sampler, "GROWTH_COLUMNS", 5)
     assert ids_of(sample(tiny_model, prompts, PLAIN, eos_ids=set())) == expected
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_cache_is_right_past_its_growth(tiny_model, monkeypatch, attention):
+    # Room for 3 columns only: 20 tokens fill it six times, with rows that end and rows that join in
+    # between. What a fresh allocation holds is made NaN, so that reading it would show.
+    monkeypatch.setattr(sampler, "GROWTH_COLUMNS", 3)
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *sizes: empty(*sizes).fill_(float("nan")))
+    grown: list[int] = []
+    update = sampler._GrowingLayer.update
+
+    def watched(layer, key_states, value_states, *args, **kwargs):
+        grown.append(layer.filled == layer.keys.shape[2])
+        return update(layer, key_states, value_states, *args, **kwargs)
+
+    monkeypatch.setattr(sampler._GrowingLayer, "update", watched)
+    tiny_model.set_attn_implementation(attention)
+    params = SamplingParams(20, temperature=1.1)
+    eos_ids = set(range(0, 290, 60))
+    prompts = random_prompts(9, 2, 5, 14)
+    groups = sample(tiny_model, prompts, params, eos_ids=eos_ids, samples_per_prompt=3, max_rows=4)
+    assert sum(grown) >= 12  # two layers
+    assert {rollout.finish_reason for group in groups for rollout in group} == {"stop", "length"}
+    for group in groups:
+        for rollout in group:
+            assert rollout.logprobs == pytest.approx(
+                full_logprobs(tiny_model, rollout, 1.1), abs=1e-4
+            )
+
+
+def test_the_room_for_all_columns_is_allocated_at_once(tiny_model, monkeypatch):
+    made: list[list[int]] = []
+    join = sampler._right_aligned
+
+    def watched(parts, room):
+        made.append([part.shape[1] for part in parts] + [room])
+        return join(parts, room)
+
+    monkeypatch.setattr(sampler, "_right_aligned", watched)
+    sample(tiny_model, random_prompts(6, 2), PLAIN, eos_ids=set())
+    assert made == [[6, 2, 11]] * 4  # keys and values of two layers; the twelfth token needs none
+
+
+def test_a_small_model_decodes_on_one_thread_and_the_number_is_put_back(tiny_model, monkeypatch):
+    before = torch.get_num_threads()
+    seen: set[int] = set()
+    tiny_model.model.register_forward_pre_hook(lambda *_: seen.add(torch.get_num_threads()))
+
+    def fail(*_):
+        raise RuntimeError("stop here")
+
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(RuntimeError, match="stop here"):
+            sample(tiny_model, random_prompts(4), PLAIN, eos_ids=set(), on_progress=fail)
+        assert (seen, torch.get_num_threads()) == ({1}, 3)
+        seen.clear()
+        monkeypatch.setattr(sampler, "ONE_THREAD_PARAMETERS", tiny_model.num_parameters())
+        sample(tiny_model, random_prompts(4), PLAIN, eos_ids=set())
+        assert (seen, torch.get_num_threads()) == ({3}, 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +223,8 @@ def test_onednn_takes_every_layer_adapters_too_and_changes_no_result(tiny_model,
         torch.nn.init.normal_(tensor, std=0.3)
     prompts, fast = random_prompts(6, 2, 9), []
     with monkeypatch.context() as patch:
-        patch.setattr(
-            sampler, "_OneDNN", None
-        )  # not called: in so small a model it would only cost
+        # Not called: in so small a model it would only cost.
+        patch.setattr(sampler, "_OneDNN", None)
         plain = sample(tiny_model, prompts, PLAIN, eos_ids={3})
     monkeypatch.setattr(sampler, "ONEDNN_PRODUCTS", 0)
     counts = operations(lambda: fast.extend(sample(tiny_model, prompts, PLAIN, eos_ids={3})))
@@ -173,7 +236,8 @@ def test_onednn_takes_every_layer_adapters_too_and_changes_no_result(tiny_model,
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_onednn_takes_large_fp32_layers_only_and_inside_sample_only(tiny_model, monkeypatch):
-    # Two rows: the head multiplies 2 * 32 * 300 times, the largest layer 2 * 32 * 64 a decode step, 4 * 32 * 64 before.
+    # Two rows: the head multiplies 2 * 32 * 300 times, the largest layer 2 * 32 * 64 a decode step,
+    # 4 * 32 * 64 before.
     monkeypatch.setattr(sampler, "ONEDNN_PRODUCTS", 2 * 32 * 300)
     counts = operations(lambda: sample(tiny_model, random_prompts(2, 2), PLAIN, eos_ids=set()))
     assert counts["aten::mkldnn_linear"] == 12  # once a token
@@ -295,9 +359,8 @@ def truncated(
     return [(index, weight / sum(weight for _, weight in kept)) for index, weight in kept]
 
 
-@pytest.mark.parametrize(
-    "first_width", [3, 256]
-)  # 3: nearly every row needs the second, complete draw
+# With a first width of 3, nearly every row needs the second, complete draw.
+@pytest.mark.parametrize("first_width", [3, 256])
 @pytest.mark.parametrize(
     ("top_p", "top_k"), [(1.0, 0), (0.7, 0), (0.97, 0), (1.0, 5), (0.6, 9), (0.9, 999), (1e-9, 0)]
 )
@@ -323,6 +386,16 @@ def test_draws_invert_the_truncated_distribution(monkeypatch, first_width, top_p
     assert logprob_B.tolist() == pytest.approx(
         (logits_1V / 1.4).log_softmax(-1)[0, ids_B].tolist(), abs=1e-5
     )
+
+
+def test_no_mask_is_a_mask_of_all_ids():
+    logits_BV = torch.randn(50, 700, generator=torch.Generator().manual_seed(8))
+    uniform_B = torch.rand(50, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    for temperature, top_p, top_k in [(0.0, 1.0, 0), (1.3, 1.0, 0), (1.3, 0.9, 0), (1.3, 0.9, 30)]:
+        settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        free = choose_tokens(logits_BV, uniform_B, None, **settings)
+        masked = choose_tokens(logits_BV, uniform_B, torch.ones(700).bool(), **settings)
+        assert torch.equal(free[0], masked[0]) and torch.equal(free[1], masked[1])
 
 
 def test_a_uniform_next_to_one_still_draws_a_kept_id():
@@ -352,9 +425,8 @@ def test_the_generation_config_is_ignored(tiny_model):
     assert tiny_model.generation_config.to_dict() == before
 
 
-@pytest.mark.parametrize(
-    "max_rows", [None, 2]
-)  # 2: the three samples of a prompt are not admitted together
+# With 2, the three samples of a prompt are not admitted together.
+@pytest.mark.parametrize("max_rows", [None, 2])
 def test_each_distinct_prompt_is_prefilled_once(tiny_model, max_rows):
     prompts, shapes = random_prompts(4, 6), []
     watch(tiny_model.model, shapes)
@@ -385,9 +457,8 @@ def test_finished_rows_leave_the_batch(tiny_model):
     lengths = [len(ids) for group in ids_of(groups) for ids in group]
     steps = [rows for rows, columns in shapes if columns == 1]
     assert len(steps) == max(lengths) - 1
-    for step, rows in enumerate(
-        steps
-    ):  # rows still generating after this step, and at most an eighth more
+    for step, rows in enumerate(steps):
+        # The rows that still generate after this step, and at most an eighth more.
         assert sum(length > step + 1 for length in lengths) <= rows <= 16
         assert rows <= 8 / 7 * sum(length > step for length in lengths)
     assert min(steps) < 8
@@ -431,9 +502,8 @@ def test_bf16_rows_stay_close_to_the_full_forward(tiny_model):
             full_logprobs(model.float(), rollout, 1.1), abs=0.3
         )
         logprobs = torch.tensor(rollout.logprobs)
-        assert not torch.equal(
-            logprobs, logprobs.bfloat16().float()
-        )  # summed in fp32, not in the model's precision
+        # Summed in fp32, not in the model's precision.
+        assert not torch.equal(logprobs, logprobs.bfloat16().float())
 
 
 def test_no_prompts_give_no_rollouts(tiny_model):
@@ -499,7 +569,7 @@ def test_models_that_would_be_sampled_wrongly_are_refused(tiny_model):
         with pytest.raises(ValueError, match="full_attention only"):
             sample(model, [[1]], PLAIN, eos_ids=set())
     tiny_model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping is 30"):
+    with pytest.raises(ValueError, match="final_logit_softcapping=30"):
         sample(tiny_model, [[1]], PLAIN, eos_ids=set())
     tiny_model.config.final_logit_softcapping = None
     tiny_model.config._attn_implementation = "flash_attention_2"

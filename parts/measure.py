@@ -1,0 +1,252 @@
+"""Measure a model: problems -> graded attempts -> parts.metrics. There is no other way to measure.
+
+eval.py, the tables before and after training, and every checkpoint of a comparison come through
+here, so that a metric cannot differ between two tables.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pycld2
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from parts.grading import grade
+from parts.metrics import LEVEL_WEIGHTS, Attempt, Estimate, Graded, summarise
+from parts.model import eos_ids, valid_ids
+from parts.prompts import (
+    Problem,
+    build_prompt,
+    find_language,
+    languages,
+    pose_in_english,
+    prompt_opens_think,
+)
+from parts.recipe import Config
+from parts.sampler import Rollout, SamplingParams, sample
+from parts.view import SamplingProgress, estimates_table
+
+GREEDY_NAME = "greedy accuracy"
+KL_NAME = "KL to the teacher, nats/token"
+Summary = dict[str, Estimate]  # by metric
+Columns = dict[str, Summary]  # by language, an ISO 639-3 code
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """How attempts are sampled to measure a model, whatever it was trained with."""
+
+    max_new_tokens: int
+    temperature: float  # of the sampled attempts; greedy ones are measured beside them
+    top_p: float
+    samples: int  # sampled attempts per problem
+    seed: int
+    thinking: str
+    max_rows: int  # decoded at once
+
+    @classmethod
+    def of(cls, config: Config, *, seed: int) -> "Ruler":
+        """Return the ruler that a run's settings name."""
+        return cls(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.eval_temperature,
+            top_p=config.eval_top_p,
+            samples=config.eval_samples,
+            seed=seed,
+            thinking=config.thinking,
+            max_rows=config.sample_rows,
+        )
+
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        problems: list[Problem],
+        *,
+        greedy: bool,
+        on_progress: Callable[[int, int, int], None] | None = None,
+    ) -> list[Graded]:
+        """Return one greedy attempt at each problem, or `samples` sampled ones, graded."""
+        params = SamplingParams(
+            self.max_new_tokens, 0.0 if greedy else self.temperature, self.top_p, seed=self.seed
+        )
+        return evaluate(
+            model,
+            tokenizer,
+            problems,
+            params,
+            samples=1 if greedy else self.samples,
+            thinking=self.thinking,
+            max_rows=self.max_rows,
+            on_progress=on_progress,
+        )
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    params: SamplingParams,
+    *,
+    samples: int = 1,
+    thinking: str = "auto",
+    first_index: int = 0,
+    max_rows: int | None = None,
+    on_progress: Callable[[int, int, int], None] | None = None,
+) -> list[Graded]:
+    """Sample `samples` completions of every problem under the student's prompt and grade each.
+
+    first_index  the first problem's place in the whole evaluation: its random stream depends on it
+    Never cuts a prompt: one that does not fit the model's context is the sampler's ValueError.
+    """
+    check_answers(problems)
+    think_open = prompt_opens_think(tokenizer, thinking)
+    groups = sample(
+        model,
+        [
+            build_prompt(problem, problem.language, tokenizer, thinking=thinking)
+            for problem in problems
+        ],
+        params,
+        samples_per_prompt=samples,
+        first_index=first_index,
+        max_rows=max_rows,
+        on_progress=on_progress,
+        eos_ids=eos_ids(model, tokenizer),
+        valid_ids=valid_ids(tokenizer),
+    )
+    results = []
+    for index, (problem, rollouts) in enumerate(zip(problems, groups, strict=True), first_index):
+        attempts = []
+        for number, rollout in enumerate(rollouts):
+            text = str(tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
+            seed = f"{params.seed}/{index}/{number}"
+            attempts.append(_attempt(text, rollout, problem, seed, think_open))
+        results.append(_graded(problem, rollouts[0].prompt_ids, attempts))
+    return results
+
+
+def _attempt(text: str, rollout: Rollout, problem: Problem, seed: str, think_open: bool) -> Attempt:
+    graded = grade(text, str(problem.answer), think_open=think_open)
+    return Attempt(
+        completion=text,
+        **asdict(graded),
+        tokens=len(rollout.completion_ids),
+        finish_reason=rollout.finish_reason,
+        language=text_language(text),
+        seed=seed,
+    )
+
+
+def _graded(problem: Problem, prompt_ids: list[int], attempts: list[Attempt]) -> Graded:
+    prompt_hash = hashlib.sha256(repr(prompt_ids).encode()).hexdigest()[:12]
+    # PolyMath's ids begin with their level.
+    levels = [level for level in LEVEL_WEIGHTS if problem.id.startswith(f"{level}-")]
+    return Graded(
+        id=problem.id,
+        language=problem.language,
+        problem=problem.problem,
+        gold=str(problem.answer),
+        prompt_hash=prompt_hash,
+        level=levels[0] if levels else None,
+        attempts=attempts,
+    )
+
+
+def check_answers(problems: list[Problem]) -> None:
+    """Raise ValueError for a problem whose gold answer is missing or cannot be graded."""
+    for problem in problems:
+        try:
+            grade("", problem.answer or "")
+        except ValueError as error:
+            raise ValueError(
+                f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded: {error}"
+            ) from error
+
+
+def text_language(text: str) -> str:
+    """Return the language a text is written in, or "unknown".
+
+    An ISO 639 code, 639-3 for the languages of languages.json. CLD2 decides, where it calls itself
+    reliable: it knows all of languages.json but Ewe and Vai, and Twi as Akan. Vai is told by its
+    script, and Ewe by its letters where CLD2 is not sure. Of several languages the largest part
+    counts.
+
+    >>> text_language("Jibu ni mayai kumi na nane."), text_language("18 + 1 = 19")
+    ('swa', 'unknown')
+    """
+    # LaTeX commands are English words. One \boxed does no harm, and without it CLD2 finds the lab's
+    # answers too short.
+    plain = re.sub(r"\\(?!boxed)[A-Za-z]+", " ", text)
+    if len(re.findall("[\ua500-\ua63f]", plain)) > len(plain) / 3:
+        return "vai"
+    printable = "".join(c if c.isprintable() else " " for c in plain)
+    reliable, _, found = pycld2.detect(printable)
+    if not reliable:
+        return "ewe" if re.search("[ƒʋ]", plain) else "unknown"
+    code = str(found[0][1]).partition("-")[0]
+    if code == "ak":
+        return "twi"
+    known = [language.iso3 for language in languages().values() if language.iso1 == code]
+    return known[0] if known else code
+
+
+def measure_languages(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    ruler: Ruler,
+    console: Console,
+    when: str,
+) -> Columns:
+    """Return every metric in the problems' language and, so that forgetting shows, in English.
+
+    In English greedy attempts are enough to see it, and they are an eighth of the work.
+    """
+
+    def _measure(posed: list[Problem], greedy: bool) -> list[Graded]:
+        language = find_language(posed[0].language)
+        how = "greedy" if greedy else "sampled"
+        with SamplingProgress(console, f"{when}: {language.english}, {how}") as progress:
+            return ruler.measure(
+                model, tokenizer, posed, greedy=greedy, on_progress=progress.update
+            )
+
+    own = problems[0].language
+    greedy = summarise(_measure(problems, True), [1])
+    ks = sorted({1, ruler.samples})
+    sampled = summarise(_measure(problems, False), ks)
+    columns = {own: {GREEDY_NAME: greedy["pass@1"], **sampled}}
+    english = pose_in_english([problem for problem in problems if problem.problem_en], 1.0)
+    if own != "eng" and english:
+        summary = summarise(_measure(english, True), [1])
+        columns["eng"] = {GREEDY_NAME: summary.pop("pass@1"), **summary}
+    return columns
+
+
+def change_tables(before: Columns, after: Columns) -> list[Table]:
+    """Return a table a language, with the evaluations before and after training side by side."""
+    return [
+        estimates_table(find_language(code).english, {"before": before[code], "after": after[code]})
+        for code in before
+    ]
+
+
+def plain_columns(columns: Columns) -> dict[str, Any]:
+    """Return columns as JSON takes them."""
+    return {
+        code: {name: asdict(estimate) for name, estimate in summary.items()}
+        for code, summary in columns.items()
+    }
+
+
+def read_columns(stored: dict[str, Any]) -> Columns:
+    """Return what plain_columns returned, read again."""
+    return {
+        code: {name: Estimate(**estimate) for name, estimate in summary.items()}
+        for code, summary in stored.items()
+    }

@@ -1,0 +1,454 @@
+r"""Read the number that a text says, in many scripts and spellings, or tell that it says none.
+
+    answer --_plain_text--> plain text --_find_numbers--> its numbers, and what is around them
+           --normalise--> one canonical string for everything that means the same
+
+    >>> normalise("፲፰ ብር"), normalise(r"1{,}000.50\text{ shillings}"), normalise("18 or 19")
+    ('18', '2001/2', None)
+
+`_plain_text` spells alike what looks alike: digits, dashes, spaces, LaTeX. `_find_numbers` cuts the
+numbers out of that and leaves a skeleton, the text with a hole for each. From the skeleton
+`normalise` judges whether the text is about one number. What could be read in two ways is read in
+none: a wrong reward teaches worse than a missing one.
+
+No text raises. Functions stand in order of use, and each is preceded by the patterns it uses. A
+comment "x -> y" says what becomes of an example.
+"""
+
+import re
+import unicodedata
+from fractions import Fraction
+
+# A longer answer is an essay or an attack. Python's int() refuses more than 4300 digits, too.
+MAX_ANSWER_CHARS = 400
+# 10^(10^10) would fill the memory.
+MAX_EXPONENT = 100
+
+# The canonical string of a number, and of nothing else: 18, -7/2.
+_CANONICAL_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
+
+# What may end a text without being part of it: "monday." -> "monday".
+_CLOSING_MARKS = " .,;:?"
+
+
+# ---- From a text to its canonical string
+
+
+def normalise(answer: str, *, as_text: bool = False) -> str | None:
+    r"""Return the answer's canonical string: a reduced fraction for a number, else folded text.
+
+    None means: empty, longer than MAX_ANSWER_CHARS, or no single clear answer. (ours)
+    as_text  True beside a gold answer that is no number. Then a text with several numbers, or an
+             equation, stays the text that it is.
+
+    Separators, for figures in any script. Every space and every apostrophe counts alike; the Arabic
+    ٬ is an apostrophe and ٫ a period.
+
+    >>> def show(*answers): print(*map(normalise, answers))
+
+    Groups have three figures and no leading 0; Indian groups have two before the last three:
+
+    >>> show("1,000", "1 000", "1'000", "1.000.000", "12,34,567")
+    1000 1000 1000 1000000 1234567
+
+    One period, or a comma that cannot group, is the decimal mark:
+
+    >>> show("1.000", "1.5", "3,5", "0,500", "1234,567")
+    1 3/2 7/2 1/2 1234567/1000
+
+    Of two kinds of mark, the last one is the decimal mark:
+
+    >>> show("1.000,50", "1,000.50", "1 000,50")
+    2001/2 2001/2 2001/2
+
+    These are not one number:
+
+    >>> show("10 20", "1,2,3", "1,000,50", "18 or 19", "x = 1, y = 2", "18 million", "1/0", "1e999")
+    None None None None None None None None
+
+    Many forms are read:
+
+    >>> show("3½", r"3\frac12", "1.2e3", r"1.2\times10^3", "፲፰", "1.5万")
+    7/2 7/2 1200 1200 18 15000
+
+    Currency, words, units, the percent sign and all that is left of the last "=" are dropped:
+
+    >>> show("18 birr", "18 cm²", "18%", "x = 18")
+    18 18 18 18
+
+    What is no number is compared as text:
+
+    >>> show("l8", "2x", r"2\sqrt{3}", r"\text{Monday}.")
+    l8 2x 2\sqrt{3} monday
+    """
+    if len(answer.strip()) > MAX_ANSWER_CHARS:
+        return None
+    whole = _plain_text(answer.strip())
+    said = _right_side(whole, as_text=as_text)
+    numbers, skeleton = _find_numbers(said)
+    if numbers and _is_only_words(skeleton):
+        number = numbers[0] if len(numbers) == 1 else None
+        if number is not None and not _CHANGING_WORDS.search(skeleton):
+            return str(number)
+        said = ""  # it is about numbers, but not clearly about one
+    canonical = said or (whole if as_text else "")
+    return canonical.strip().rstrip(_CLOSING_MARKS) or None
+
+
+def is_number(canonical: str) -> bool:
+    """Return whether a canonical string is that of a number, so that equal means equal in value."""
+    return _CANONICAL_NUMBER.fullmatch(canonical) is not None
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number among the text's last MAX_ANSWER_CHARS characters, canonically.
+
+    Whatever stands around it does not count. None where there is no number, and where the last one
+    cannot be read: an earlier number is never taken in its place.
+
+    >>> last_number("9 x 2 = 18 birr."), last_number("18 or 1/0")
+    ('18', None)
+    """
+    numbers, _ = _find_numbers(_plain_text(text.strip()[-MAX_ANSWER_CHARS:]))
+    number = numbers[-1] if numbers else None
+    return None if number is None else str(number)
+
+
+# A relation whose sides must not be taken apart as those of an "=": the ≥ of "x ≥ 3", the \leq of
+# "x \leq 3", the ! of "x != 3".
+_INEQUALITY = re.compile(r"[<>≤≥≠!]|\\(?:leq?|geq?|lt|gt|neq?)(?![a-z])")
+
+# A letter at the end: the y of " 1, y ", which is the middle part of "x = 1, y = 2".
+_ENDS_IN_NAME = re.compile(r"[^\W\d_]\s*$")
+
+# What a thing may be called, left of its "=": x, f(x), (a, b). With a figure or an operator in it
+# the left side says something, and the text is an equation: x + 1 = 5.
+_NAME = re.compile(r"[^\d+*/^×·|{}-]*")
+
+
+def _right_side(text: str, *, as_text: bool) -> str:
+    """Return what the text says: 18 of "x = 18", and the whole of a text without "=".
+
+    "" stands for two equations, as in "x = 1, y = 2". As a text, an equation is kept whole.
+    """
+    *left_sides, right_side = [text] if _INEQUALITY.search(text) else text.split("=")
+    if as_text and not all(_NAME.fullmatch(side) for side in left_sides):
+        return text
+    if any(_ENDS_IN_NAME.search(side) for side in left_sides[1:]):
+        return ""
+    return right_side
+
+
+# What may stand around a number without changing it. It is matched on the skeleton in which every
+# letter and mark has become an "a" and every number a \0.
+_PROSE = re.compile(
+    r"a+(?:[-/]a+)*"  # words, also joined ones: birr, km/h, twenty-one
+    r"|\([a\s]*\)"  # a remark in parentheses: 18 (eighteen birr)
+    r"|[\s.,;?\"']"  # punctuation
+    r"|\0"  # the number itself
+    r"|(?<!\0):|:(?!\0)"  # a colon, but not one between two numbers, a ratio's: 1:2
+)
+
+# Letters that belong to a number and make it something else.
+_VARIABLE = re.compile(
+    # A letter with upper and lower case right before a figure poses as one: the l of "l8", the
+    # O of "1O0".
+    r"[a-zß-ʯͰ-ԯ]\0"
+    # A single letter after it is a variable: 2x, 2 π. Metre, gram, litre, hour, second and franc
+    # are none (m g l h s f). Neither is the letter of d'accord or of x-axis.
+    r"|\0\s?(?![mglhsf](?!\w))[a-zα-ω](?!'|-?[^\W\d_])"
+)
+
+# Words that multiply or divide the number before them: "18 million" is not 18, so that other words
+# may be dropped and these may not.
+_CHANGING = (
+    r"hundreds? thousands? millions? billions? trillions? dozens? lakhs? crores? half "  # English
+    r"mille milliards? demi "  # French
+    r"mil millones medio "  # Spanish
+    r"tausend millionen milliarden "  # German
+    r"тысяч\w* миллион\w* "  # Russian
+    r"mia elfu laki milioni nusu "  # Swahili
+    r"dubu miliyan rabi "  # Hausa
+    r"ሺህ? ሚሊዮን "  # Amharic
+    r"মিলিয়ন হাজার লক্ষ লাখ কোটি"  # Bengali
+)
+# Thai writes no spaces between words, so its thousand, ten thousand and so on count anywhere.
+_CHANGING_IN_THAI = "พัน หมื่น แสน ล้าน"
+_CHANGING_WORDS = re.compile(
+    rf"(?<!\w)(?:{'|'.join(_CHANGING.split())})(?![^\W\d_])|{'|'.join(_CHANGING_IN_THAI.split())}"
+)
+
+
+def _is_only_words(skeleton: str) -> bool:
+    """Return whether nothing but words and punctuation is around the numbers of a skeleton."""
+    shape = "".join(
+        "a" if unicodedata.category(character)[0] in "LM" else character for character in skeleton
+    )
+    return not _PROSE.sub("", shape) and not _VARIABLE.search(skeleton)
+
+
+# ---- Spell alike what looks alike
+
+# Plain characters, and what is taken for each of them.
+_LOOKALIKES = {
+    "-": "−–‐‑‒",  # the minus sign, dashes and hyphens
+    "'": "’‘ʼ′`٬",  # the last is the Arabic thousands separator
+    '"': "“”„«»",
+    "/": "⁄∕",
+    ",": "،",
+    ";": "፣፤、؛",  # Ethiopic, Chinese and Arabic marks that join the items of a list
+    ".": "。።।۔٫",  # full stops; the last is the Arabic decimal separator
+    "?": "؟",
+    "%": "٪",
+    "°": "º",
+    " ": "፡",  # the Ethiopic word space
+    "万": "萬",  # Han numerals in one spelling
+    "億": "亿",
+    "二": "两兩",
+    "〇": "零",
+}
+_SAME_AS = {
+    lookalike: plain for plain, lookalikes in _LOOKALIKES.items() for lookalike in lookalikes
+}
+
+# A run of raised figures, which are an exponent: 10³ -> 10^3
+_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+
+# Currencies that are written against their number: R18, KSh500. There is no need to list signs such
+# as ₦, which Unicode knows, nor "naira" or "元" after a number, which are words like any other.
+_CURRENCY_PREFIX = (
+    "(?:[rnkm]|br|rs|tk|k?shs?|[tu]sh|fc?|f?cfa|frw|gh[cs]|"  # what people write
+    "usd?|eur|gbp|ngn|etb|kes|tzs|ugx|rwf|zar|zmw|lsl|xaf|xof|jpy|cny|rmb|thb|inr|bdt|"  # ISO 4217
+    "birr|naira|cedis?|rand)"
+)
+
+# An argument of \frac: {12}, or one figure without braces. It has two groups, and one is filled.
+_ARGUMENT = r"\s*(?:\{\s*(-?[\w.,' ]+?)\s*\}|(\d))"
+
+# Patterns and what replaces them. They are applied in this order, since some need what an earlier
+# one wrote.
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # LaTeX that is not seen: 1,\!000 -> 1,000
+        (r"\\!|\\(?:left|right)(?![a-z])", ""),
+        # LaTeX spaces, and the brackets of a formula: 1\,000 -> 1 000, \(18\) -> 18
+        (r"\\[,;: ()\[\]]|\\q?quad(?![a-z])|~", " "),
+        # A comma in braces, which keep TeX from spacing it: 1{,}000 -> 1,000
+        (r"\{,\}", ","),
+        # The two products: 1.2 \times 10 -> 1.2 × 10
+        (r"\\(?:times|cdot)(?![a-z])", "×"),
+        # A fraction: \frac{1}{2} -> 1/2. Its spaces keep 1\frac12 apart from 11/2.
+        (rf"\\[dt]?frac{_ARGUMENT}{_ARGUMENT}", r" \1\2/\3\4 "),
+        # An exponent in braces: 10^{3} -> 10^3
+        (r"\^\{(-?\d+|\w)\}", r"^\1"),
+        # Currency between a sign and its number: -$18 -> -18
+        (r"(?<=[-+])\s*\\?\$\s*", ""),
+        # Degrees, currency, percent: 18^\circ, 18°C, 18 $, 18\% -> 18
+        (r"\^\s*\{?\s*\\circ\s*\}?|°\s?(?:[cf]\b)?|\\?[$%]", " "),
+        # East African "so many shillings": 500/=, 500/- -> 500
+        (r"(?<=\d)/[=-](?!\s*\d)", " "),
+        # Currency against its number: KSh500 -> 500
+        (rf"(?<!\w){_CURRENCY_PREFIX}(?=\d)", ""),
+        # A sign in words, of English, French, Spanish, Swahili, Chinese, Japanese: minus 18 -> -18
+        (r"(?<!\w)(?:minus|negative|moins|menos|hasi)(?!\w)\s*|[负負]|マイナス", " -"),
+        # A space after a leading sign: - 18 -> -18. The dash of "answer - 18" is no sign.
+        (r"((?:^|[:=])\s*[-+])\s+(?=[\d.])", r"\1"),
+    )
+]
+
+# An innermost pair of braces of which only the content counts.
+_WRAPPER = re.compile(
+    r"(?:\\(?:text(?:bf|it)?|math(?:rm|bf|it)|mbox|underline)\s*"  # of a font: \text{18} -> 18
+    r"|(?<![\w}^\\]))"  # or of no command: {18} -> 18, but \sqrt{18}, x^{18} and \{18\} keep theirs
+    r"\{([^{}]*)\}"
+)
+
+
+def _plain_text(answer: str) -> str:
+    """Return the answer with ASCII digits, and one kind of minus, space and apostrophe.
+
+    LaTeX that only sets type is gone, and so is currency; letters are lower case.
+    """
+    text = _SUPERSCRIPTS.sub(lambda run: "^" + unicodedata.normalize("NFKC", run[0]), answer)
+    text = "".join(_plain_character(character) for character in text)
+    text = unicodedata.normalize("NFC", text.casefold())
+    while True:
+        for pattern, replacement in _REWRITES:
+            text = pattern.sub(replacement, text)
+        text, unwrapped = _WRAPPER.subn(r" \1 ", text)
+        if not unwrapped:  # else a rewrite, or the next pair of braces, may have become possible
+            return " ".join(text.split())
+
+
+def _plain_character(character: str) -> str:
+    """Return the plain spelling of one character, "" for what cannot be seen: a direction mark."""
+    category = unicodedata.category(character)
+    if character.isspace():
+        return " "
+    if category in ("Cc", "Cf", "Cs"):  # control, format, half of a surrogate pair
+        return ""
+    if category == "Nd":  # a decimal digit of any script
+        return str(unicodedata.decimal(character))
+    if category == "Sc":  # a currency sign
+        return "$"
+    folded = unicodedata.normalize("NFKC", _SAME_AS.get(character, character))
+    if category == "No":  # another number
+        # A vulgar fraction gets spaces, since 3½ is not 31/2. Others (², ①, ፲) stay as they are:
+        # NFKC makes "11" of "1①".
+        return f" {folded.replace('⁄', '/')} " if "⁄" in folded else character
+    return "".join(_SAME_AS.get(part, part) for part in folded)
+
+
+# ---- Find the numbers
+
+# Figures with separators between them, or with only a decimal point before them: 1,000.50 and .5
+_FIGURE = r"(?:\d+(?:[.,' ]\d+)*|(?<![\w.])\.\d+)"
+
+# Ten, hundred, 10^4, 10^8, thousand. In 千克 (kilogram), 千米 (kilometre), 千瓦 (kilowatt) and 千卡
+# (kilocalorie) it belongs to the unit.
+_HAN_UNIT = "(?:[十百万億]|千(?![克米瓦卡]))"
+_HAN = rf"(?:[〇一二三四五六七八九]|{_HAN_UNIT})"
+
+_NUMBER = re.compile(
+    rf"""
+    (?P<sign>(?<![\w)])[-+])?  # "3-5" and "T-18" have no negative number
+    (?:
+        # A power of ten: 1.2×10^3, 1.2e3, 10^3
+        (?:(?P<factor>{_FIGURE})(?:\s?[×x*·]\s?10\^|e)|10\^)(?P<exponent>[-+]?\d+)
+        # A mixed number: 3 1/2
+        | (?P<whole>\d+)\ (?P<part>[1-9]\d*/\d+)
+        # A fraction: 7/2
+        | (?P<fraction>{_FIGURE}\s?/\s?{_FIGURE})
+        # A numeral without place values or with units: 1.5万, 三千五百, ፲፰
+        | (?P<numeral>\d[\d.,]*{_HAN_UNIT}(?:\d|{_HAN})*|{_HAN}+|[፩-፼]+)
+        # Plain figures: 18
+        | (?P<figure>{_FIGURE})
+    )
+    """,
+    re.VERBOSE,
+)
+
+# The exponent of a unit of length, whose figure is no number: 18 cm^2 -> 18 cm, 3 m3 -> 3 m
+_UNIT_POWER = re.compile(r"(?<![^\W\d_])([cdkm]?m|ft|in)(?:\s?\^)?[23](?!\w)")
+
+
+def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
+    r"""Return a plain text's numbers, None for one that cannot be read, and its skeleton.
+
+    The skeleton is the text with a \0 in the place of each number.
+    """
+    numbers: list[Fraction | None] = []
+    has_figures = re.search(r"\d", text)
+
+    def _fill_slot(match: re.Match[str]) -> str:
+        # Beside figures a Han numeral is a letter: "18个三明治" is 18 sandwiches, not 18 and 3.
+        if has_figures and match["numeral"] and match["numeral"][0] > "፼":
+            return match[0]
+        numbers.append(_read_number(match))
+        return "\0"
+
+    skeleton = _NUMBER.sub(_fill_slot, _UNIT_POWER.sub(r"\1", text))
+    return numbers, skeleton
+
+
+# ---- Read one number
+
+
+def _read_number(match: re.Match[str]) -> Fraction | None:
+    """Read what _NUMBER has found; None where it has no single clear value."""
+    if match["exponent"]:
+        value = _read_power_of_ten(match["factor"] or "1", int(match["exponent"]))
+    elif match["part"]:
+        value = _read_mixed_number(int(match["whole"]), match["part"])
+    elif match["fraction"]:
+        value = _read_fraction(match["fraction"])
+    elif match["numeral"]:
+        value = _read_numeral(match["numeral"])
+    else:
+        value = _read_figure(match["figure"])
+    return -value if value and match["sign"] == "-" else value
+
+
+def _read_power_of_ten(factor: str, exponent: int) -> Fraction | None:
+    """Read 1.2×10^3; None past MAX_EXPONENT."""
+    number = _read_figure(factor)
+    if number is None or abs(exponent) > MAX_EXPONENT:
+        return None
+    return number * Fraction(10) ** exponent
+
+
+def _read_mixed_number(whole: int, part: str) -> Fraction | None:
+    """Read 3 1/2; None unless the fraction is smaller than one, as in "1 500/3"."""
+    fraction = _read_fraction(part)
+    return whole + fraction if fraction is not None and fraction < 1 else None
+
+
+def _read_fraction(fraction: str) -> Fraction | None:
+    """Read 7/2; None for a denominator of zero."""
+    top, bottom = (_read_figure(figure.strip()) for figure in fraction.split("/"))
+    return top / bottom if top is not None and bottom else None
+
+
+# Figures in groups of three by one repeated mark, which is group 1, or in Indian groups: 12,34,567
+_GROUPED = re.compile(r"[1-9]\d{0,2}([.,' ])\d{3}(?:\1\d{3})*|[1-9]\d?(?:,\d\d)+,\d{3}")
+
+# The one case in which groups of three are not read as such: 1.000 is one, and 1,000 a thousand.
+_ONE_PERIOD = re.compile(r"\d+\.\d+")
+
+# The whole part, the decimal mark, the decimals: 1,000 | . | 50
+_DECIMAL = re.compile(r"(.*)([.,])(\d+)")
+
+
+def _read_figure(figure: str) -> Fraction | None:
+    """Read ASCII digits with separators, by the table in `normalise`."""
+    is_grouped = _GROUPED.fullmatch(figure) and not _ONE_PERIOD.fullmatch(figure)
+    decimal = None if is_grouped else _DECIMAL.fullmatch(figure)
+    whole, mark, decimals = decimal.groups() if decimal else (figure, None, "0")
+    if re.search(r"\D", whole):  # it has separators of its own
+        mark_also_groups = mark is not None and mark in whole
+        if mark_also_groups or not _GROUPED.fullmatch(whole):
+            return None
+    return Fraction(re.sub(r"\D", "", whole or "0") + "." + decimals)
+
+
+# Units, the largest first, and what the count before each must be smaller than. So 二十百 is no
+# numeral and 二十万 is one. Before an Ethiopic ten thousand any count may stand, even another: ፼፼.
+_COUNT_LIMITS = {
+    "億": 10**8,
+    "万": 10**4,
+    "千": 10,
+    "百": 10,
+    "十": 10,
+    "፼": float("inf"),
+    "፻": 100,
+}
+
+# Tens and ones, which add up: ፲፰. Ethiopic has no positions, so that ፩፰ is no number.
+_ETHIOPIC_BELOW_100 = re.compile("[፲-፺]?[፩-፱]?")
+
+
+def _read_numeral(numeral: str) -> Fraction | None:
+    """Read 三千五百, 3万5千 and ፲፱፻፺፭ by units, and 二〇二四 by position.
+
+    By units a numeral is a count, its largest unit and a rest; a missing count is one: ፻ is 100.
+    """
+    for unit, count_limit in _COUNT_LIMITS.items():
+        # ፼ repeats, and then the last one is the one that the others are counts of.
+        before, found, after = numeral.rpartition(unit) if unit == "፼" else numeral.partition(unit)
+        if found:
+            size = int(unicodedata.numeric(unit))
+            count = _read_numeral(before or "一")
+            rest = _read_numeral(after or "〇")
+            if count is None or rest is None or count >= count_limit or rest >= size:
+                return None
+            return count * size + rest
+    if _ETHIOPIC_BELOW_100.fullmatch(numeral):
+        return Fraction(sum(int(unicodedata.numeric(character)) for character in numeral))
+    return _read_figure("".join(_position_digit(character) for character in numeral))
+
+
+def _position_digit(character: str) -> str:
+    """Return the ASCII digit of a Han one such as 八 or 〇, and any other character as it is."""
+    is_han = character.isalpha() or character == "〇"
+    return str(int(unicodedata.numeric(character))) if is_han else character

@@ -1,0 +1,429 @@
+"""Every setting: its default, range, unit and source, and the value that another method takes.
+
+`Config` is a training run, `CompareConfig` a comparison of runs, `EvalConfig` an evaluation. A
+field is written once and is then the default, the check, the flag and the flag's help. What a run
+uses comes, in this order, from the flags that were typed, the model folder's recipe.json, the
+method, the default.
+
+Sources: "paper" is the released scripts of COPSD (arXiv 2605.09548); "OPSD" those of its parent
+(arXiv 2601.18734), which give GRPO's values, as COPSD released none; TRL is Hugging Face's trainer;
+"ours" is this project.
+"""
+
+import math
+import os
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from parts.files import read_json
+from parts.prompts import THINKING, find_language
+
+METHODS = ("copsd", "grpo")
+AnyConfig = TypeVar("AnyConfig")
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    section: str,
+    source: str = "paper",
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+    choices: tuple[str, ...] = (),
+    **by_method: Any,
+) -> Any:
+    """Return a dataclass field that is also a flag.
+
+    doc        one or two whole sentences: what it does, in which unit; the flag's help
+    section    the heading it stands under
+    source     who chose the default
+    least ...  what check_settings holds it to: least <= value <= most, above < value < below
+    choices    the words that are valid
+    by_method  its default where a method's recipe has another, such as grpo=1.2
+    """
+    metadata = {"doc": doc, "section": section, "source": source, "by_method": by_method}
+    limits = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
+    return field(default=default, metadata=metadata | limits)
+
+
+task = partial(setting, section="What to train")
+objective = partial(setting, section="Objective of COPSD: what the student is pulled towards")
+grpo = partial(setting, section="Objective of GRPO: the baseline", source="OPSD")
+rollouts = partial(setting, section="Rollouts: what the student writes in training")
+optimiser = partial(setting, section="Optimiser")
+adapter = partial(setting, section="Adapter (LoRA): the few weights that are trained")
+machine = partial(setting, section="Machine: speed and memory, not results", source="ours")
+evaluation = partial(setting, section="Evaluation before and after training", source="ours")
+comparison = partial(setting, section="Comparison", source="ours")
+asked = partial(setting, section="What to evaluate", source="ours")
+attempts = partial(setting, section="Attempts: how completions are sampled")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a training run."""
+
+    method: str = task("copsd", "The method to train with.", source="ours", choices=METHODS)
+    model: str = task(
+        "lab/tiny",
+        "A local folder, org/name on the hub, or a bare name such as Qwen2.5-1.5B.",
+        source="ours",
+    )
+    lang: str = task("hau", "The target language, an ISO 639-1 or 639-3 code.", source="ours")
+    data: str | None = task(
+        None, "A file of training problems. Without it: the hub's COPSD set for the language."
+    )
+    eval_data: str | None = task(
+        None,
+        "A file of problems to evaluate on. Without it: problems held out of the data.",
+        source="ours",
+    )
+    out: str | None = task(
+        None, "The run's folder. Without it: runs/METHOD-MODEL-LANG-SEED.", source="ours"
+    )
+    seed: int = task(
+        0,
+        "The seed of the adapter, the order of problems, the split and the sampler.",
+        source="ours",
+    )
+    steps: int = task(
+        100, "How many batches to sample. COPSD updates once on each.", least=1, grpo=500
+    )
+    token_budget: int | None = task(
+        None, "Stop at so many sampled tokens, in place of --steps.", source="ours", least=1
+    )
+
+    divergence: str = objective(
+        "forward_kl",
+        "How student and teacher are compared. forward_kl is KL(teacher || student).",
+        choices=("forward_kl", "reverse_kl", "jsd"),
+    )
+    beta: float = objective(
+        0.5, "The teacher's weight in the mixture of jsd.", source="ours", above=0, below=1
+    )
+    clip_mode: str = objective(
+        "entry",
+        "What the clip caps: every entry of the vocabulary, a token's whole loss, or nothing.",
+        choices=("none", "entry", "token"),
+    )
+    clip: float = objective(0.05, "The cap, in nats.", above=0)
+    reduction: str = objective(
+        "token",
+        "The mean over all tokens of a step, or the mean of the completions' means "
+        "(the paper's text).",
+        choices=("token", "trajectory"),
+    )
+    teacher: str = objective(
+        "fixed",
+        "The teacher's weights: the initial ones, the current ones, or a moving average.",
+        choices=("fixed", "current", "ema"),
+    )
+    ema_decay: float = objective(
+        0.99, "How much of the moving average is kept at a step.", source="ours", least=0, most=1
+    )
+    english_problem: bool = objective(True, "Show the teacher the English problem.")
+    english_solution: bool = objective(True, "Show the teacher the English solution.")
+    swap_solutions: bool = objective(
+        False, "Show it the solution of another problem, as an ablation.", source="ours"
+    )
+    thinking: str = objective(
+        "auto",
+        "Whether prompts open a think block. auto: where the model's template has one.",
+        source="ours",
+        choices=THINKING,
+    )
+
+    group_size: int = grpo(8, "Completions per problem, compared with each other.", least=2)
+    scale_rewards: str = grpo(
+        "group",
+        "Divide a group's rewards by their standard deviation, or do not (Dr. GRPO).",
+        choices=("group", "none"),
+    )
+    inner_epochs: int = grpo(1, "Updates on each batch.", source="TRL", least=1)
+    clip_low: float = grpo(
+        0.2,
+        "A wrong token gains nothing more once its probability is below 1 - this times the old.",
+        source="PPO, TRL",
+        least=0,
+        most=1,
+    )
+    clip_high: float = grpo(
+        0.2,
+        "A right token gains nothing more once its probability is above 1 + this times the old. "
+        "DAPO has 0.28.",
+        source="PPO, TRL",
+        least=0,
+    )
+    kl_coef: float = grpo(
+        0.0,
+        "The weight of the KL to the initial model, which costs another forward pass.",
+        least=0,
+    )
+    loss_norm: str = grpo(
+        "token",
+        "The mean over tokens (DAPO), over completions' means (OPSD), or over the longest "
+        "possible completions (Dr. GRPO).",
+        source="DAPO",
+        choices=("token", "sequence", "constant"),
+    )
+    mask_truncated: bool = grpo(
+        False,
+        "Leave completions that were cut by the length limit out of the loss (DAPO).",
+        source="TRL",
+    )
+    resample_dead_groups: bool = grpo(
+        False,
+        "Draw other problems for those whose completions are all right or all wrong (DAPO).",
+        source="TRL",
+    )
+
+    batch_size: int = rollouts(
+        32,
+        "Completions per step. COPSD writes one for each problem, GRPO a group.",
+        least=1,
+    )
+    english_share: float = rollouts(
+        0.0,
+        "The share of problems posed in English, so that it is not forgotten.",
+        source="ours",
+        least=0,
+        most=1,
+    )
+    temperature: float = rollouts(
+        1.1,
+        "Divides the logits, of the rollouts and of all distributions in the loss.",
+        above=0,
+        grpo=1.2,
+    )
+    top_p: float = rollouts(
+        0.95,
+        "Sample among the fewest tokens that hold this probability together. 1 is off.",
+        above=0,
+        most=1,
+        grpo=1.0,
+    )
+    top_k: int = rollouts(20, "Sample among so many most likely tokens. 0 is off.", least=0, grpo=0)
+    max_new_tokens: int = rollouts(
+        2048, "The length limit of a completion, in tokens.", least=1, grpo=16384
+    )
+
+    lr: float = optimiser(
+        5e-6, "AdamW's peak learning rate. It falls linearly to 0, without warm-up.", least=0
+    )
+    weight_decay: float = optimiser(0.0, "AdamW's weight decay.", least=0)
+    max_grad_norm: float = optimiser(0.1, "The gradient's norm is cut to this.", above=0)
+
+    lora_rank: int = adapter(64, "The rank r of the adapter's matrices.", least=1)
+    lora_alpha: float = adapter(128.0, "The adapter is scaled by alpha / r.", above=0)
+    lora_targets: str = adapter(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        "The layers to adapt, by name, separated by commas.",
+    )
+
+    micro_batch: int = machine(
+        4, "Rows per forward and backward pass. It does not change the gradient.", least=1
+    )
+    chunk_tokens: int = machine(256, "Rows of logits that exist at a time.", least=1)
+    sample_rows: int = machine(256, "Completions decoded at once.", least=1)
+    gradient_checkpointing: bool = machine(
+        True, "Recompute activations in the backward pass: less memory, more time.", source="paper"
+    )
+    compile: bool | None = machine(
+        None, "Run torch.compile on the divergence. Without it: where that pays."
+    )
+    device: str = machine("auto", "auto, cpu, cuda, cuda:N or mps.")
+    dtype: str = machine(
+        "auto",
+        "The base weights' type: auto, float32 or bfloat16. The adapter is always float32.",
+    )
+    save_every: int = machine(5, "Steps between saves.", source="paper", least=1)
+
+    eval_problems: int = evaluation(
+        32, "Problems to evaluate on, before and after. 0 is none.", least=0
+    )
+    eval_samples: int = evaluation(
+        8, "Completions per problem. pass@k is given for k = 1 and this.", least=1
+    )
+    eval_temperature: float = evaluation(
+        1.0, "The temperature of those completions. Top-k is off.", source="paper", least=0
+    )
+    eval_top_p: float = evaluation(0.95, "Their top-p.", source="paper", above=0, most=1)
+
+
+@dataclass(frozen=True)
+class CompareConfig(Config):
+    """The settings of a comparison, beside those of its runs. `lang` may name several languages."""
+
+    seeds: str = comparison("3", "Runs of each arm: a count, or seeds such as 0,4,7.")
+    sweep: str = comparison(
+        "0.03,0.1,0.3,1,2",
+        "Learning rates tried for each method on development problems, as factors of its --lr.",
+    )
+    dev_problems: int = comparison(100, "Training problems set aside for that choice.", least=1)
+    ablate: bool = comparison(
+        False, "Compare COPSD with one part changed at a time, in place of base, GRPO and COPSD."
+    )
+    results: str | None = comparison(
+        None, "A Markdown file whose section for this experiment is written anew."
+    )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The settings of an evaluation."""
+
+    pass_at_k: str | None = asked(
+        None, "k of pass@k, or several: 1,4,8,12. 1 is always reported. Without it: 8."
+    )
+    model: str = asked(
+        "lab/tiny", "A local folder, org/name on the hub, or a bare name such as Qwen2.5-1.5B."
+    )
+    adapter: str | None = asked(
+        None, "A training run's folder, or an adapter's folder as peft writes it."
+    )
+    lang: str = asked("hau", "ISO 639-1 or 639-3 codes, separated by commas, or all.")
+    benchmark: str | None = asked(
+        None,
+        "afrimgsm, mgsm, msvamp, polymath, lab, a folder, or a file. "
+        "Without it: what the model's recipe names.",
+    )
+    revision: str = asked("main", "A branch, tag or commit of a benchmark on the hub.")
+    limit: int | None = asked(None, "Evaluate the first so many problems only.", least=1)
+    out: str | None = asked(
+        None, "A folder for completions and results. Without it nothing is written."
+    )
+    samples: int | None = attempts(
+        None, "Completions per problem. Without it: the largest k.", source="ours", least=1
+    )
+    greedy: bool = attempts(
+        False, "One completion a problem, the most likely token each time.", source="ours"
+    )
+    temperature: float | None = attempts(
+        None, "Divides the logits. 0 is greedy. Without it: 1.", least=0
+    )
+    top_p: float = attempts(
+        0.95,
+        "Sample among the fewest tokens that hold this probability together. 1 is off.",
+        above=0,
+        most=1,
+    )
+    top_k: int = attempts(0, "Sample among so many most likely tokens. 0 is off.", least=0)
+    max_new_tokens: int | None = attempts(
+        None,
+        "The length limit of a completion, in tokens. Without it: the recipe's, else 4096.",
+        least=1,
+    )
+    thinking: str = attempts(
+        "auto",
+        "Whether prompts open a think block. auto: where the model's template has one.",
+        source="ours",
+        choices=THINKING,
+    )
+    seed: int = attempts(0, "The sampler's seed.", source="ours")
+    batch_rows: int = machine(256, "Completions decoded at once.", least=1)
+    device: str = machine("auto", "auto, cpu, cuda, cuda:N or mps.")
+    dtype: str = machine("auto", "The weights' type: auto, float32 or bfloat16.")
+
+
+def check_settings(config: Any) -> None:
+    """Raise ValueError for the first setting that is not what its field allows, saying what is."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        choices = f.metadata["choices"]
+        if choices and value not in choices:
+            name = f.name.replace("_", " ")
+            raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(choices)}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not _is_inside(value, f):
+            valid = range_text(f) or "any finite number"
+            raise ValueError(f"{_flag(f)} is {value}; valid: {valid}")
+
+
+def check_run(config: Config) -> None:
+    """Raise ValueError where single settings, or two that belong together, are out of range."""
+    check_settings(config)
+    if config.method == "grpo" and config.batch_size % config.group_size:
+        valid = f"a multiple of --group-size {config.group_size}"
+        raise ValueError(f"--batch-size is {config.batch_size}; valid: {valid}")
+    largest = config.batch_size * config.max_new_tokens
+    if config.token_budget is not None and config.token_budget < largest:
+        valid = f"{largest} or more, what a step may sample"
+        raise ValueError(f"--token-budget is {config.token_budget}; valid: {valid}")
+
+
+def fill(kind: type[AnyConfig], given: dict[str, Any], model_folder: Path) -> AnyConfig:
+    """Return the settings of a run or a comparison; see the top of the file for what goes first."""
+    method = given.get("method", Config.method)
+    names = {f.name for f in fields(Config)}
+    defaults = {
+        f.name: f.metadata["by_method"][method]
+        for f in fields(Config)
+        if method in f.metadata["by_method"]
+    }
+    recipe = read_recipe(model_folder, method)
+    if unknown := recipe.keys() - names:
+        path = model_folder / "recipe.json"
+        raise ValueError(f"{path} has unknown settings: {', '.join(sorted(unknown))}")
+    if "data" in given:
+        recipe.pop("eval_data", None)  # the recipe's benchmark belongs to the recipe's data
+    return kind(**{**defaults, **recipe, **given})
+
+
+def settle(config: Config) -> Config:
+    """Return the settings of one run with its language, files and folder named in full, checked."""
+    lang = find_language(config.lang).iso3
+    out = config.out or f"runs/{config.method}-{Path(config.model).name}-{lang}-{config.seed}"
+    files = {
+        name: str(value).replace("{lang}", lang)
+        for name in ("data", "eval_data")
+        if (value := getattr(config, name))
+    }
+    config = replace(config, lang=lang, out=out, **files)
+    check_run(config)
+    return config
+
+
+def read_recipe(model_folder: Path, method: str = "copsd") -> dict[str, Any]:
+    """Return the settings that the folder's recipe.json has for this model, {} where there is none.
+
+    Each entry is {"value": ..., "why": ...}, with another value under a method's name where that
+    differs. Files in it are relative to the folder; "{lang}" stands for the language.
+    """
+    path = model_folder / "recipe.json"
+    if not path.is_file():
+        return {}
+    recipe = {name: entry.get(method, entry["value"]) for name, entry in read_json(path).items()}
+    for name in ("data", "eval_data"):
+        if name in recipe:
+            recipe[name] = os.path.normpath(model_folder / recipe[name])
+    return recipe
+
+
+def _flag(f: Field) -> str:
+    return "--" + f.name.replace("_", "-")
+
+
+def _is_inside(value: float, f: Field) -> bool:
+    limits = f.metadata
+    return (
+        math.isfinite(value)
+        and limits["least"] <= value <= limits["most"]
+        and limits["above"] < value < limits["below"]
+    )
+
+
+def range_text(f: Field) -> str:
+    """Return the range in words, "" where every number is valid."""
+    limits = f.metadata
+    bounds = {
+        f"{limits['least']} or more": limits["least"],
+        f"above {limits['above']}": limits["above"],
+        f"up to {limits['most']}": limits["most"],
+        f"below {limits['below']}": limits["below"],
+    }
+    return ", ".join(text for text, bound in bounds.items() if math.isfinite(bound))

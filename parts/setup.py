@@ -1,0 +1,147 @@
+"""All that a training run works with: loaded from its settings, checked, then given a folder."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from parts import runs
+from parts.data import keep_fitting, read_train_and_heldout
+from parts.machine import pick_device, pick_dtype
+from parts.measure import check_answers
+from parts.model import Lora, attach_lora, load_model, load_tokenizer, resolve_model
+from parts.prompts import Problem, build_prompt, is_teachable, pose_in_english, template_hash
+from parts.recipe import Config, fill, settle
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model in both of its roles, and the problems; ready to use."""
+
+    config: Config
+    model: PreTrainedModel  # frozen; the adapter works inside it, where it is on
+    tokenizer: PreTrainedTokenizerBase
+    lora: Lora  # the adapter: the small matrices that are trained
+    train: list[Problem]
+    heldout: list[Problem]
+
+    def student_prompt(self, problem: Problem) -> list[int]:
+        """Return the ids of x, before a rollout: what evaluation asks, too."""
+        return student_prompt(self.config, problem, self.tokenizer)
+
+    def teacher_prompt(self, problem: Problem) -> list[int]:
+        """Return the ids of x, x_en and s_en, which the teacher reads before the same rollout."""
+        return teacher_prompt(self.config, problem, self.tokenizer)
+
+    def can_teach(self, problem: Problem) -> bool:
+        """Say whether the problem has all that the teacher's prompt is to show of it."""
+        return _can_teach(self.config, problem)
+
+
+def configure(given: dict[str, Any]) -> tuple[Config, Path]:
+    """Return a run's settings, of which `given` were typed, and the model's folder."""
+    folder = resolve_model(given.get("model", Config.model))
+    return settle(fill(Config, given, folder)), folder
+
+
+def load_setup(config: Config, folder: Path, console: Console) -> tuple[Setup, dict[str, str]]:
+    """Load what the settings name; return it with the identity of weights, prompts and data.
+
+    Writes nothing. Raises ValueError or OSError for what is missing, broken or does not fit.
+    """
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(
+        folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
+    )
+    context = model.config.max_position_embeddings
+    train, heldout = _load_problems(config, tokenizer, context, console)
+    identity = {
+        "base_weights": runs.weights_fingerprint(dict(model.named_parameters())),
+        "prompt_template": template_hash(tokenizer, config.lang, config.thinking),
+        "dtype": str(dtype),
+        "training_data": runs.fingerprint(train),
+        "heldout_data": runs.fingerprint(heldout),
+    }
+    lora = attach_lora(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        targets=tuple(config.lora_targets.split(",")),
+        seed=config.seed,
+        ema=config.teacher == "ema",
+    )
+    return Setup(config, model, tokenizer, lora, train, heldout), identity
+
+
+def prepare(config: Config, folder: Path, console: Console) -> tuple[Setup, runs.Run]:
+    """Load and check everything, and only then make the run's folder, or find it fitting."""
+    run = runs.Run(Path(str(config.out)))
+    settings = {name: value for name, value in asdict(config).items() if name != "out"}
+    run.check(settings)
+    setup, identity = load_setup(config, folder, console)
+    run.check(settings, identity)
+    run.create(settings, identity)
+    return setup, run
+
+
+def student_prompt(
+    config: Config, problem: Problem, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Return the ids of the student's prompt under these settings."""
+    return build_prompt(problem, problem.language, tokenizer, thinking=config.thinking)
+
+
+def teacher_prompt(
+    config: Config, problem: Problem, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Return the ids of the teacher's prompt under these settings."""
+    return build_prompt(
+        problem,
+        problem.language,
+        tokenizer,
+        role="teacher",
+        thinking=config.thinking,
+        english_problem=config.english_problem,
+        english_solution=config.english_solution,
+    )
+
+
+def _can_teach(config: Config, problem: Problem) -> bool:
+    return is_teachable(
+        problem,
+        english_problem=config.english_problem,
+        english_solution=config.english_solution,
+    )
+
+
+def _load_problems(
+    config: Config, tokenizer: PreTrainedTokenizerBase, context: int, console: Console
+) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems to train on and the held-out ones, without those too long to fit."""
+    train, heldout = read_train_and_heldout(config)
+    # GRPO's reward is the grader's verdict, so it needs answers to train, too.
+    check_answers([*heldout, *(train if config.method == "grpo" else [])])
+    must_teach = config.method == "copsd"
+
+    def _fitting(problems: list[Problem], needs_teacher: bool) -> list[Problem]:
+        longest = []
+        for problem in problems:
+            prompts = []
+            for posed in (problem, *pose_in_english([problem], 1.0)):
+                prompts.append(student_prompt(config, posed, tokenizer))
+                if needs_teacher or _can_teach(config, posed):
+                    prompts.append(teacher_prompt(config, posed, tokenizer))
+            longest.append(max(prompts, key=len))
+        return keep_fitting(
+            problems,
+            longest,
+            console,
+            context=context,
+            max_new_tokens=config.max_new_tokens,
+        )
+
+    return _fitting(train, must_teach), _fitting(heldout, False)

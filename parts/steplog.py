@@ -1,0 +1,151 @@
+"""What a training step leaves in the log: its tally, its metrics, some of its rollouts.
+
+Every logged name ends in its unit. A fraction is of tokens unless the name says of what.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parts.machine import Stopwatch, peak_memory_gib
+from parts.prompts import Problem
+from parts.sampler import Rollout
+
+LOGGED_ROLLOUTS = 4  # completions of every step that are kept whole
+Metrics = dict[str, float | None]
+
+
+class Tally:
+    """What a step's micro-batches leave: the loss, and each token's statistics, on the CPU."""
+
+    def __init__(self) -> None:
+        self.loss = 0.0
+        self.tokens: dict[str, list[Tensor]] = {}
+        self.rows: list[tuple[int, int]] = []  # row, tokens
+
+    def add(
+        self, loss: Tensor, stats: Mapping[str, Tensor], rows: list[int], lengths: list[int]
+    ) -> None:
+        """Add a micro-batch: its share of the loss, its tokens' statistics, its rows' lengths."""
+        self.loss += loss.item()
+        self.rows += zip(rows, lengths, strict=True)
+        for name, tensor_N in stats.items():
+            self.tokens.setdefault(name, []).append(tensor_N.float().cpu())
+
+    def mean(self, name: str) -> float | None:
+        """Return a statistic's mean over the step's tokens, None if there are none."""
+        return torch.cat(self.tokens[name]).mean().item() if name in self.tokens else None
+
+    def row_means(self, name: str) -> dict[int, float]:
+        """Return a statistic's mean over each row's tokens."""
+        lengths = [length for _, length in self.rows]
+        by_row = torch.cat(self.tokens[name]).split(lengths)
+        return {
+            row: tokens_C.mean().item()
+            for (row, _), tokens_C in zip(self.rows, by_row, strict=True)
+        }
+
+
+def count_tokens(rollouts: list[Rollout], *, prompts: bool = False) -> int:
+    """Return the completion tokens of all rollouts, with or without the prompts before them."""
+    tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+    if prompts:
+        tokens += sum(len(rollout.prompt_ids) for rollout in rollouts)
+    return tokens
+
+
+def copsd_metrics(tally: Tally) -> Metrics:
+    """Return COPSD's means over the step's tokens under the names they are logged by."""
+    return {
+        "loss/objective_nats_per_token": tally.loss,
+        "loss/kl_nats_per_token": tally.mean("kl_N"),  # never clipped
+        "loss/clipped_token_frac": tally.mean("clipped_N"),
+        "loss/teacher_entropy_nats_per_token": tally.mean("teacher_entropy_N"),
+        "loss/student_entropy_nats_per_token": tally.mean("student_entropy_N"),
+    }
+
+
+def grpo_metrics(tally: Tally, group_rewards: list[list[float]], inner_epochs: int) -> Metrics:
+    """Return GRPO's rewards over all groups drawn, and its means over all inner epochs' tokens.
+
+    A group is dead when its rewards agree: it has no gradient.
+    """
+    if "ratio_N" in tally.tokens:
+        ratio_N = torch.cat(tally.tokens["ratio_N"])
+    else:  # every row was masked out of the loss
+        ratio_N = torch.full((1,), math.nan)
+    rewards = sum(sum(group) for group in group_rewards)
+    dead = sum(len(set(group)) == 1 for group in group_rewards)
+    return {
+        "loss/objective": tally.loss / inner_epochs,
+        "loss/kl_nats_per_token": tally.mean("kl_N"),  # None unless --kl-coef asks for it
+        "loss/student_entropy_nats_per_token": tally.mean("entropy_N"),
+        "reward/mean": rewards / sum(len(group) for group in group_rewards),
+        "reward/dead_group_frac": dead / len(group_rewards),
+        "ratio/mean": ratio_N.mean().item(),
+        "ratio/min": ratio_N.min().item(),
+        "ratio/max": ratio_N.max().item(),
+        "ratio/clipped_low_frac": tally.mean("clipped_low_N"),
+        "ratio/clipped_high_frac": tally.mean("clipped_high_N"),
+    }
+
+
+def update_metrics(grad_norm: float, lr: float, skipped: int) -> Metrics:
+    """Return what the update did: the gradient's norm before it was cut, the learning rate."""
+    return {
+        "update/grad_norm": grad_norm,
+        "update/lr": lr,
+        "update/skipped_in_a_row": skipped,
+    }
+
+
+def work_metrics(
+    rollouts: list[Rollout], watch: Stopwatch, *, sampled: int, scored: int, updated: int
+) -> Metrics:
+    """Return what each phase handled, in tokens and seconds, the lengths, and the peak memory.
+
+    sampled, scored, updated  tokens that were generated, went forward, went backward
+    """
+    cut = sum(rollout.finish_reason == "length" for rollout in rollouts)
+    return {
+        "rollout/tokens": sampled,
+        "score/tokens": scored,
+        "update/tokens": updated,
+        "rollout/completion_tokens_mean": count_tokens(rollouts) / len(rollouts),
+        "rollout/cut_frac": cut / len(rollouts),  # of completions, by the length limit
+        **{f"{phase}/time_s": seconds for phase, seconds in watch.seconds.items()},
+        "time_s": sum(watch.seconds.values()),
+        "memory/peak_gib": peak_memory_gib(watch.device),
+    }
+
+
+def completion_rows(
+    step: int,
+    problems: list[Problem],
+    rollouts: list[Rollout],
+    scores: Mapping[str, Any],
+    decode: Callable[..., Any],
+) -> list[dict[str, Any]]:
+    """Return some of the step's rollouts whole, for completions.jsonl.
+
+    scores  name -> each row's value, to stand beside it
+    They are spread evenly over the step, for problems posed in English come first.
+    """
+    distance = max(1, len(rollouts) // LOGGED_ROLLOUTS)
+    kept = range(0, len(rollouts), distance)[:LOGGED_ROLLOUTS]
+    return [
+        {
+            "step": step,
+            "problem_id": problems[row].id,
+            "prompt": decode(rollouts[row].prompt_ids),
+            "completion": decode(rollouts[row].completion_ids),
+            "answer": problems[row].answer,
+            "finish_reason": rollouts[row].finish_reason,
+            "tokens": len(rollouts[row].completion_ids),
+            **{name: values[row] for name, values in scores.items()},
+        }
+        for row in kept
+    ]

@@ -1,0 +1,171 @@
+"""parts/adapters.py: adapter files as peft writes and reads them."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from parts import files
+from parts.adapters import load_adapter, put_adapter, read_adapter_tensors, save_adapter
+from parts.model import Lora, attach_lora
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def attach(model, *, seed=0, ema=False) -> Lora:
+    return attach_lora(model, rank=4, alpha=8, targets=TARGETS, seed=seed, ema=ema)
+
+
+def trained(model, seed=0) -> Lora:
+    """Return an adapter that is no longer the base model, with an average that is another one."""
+    lora = attach(model, seed=seed, ema=True)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lora.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    return lora
+
+
+def some_ids():
+    return torch.randint(0, 290, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def test_adapter_files_give_the_same_logits_here_and_in_peft_both_ways(
+    tiny_model, tmp_path, monkeypatch
+):
+    lora = trained(copy.deepcopy(tiny_model))
+    logits = lora.model(some_ids()).logits
+    replaced = []
+    monkeypatch.setattr(files.os, "replace", lambda old, new: replaced.append(old.rename(new).name))
+    save_adapter(lora, tmp_path / "ours", base_model="org/base")
+    assert (
+        sorted(path.name for path in (tmp_path / "ours").iterdir()) == replaced == [CONFIG, WEIGHTS]
+    )
+    again = load_adapter(copy.deepcopy(tiny_model), tmp_path / "ours")
+    assert torch.equal(again.model(some_ids()).logits, logits)
+    assert (again.rank, again.alpha, again.targets) == (4, 8, TARGETS)
+    peft = PeftModel.from_pretrained(copy.deepcopy(tiny_model), str(tmp_path / "ours"))
+    torch.testing.assert_close(peft(some_ids()).logits, logits)
+    assert peft.peft_config["default"].base_model_name_or_path == "org/base"
+    peft.save_pretrained(tmp_path / "peft", save_embedding_layers=False)  # "auto" would ask the hub
+    load_adapter(tiny_model, tmp_path / "peft")
+    assert torch.equal(tiny_model(some_ids()).logits, logits)
+
+
+def test_the_config_file_is_this_text(tiny_model, tmp_path):
+    save_adapter(
+        attach_lora(tiny_model, rank=4, alpha=8, targets=("q_proj",), seed=0),
+        tmp_path,
+        base_model="modèle",
+    )
+    assert (
+        (tmp_path / CONFIG).read_text(encoding="ascii")
+        == """{
+  "peft_type": "LORA",
+  "use_rslora": false,
+  "alpha_pattern": {},
+  "task_type": "CAUSAL_LM",
+  "base_model_name_or_path": "mod\\u00e8le",
+  "bias": "none",
+  "r": 4,
+  "lora_alpha": 8,
+  "lora_dropout": 0.0,
+  "target_modules": [
+    "q_proj"
+  ]
+}
+"""
+    )
+
+
+def test_tensors_are_read_by_the_adapters_own_names_and_put_in_place(tiny_model, tmp_path):
+    saved = trained(copy.deepcopy(tiny_model), seed=3)
+    save_adapter(saved, tmp_path, base_model="base")
+    tensors = read_adapter_tensors(tmp_path)
+    assert tensors.keys() == saved.sets["current"].keys()
+    assert "model.layers.1.mlp.down_proj.lora_A" in tensors
+
+    other = trained(tiny_model, seed=4)
+    parameters = other.parameters()
+    average = copy.deepcopy(other.sets["ema"])
+    put_adapter(other, tmp_path)
+    for name, tensor in saved.sets["current"].items():
+        assert torch.equal(other.sets["current"][name], tensor)
+        assert torch.equal(other.sets["ema"][name], average[name])
+    # The optimiser and the layers hold these very tensors.
+    pairs = zip(other.parameters(), parameters, strict=True)
+    assert all(now is before and now.requires_grad for now, before in pairs)
+    assert torch.equal(tiny_model(some_ids()).logits, saved.model(some_ids()).logits)
+
+
+def test_putting_an_adapter_that_does_not_fit_changes_nothing(tiny_model, tmp_path):
+    save_adapter(trained(copy.deepcopy(tiny_model)), tmp_path, base_model="base")
+    change_tensors(tmp_path / WEIGHTS, lambda tensors: tensors.popitem())
+    lora = trained(tiny_model, seed=4)
+    before = copy.deepcopy(lora.sets["current"])
+    with pytest.raises(ValueError, match="1 adapter tensors are missing"):
+        put_adapter(lora, tmp_path)
+    assert all(torch.equal(lora.sets["current"][name], before[name]) for name in before)
+
+
+def change_config(folder, **fields):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **fields}))
+
+
+def change_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "message"),
+    [
+        (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, f"{WEIGHTS} is missing"),
+        (lambda f: (f / CONFIG).unlink(), FileNotFoundError, f"{CONFIG} is missing"),
+        (lambda f: change_config(f, use_rslora=True), ValueError, "use_rslora=True"),
+        (lambda f: change_config(f, peft_type="IA3"), ValueError, "peft_type='IA3'"),
+        (lambda f: change_config(f, alpha_pattern={"q_proj": 1}), ValueError, "alpha_pattern"),
+        (
+            lambda f: change_config(f, target_modules=["q_proj"]),
+            ValueError,
+            "24 adapter tensors are missing, unknown",
+        ),
+        (
+            lambda f: change_config(f, target_modules=["c_attn"]),
+            ValueError,
+            "'c_attn' matches no layer",
+        ),
+        (lambda f: change_config(f, r=8), ValueError, "28 adapter tensors are .* misshapen"),
+        (
+            lambda f: change_tensors(f / WEIGHTS, lambda t: t.popitem()),
+            ValueError,
+            "1 adapter tensors",
+        ),
+        (
+            lambda f: change_tensors(f / WEIGHTS, lambda t: t.update(x=torch.ones(1))),
+            ValueError,
+            "such as x",
+        ),
+    ],
+)
+def test_adapter_that_does_not_fit_is_refused_in_one_line(
+    tiny_model, tmp_path, damage, kind, message
+):
+    save_adapter(attach(copy.deepcopy(tiny_model)), tmp_path, base_model="base")
+    damage(tmp_path)
+    with pytest.raises(kind, match=message) as error:
+        load_adapter(tiny_model, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_whose_settings_are_incomplete_is_an_error_that_names_them(tmp_path, tiny_model):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}', encoding="utf-8")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="lacks lora_alpha, target_modules"):
+        load_adapter(tiny_model, tmp_path)

@@ -1,0 +1,89 @@
+"""show.py: one problem carried through, on the lab model."""
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from parts import commands
+from parts.setup import configure
+from show import prepare, walk
+
+TRAIN = ["--steps", "1", "--batch-size", "4", "--eval-problems", "0", "--lr", "0.01"]
+
+
+def run_cli(*arguments: str):
+    return CliRunner().invoke(commands.copsd, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("show") / "run"
+    result = run_cli("train", *TRAIN, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_both_prompts_are_printed_with_the_boundary():
+    result = run_cli("show", "--lang", "SW")
+    assert result.exit_code == 0, result.output
+    student, teacher = result.stdout.split("===== the teacher reads")
+    assert "===== the student reads" in student
+    assert "Swali kwa Kiingereza" in teacher and "Swali kwa Kiingereza" not in student
+    assert result.stdout.count("<<< the completion begins here >>>") == 2
+    assert "template hash" in teacher
+    without = run_cli("show", "--lang", "swa", "--no-english-problem")
+    assert "Swali kwa Kiingereza" not in without.stdout
+
+
+def test_the_mean_below_the_table_is_the_loss_of_that_rollout():
+    from copsd import copsd_loss, roll_out
+
+    setup = prepare(*configure({"lang": "hau"}), None)
+    found = walk(setup, trained=False)
+    problem = setup.train[0]
+    (rollout,) = roll_out(setup, [problem], seed=setup.config.seed)
+    loss_N, _ = copsd_loss(setup, [setup.teacher_prompt(problem)], [rollout])
+    losses = [row.loss for row in found.rows]
+    assert losses == pytest.approx(loss_N.tolist(), abs=1e-5)
+    output = run_cli("show", "--lang", "hau").stdout
+    assert f"{sum(losses) / len(losses):.4f}" in output
+    assert re.search(r"GRPO hears of this rollout: [01] \(", output)
+
+
+def test_the_trained_student_stands_beside_the_untrained_one(trained):
+    setup = prepare(*configure({"lang": "hau"}), trained)
+    found = walk(setup, trained=True)
+    assert found.after is not None
+    assert [row.text for row in found.after] == [row.text for row in found.rows]
+    assert [row.teacher for row in found.after] == pytest.approx(
+        [row.teacher for row in found.rows]
+    )
+    assert [row.student for row in found.after] != pytest.approx(
+        [row.student for row in found.rows]
+    )
+    untrained = walk(prepare(*configure({"lang": "hau"}), None), trained=False)
+    assert [row.kl for row in found.rows] == pytest.approx([row.kl for row in untrained.rows])
+
+
+def test_the_page_holds_the_same_walk(tmp_path, trained):
+    page = tmp_path / "walk.html"
+    result = run_cli("show", "--adapter", str(trained), "--html", str(page))
+    assert result.exit_code == 0, result.output
+    text = page.read_text(encoding="utf-8")
+    assert "GRPO hears of this rollout" in text and "http" not in text.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--lang", "klingon"], "unknown language"),
+        (["--adapter", "tests"], "neither an adapter folder nor a run folder"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--html", "nowhere/walk.html"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, said):
+    result = run_cli("show", *arguments)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr and result.stderr.count("\n") == 1
