@@ -168,10 +168,8 @@ def main(
     prompts = chat_prompts(tokenizer, rows // samples, prompt_tokens)
     lengths = sorted(len(ids) for ids in prompts)
     params = SamplingParams(new_tokens, temperature, top_p, top_k)
-    samplers = {
-        "generate": run_generate_onednn if generate_onednn else run_generate,
-        "ours": run_ours,
-    }
+    generate = run_generate_onednn if generate_onednn else run_generate
+    samplers = {"generate": generate, "ours": run_ours}
     for run in samplers.values():
         run(network, prompts, samples, SamplingParams(4, temperature, top_p, top_k))  # warm-up
     speeds: dict[str, list[float]] = {name: [] for name in samplers}
