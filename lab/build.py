@@ -1,10 +1,11 @@
-"""Make the lab again from a seed: problems, tokenizer and a tiny Qwen3 that can calculate but reads only English well.
+"""Make the lab again from a seed: problems, tokenizer, a tiny Qwen3 that reads only English well.
 
     python lab/build.py            # everything, about half an hour on two cores
 
-The training mix is what makes the gap honest (lab/README.md gives the numbers it led to): the model learns arithmetic
-from English problems and learns to use a privileged prompt in every language, but it sees almost no target-language
-problem on its own. What COPSD then has to add is the reading of the language, not the arithmetic.
+The training mix is what makes the gap honest; lab/README.md gives the numbers it led to. The model
+learns arithmetic from English problems, and learns to use a privileged prompt in every language.
+But it sees almost no target-language problem on its own. What COPSD then has to add is the reading
+of the language, not the arithmetic.
 """
 
 import math
@@ -40,31 +41,39 @@ from parts.machine import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 EOS_ID = 2  # the special tokens come first: <|endoftext|>, <|im_start|>, <|im_end|>
 IGNORED = -100  # F.cross_entropy's default ignore_index
 REPORT_EVERY = 200  # steps
-Row = tuple[
-    list[int], list[int], list[bool]
-]  # prompt ids, completion ids, which of them are learned
+Row = tuple[list[int], list[int], list[bool]]  # prompt ids, completion ids, which are learned
 
 
 @dataclass(frozen=True)
 class Mix:
-    """The training mix and its schedule; shares are of all rows."""
+    """The training mix and its schedule.
+
+    rows          of an optimiser step
+    privileged    the share of rows that read the teacher's prompt, in one of the languages
+    whole         the share of the privileged rows that read both the English problem and the
+                  English solution. The rest lack one of the two, half of them each, so that the
+                  ablations of the teacher's context mean something here
+    target_alone  the share of rows that read a target-language problem with no help
+    slips         the share of the privileged rows whose solution slips and goes on consistently
+    lr            at its peak, after a linear warm-up and before a cosine to zero
+    warmup        steps
+    """
 
     steps: int = 1800
-    rows: int = 64  # rows per optimiser step
-    privileged: float = 0.3  # share of rows that read the teacher's prompt, in one of the languages
-    whole: float = 0.7  # of those, the share that read both the English problem and the English solution; the rest
-    # lack one of the two, half each, so that the ablations of the teacher's context mean something here
-    target_alone: float = 0.0002  # share of rows that read a target-language problem with no help
-    slips: float = (
-        0.0  # of the privileged rows, the share whose solution slips and goes on consistently
-    )
-    lr: float = 2e-3  # peak, after a linear warm-up, before a cosine to zero
+    rows: int = 64
+    privileged: float = 0.3
+    whole: float = 0.7
+    target_alone: float = 0.0002
+    slips: float = 0.0
+    lr: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.05
     seed: int = 0
@@ -75,7 +84,10 @@ STAGES = (Mix(), Mix(steps=400, privileged=0.5, slips=0.5, lr=1e-3, warmup=20, s
 
 
 def build_tokenizer(rng: random.Random, vocabulary: int = 1024) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with single digits on problems, prompts and solutions of all four languages."""
+    """Train a byte-level BPE tokenizer on problems, prompts and solutions of all four languages.
+
+    Every digit is a token of its own.
+    """
     raw = Tokenizer(models.BPE())
     raw.normalizer = normalizers.NFC()
     raw.pre_tokenizer = pre_tokenizers.Sequence(
@@ -94,14 +106,13 @@ def build_tokenizer(rng: random.Random, vocabulary: int = 1024) -> PreTrainedTok
     )
     texts = ["user\n", "assistant\n"] * 2000
     for code in LANGUAGES:
-        texts += [
-            str(value) for key, value in asdict(find_language(code)).items() if key != "benchmarks"
-        ] * 2000
+        wordings = asdict(find_language(code))
+        del wordings["benchmarks"]
+        texts += [str(wording) for wording in wordings.values()] * 2000
     for _ in range(4000):
         drawn = draw_training(rng)
-        texts += [
-            text for code in LANGUAGES for text in (words(drawn, code), solution(drawn, code))
-        ]
+        for code in LANGUAGES:
+            texts += [words(drawn, code), solution(drawn, code)]
     raw.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
@@ -144,30 +155,37 @@ def make_row(
 ) -> Row:
     """Return the row of a problem in the language `code` whose completion is `pieces` and EOS.
 
-    Pieces begin with a space or with the completion, so tokenising them one by one is tokenising them together.
+    pieces  texts, and whether the model learns to write them; a piece begins with a space or with
+            the completion, so tokenising them one by one is tokenising them together
+    prompt  what build_prompt takes by name
     """
     problem = Problem(
-        "", words(drawn, code), words(drawn, "eng"), solution(drawn, "eng"), None, code
+        id="",
+        problem=words(drawn, code),
+        problem_en=words(drawn, "eng"),
+        solution_en=solution(drawn, "eng"),
+        answer=None,
+        language=code,
     )
-    encoded = [
-        (tokenizer.encode(text, add_special_tokens=False), learned) for text, learned in pieces
-    ]
-    completion_ids = [token for ids, _ in encoded for token in ids]
-    learned = [learned for ids, learned in encoded for _ in ids]
-    return (
-        build_prompt(problem, code, tokenizer, **prompt),
-        [*completion_ids, EOS_ID],
-        [*learned, True],
-    )
+    completion_ids = []
+    learned = []
+    for text, is_learned in pieces:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        completion_ids += ids
+        learned += [is_learned] * len(ids)
+    prompt_ids = build_prompt(problem, code, tokenizer, **prompt)
+    return prompt_ids, [*completion_ids, EOS_ID], [*learned, True]
 
 
 def draw_row(rng: random.Random, mix: Mix, tokenizer: PreTrainedTokenizerFast) -> Row:
     """Draw one training row from the mix."""
-    drawn, kind = draw_training(rng), rng.random()
+    drawn = draw_training(rng)
+    kind = rng.random()
     if kind >= mix.privileged:
         code = rng.choice(TARGETS) if kind < mix.privileged + mix.target_alone else "eng"
         return make_row(drawn, code, tokenizer, [(solution(drawn, code), True)])
-    code, context = rng.choice(LANGUAGES), rng.random()
+    code = rng.choice(LANGUAGES)
+    context = rng.random()
     english_problem = context < (1 + mix.whole) / 2
     english_solution = context < mix.whole or not english_problem
     pieces = [(solution(drawn, code), True)]
@@ -178,7 +196,11 @@ def draw_row(rng: random.Random, mix: Mix, tokenizer: PreTrainedTokenizerFast) -
 
 
 def collate(rows: list[Row]) -> tuple[Tensor, Tensor]:
-    """Pad rows on the right; labels are the completion's ids, shifted so that label t belongs to hidden state t."""
+    """Return ids_BT, padded on the right, and labels_BT.
+
+    The labels are the completion's ids, shifted so that label t belongs to hidden state t. They are
+    IGNORED in the prompt, in the pads, and where nothing is learned.
+    """
     width = max(len(prompt) + len(completion) for prompt, completion, _ in rows)
     ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
     labels_BT = torch.full((len(rows), width), IGNORED)
@@ -192,19 +214,24 @@ def collate(rows: list[Row]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def exact_share(model: Qwen3ForCausalLM, rows: list[Row]) -> float:
-    """Return the share of rows whose greedy completion is the reference, token for token, in one forward pass each."""
+    """Return the share of rows whose greedy completion is the reference, token for token.
+
+    One forward pass tells: as long as all is right, what was written is the reference.
+    """
     right = 0
     for start in range(0, len(rows), 50):
         ids_BT, labels_BT = collate(rows[start : start + 50])
-        wrong_BT = (model(input_ids=ids_BT, use_cache=False).logits.argmax(-1) != labels_BT) & (
-            labels_BT != IGNORED
-        )
+        written_BT = model(input_ids=ids_BT, use_cache=False).logits.argmax(-1)
+        wrong_BT = (written_BT != labels_BT) & (labels_BT != IGNORED)
         right += int((~wrong_BT.any(dim=1)).sum())
     return right / len(rows)
 
 
 def report(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
-    """Return greedy exact-match shares on held-out problems: each language alone, then with the teacher's prompt."""
+    """Return greedy exact-match shares on held-out problems, as text.
+
+    Each language alone comes first, then the target languages with the teacher's prompt.
+    """
     drawns = draw_set(random.Random(seed + 1), 100, KNOWN_WORDING, held_out=True)
     lines = []
     for role, codes in (("student", LANGUAGES), ("teacher", TARGETS)):
@@ -225,7 +252,7 @@ def lr_at(step: int, mix: Mix) -> float:
 
 
 def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, mix: Mix, out: Path) -> None:
-    """Train on rows drawn from the mix and save to `out` at every report; rows are sorted, so little is padding."""
+    """Train on rows drawn from the mix, and save to `out` at every report."""
     rng = random.Random(mix.seed)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -239,9 +266,8 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, mix: Mix,
     )
     started = time.monotonic()
     for step in range(mix.steps):
-        rows = sorted(
-            (draw_row(rng, mix, tokenizer) for _ in range(mix.rows)), key=lambda row: len(row[0])
-        )
+        rows = [draw_row(rng, mix, tokenizer) for _ in range(mix.rows)]
+        rows.sort(key=lambda row: len(row[0]))  # by the prompt's length, so little is padding
         tokens = sum(sum(learned) for _, _, learned in rows)
         total = 0.0
         for start in range(0, len(rows), 32):
@@ -258,18 +284,17 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, mix: Mix,
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % REPORT_EVERY == 0 or step == mix.steps - 1:
+            seconds = time.monotonic() - started
+            shares = report(model, tokenizer, mix.seed)
             print(
-                f"step {step + 1}  {time.monotonic() - started:.0f} s  loss {total:.4f} nats/token  "
-                f"{report(model, tokenizer, mix.seed)}",
+                f"step {step + 1}  {seconds:.0f} s  loss {total:.4f} nats/token  {shares}",
                 flush=True,
             )
             model.save_pretrained(out)
 
 
 def main(
-    out: Annotated[
-        Path, typer.Option(help="folder to write the model and the problems into")
-    ] = HERE,
+    out: Annotated[Path, typer.Option(help="folder for the model and the problems")] = HERE,
     seed: Annotated[int, typer.Option(help="of everything")] = 0,
 ) -> None:
     """Write problems/, then train and write tiny/."""

@@ -1,7 +1,8 @@
-"""Parallel word problems in English, Hausa, Swahili and Yoruba, made from templates.json and a seed.
+"""Parallel word problems in four languages, made from templates.json and a seed.
 
-A problem is a template plus its numbers; the names and things only dress it. Whether a (template, numbers) pair may be
-trained on is decided by its hash alone, so no list of used problems has to be kept and no two programs can disagree.
+A problem is a template plus its numbers; the names and things only dress it. The hash of template
+and numbers alone decides whether the pair may be trained on. So no list of used problems has to be
+kept, and no two programs can disagree.
 """
 
 import hashlib
@@ -17,15 +18,13 @@ TARGETS = LANGUAGES[1:]
 TEST_SHARE = 5  # one pair in five is never trained on
 SPECIFICATION = json.loads((HERE / "templates.json").read_text(encoding="utf-8"))
 TEMPLATES = {template["id"]: template for template in SPECIFICATION["templates"]}
-NEW_WORDING = tuple(
-    name for name in TEMPLATES if name.startswith("new_")
-)  # nothing trains on these
+NEW_WORDING = tuple(name for name in TEMPLATES if name.startswith("new_"))  # never trained on
 KNOWN_WORDING = tuple(name for name in TEMPLATES if not name.startswith("new_"))
-# In one step, "+" and "*" can be guessed from the numbers' size: in the sets the other templates come three times.
+# Whether a single step is "+" or "*" can be guessed from the size of the numbers. So in the sets
+# the other templates come three times.
+GUESSABLE = (["a + b"], ["a * b"])
 SET_WORDING = tuple(
-    name
-    for name in KNOWN_WORDING
-    for _ in range(1 if TEMPLATES[name]["steps"] in (["a + b"], ["a * b"]) else 3)
+    name for name in KNOWN_WORDING for _ in range(1 if TEMPLATES[name]["steps"] in GUESSABLE else 3)
 )
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -72,7 +71,10 @@ def words(drawn: Drawn, language: str) -> str:
 
 
 def solution(drawn: Drawn, language: str) -> str:
-    r"""Return the worked solution in `language`: "First 3 * 4 = 12. Then 12 + 5 = 17. The answer is \boxed{17}."."""
+    r"""Return the worked solution in `language`.
+
+    "First 3 * 4 = 12. Then 12 + 5 = 17. The answer is \boxed{17}.", for instance.
+    """
     steps = equations(drawn)
     form = SPECIFICATION["solutions"][language]["one" if len(steps) == 1 else "two"]
     return form.format(first=steps[0][0], second=steps[-1][0], answer=steps[-1][1])
@@ -81,42 +83,47 @@ def solution(drawn: Drawn, language: str) -> str:
 def slipped(drawn: Drawn, language: str, rng: random.Random) -> list[tuple[str, bool]]:
     r"""Return a solution that slips, as pieces of text and whether a piece is worth learning.
 
-    A student that misreads a problem writes a wrong sum. A teacher that has only ever copied right solutions would then
-    write the right result behind the wrong sum, and so unteach arithmetic. These pieces let it learn to go on as any
-    calculator does: 24 - 4 read as 24 + 4 gives 28. The choice of a wrong sum itself is never worth learning.
+    A student that misreads a problem writes a wrong sum. A teacher that has only ever copied right
+    solutions would then write the right result behind the wrong sum, and so unteach arithmetic.
+    These pieces let it learn to go on as any calculator does: 24 - 4 read as 24 + 4 gives 28. The
+    choice of a wrong sum itself is never worth learning.
     """
-    steps, plan = rng.choice((1, 2)), TEMPLATES[drawn.template]["steps"]
+    steps = rng.choice((1, 2))
+    plan = TEMPLATES[drawn.template]["steps"]
     form = SPECIFICATION["solutions"][language]["one" if steps == 1 else "two"]
     opening, _, rest = form.partition("{first}")
     first, value = _any_sum(rng, drawn.numbers)
     if steps == 1:
         return [(f"{opening}{first}", False), (f" = {value}{rest.format(answer=value)}", True)]
     joint, _, rest = rest.partition(" {second}")
-    if len(plan) == 2:  # the plan still holds: its second step goes on from the slipped value
+    plan_holds = len(plan) == 2  # its second step goes on from the slipped value
+    if plan_holds:
         known = {**dict(zip("abc", drawn.numbers, strict=False)), "first": value}
         left, symbol, right = plan[1].split()
-        second, result = (
-            f" {known[left]} {symbol} {known[right]}",
-            OPERATORS[symbol](known[left], known[right]),
-        )
+        second = f"{known[left]} {symbol} {known[right]}"
+        result = OPERATORS[symbol](known[left], known[right])
     else:
         second, result = _any_sum(rng, (value, *drawn.numbers))
-        second = f" {second}"
     if result < 0:
         return slipped(drawn, language, rng)
     ending = f" = {result}{rest.format(answer=result)}"
     return [
         (f"{opening}{first}", False),
         (f" = {value}{joint}", True),
-        (second, len(plan) == 2),
+        (f" {second}", plan_holds),
         (ending, True),
     ]
 
 
 def _any_sum(rng: random.Random, numbers: tuple[int, ...]) -> tuple[str, int]:
-    """Return a sum of any two of the numbers, as text and value, from 0 to 150 as far as the templates go."""
+    """Return a sum of any two of the numbers, as text and value.
+
+    The value is from 0 to 150, as far as those of the templates go.
+    """
     while True:
-        left, symbol, right = rng.choice(numbers), rng.choice("+-*"), rng.choice(numbers)
+        left = rng.choice(numbers)
+        symbol = rng.choice("+-*")
+        right = rng.choice(numbers)
         value = OPERATORS[symbol](left, right)
         if 0 <= value <= 150:
             return f"{left} {symbol} {right}", value
@@ -127,10 +134,10 @@ def draw(rng: random.Random, templates: tuple[str, ...]) -> Drawn:
     while True:
         template = TEMPLATES[rng.choice(templates)]
         numbers = tuple(rng.randint(low, high) for low, high in template["ranges"].values())
-        name, friend = rng.choice(SPECIFICATION["names"]), rng.choice(SPECIFICATION["friends"])
-        drawn = Drawn(
-            template["id"], numbers, name, friend, rng.randrange(len(SPECIFICATION["things"]))
-        )
+        name = rng.choice(SPECIFICATION["names"])
+        friend = rng.choice(SPECIFICATION["friends"])
+        thing = rng.randrange(len(SPECIFICATION["things"]))
+        drawn = Drawn(template["id"], numbers, name, friend, thing)
         if all(value >= 1 for _, value in equations(drawn)):
             return drawn
 
@@ -146,7 +153,10 @@ def draw_training(rng: random.Random) -> Drawn:
 def draw_set(
     rng: random.Random, count: int, templates: tuple[str, ...], *, held_out: bool
 ) -> list[Drawn]:
-    """Draw `count` problems with distinct (template, numbers) pairs on one side of the split, the templates in turn."""
+    """Draw `count` problems on one side of the split, the templates in turn.
+
+    No two of them have the same template and numbers.
+    """
     found: dict[tuple[str, tuple[int, ...]], Drawn] = {}
     while len(found) < count:
         drawn = draw(rng, (templates[len(found) % len(templates)],))
@@ -156,17 +166,16 @@ def draw_set(
 
 
 def write_problems(folder: Path, seed: int) -> None:
-    """Write train, test and new-wording problems, one file a language, row-aligned across languages.
+    """Write train, test and new-wording problems, a file for each in every language.
 
-    The columns are those of the COPSD training sets (English problem and solution, translated problem), plus the
-    template and its numbers, which the tests of the split read.
+    Row i is the same problem in all languages. The columns are those of the COPSD training sets,
+    English problem and solution and translated problem, plus the template and its numbers, which
+    the tests of the split read.
     """
     rng = random.Random(seed)
-    sets = {
-        "train": draw_set(
-            rng, 500, SET_WORDING, held_out=False
-        ),  # 500, as the paper has for an AfriMGSM language
-        "test": draw_set(rng, 250, SET_WORDING, held_out=True),  # 250, as AfriMGSM has
+    sets = {  # 500 are what the paper has for a language of AfriMGSM, which has 250 to test on
+        "train": draw_set(rng, 500, SET_WORDING, held_out=False),
+        "test": draw_set(rng, 250, SET_WORDING, held_out=True),
         "new_wording": draw_set(rng, 60, NEW_WORDING, held_out=True),
     }
     for name, drawns in sets.items():
@@ -186,7 +195,5 @@ def write_problems(folder: Path, seed: int) -> None:
                 }
                 for row, drawn in enumerate(drawns)
             ]
-            path.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-                encoding="utf-8",
-            )
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            path.write_text("".join(lines), encoding="utf-8")

@@ -13,16 +13,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16 would
 
 
 def pick_device(device: str) -> str:
-    """Return device, or for "auto" the first GPU, else the CPU; ValueError unless this machine has it."""
+    """Return the device, or for "auto" the first GPU of CUDA, and the CPU where there is none.
+
+    ValueError, with what is valid here, unless this machine has it.
+    """
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if device == "auto":
         return "cuda" if gpus else "cpu"
-    present = [
-        "cpu",
-        *(["cuda"] if gpus else []),
-        *gpus,
-        *(["mps"] if torch.backends.mps.is_available() else []),
-    ]
+    present = ["cpu"]
+    if gpus:
+        present += ["cuda", *gpus]
+    if torch.backends.mps.is_available():
+        present.append("mps")
     if device not in present:
         raise ValueError(
             f"no device {device!r} here: valid on this machine are auto, {', '.join(present)}"
@@ -31,7 +33,10 @@ def pick_device(device: str) -> str:
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
-    """Return the base weights' dtype; "auto" is bfloat16 on a GPU that has it, else float32. ValueError if unknown."""
+    """Return the base weights' dtype; "auto" is bfloat16 on a GPU that has it, else float32.
+
+    ValueError if it is unknown.
+    """
     if dtype == "auto":
         native = device.startswith("cuda") and torch.cuda.is_bf16_supported(
             including_emulation=False
@@ -43,7 +48,7 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's malloc to keep freed memory for the next request; nothing is done for another C library.
+    """Tell glibc's malloc to keep freed memory for the next request.
 
     Every step frees and asks for the same large tensors. By default each goes back to the system
     and costs a page fault per 4 KiB when it returns: LOG.md has what that costs.
@@ -56,7 +61,11 @@ def keep_freed_memory() -> None:
 
 @dataclass
 class Stopwatch:
-    """Seconds by phase; on a GPU each lap waits for the work in flight, so a phase pays for what it started."""
+    """Count the seconds of each phase of a step.
+
+    A GPU works behind the program's back. There each lap waits for the work in flight, so that a
+    phase pays for what it started.
+    """
 
     device: str
     seconds: dict[str, float] = field(default_factory=dict)
@@ -72,8 +81,8 @@ class Stopwatch:
 
 
 def peak_memory_gib(device: str) -> float:
-    """Return the peak memory so far in GiB: the GPU's allocations, or on a CPU the whole process."""
+    """Return the peak memory so far in GiB: of the GPU's tensors, or on a CPU of the process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    unit_bytes = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 2**30

@@ -3,9 +3,8 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # a test that reaches for the network is a broken test; read at import
+# A test that reaches for the network is a broken test. The libraries read this when imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
@@ -17,7 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build_tiny_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
-    """Return a random fp32 Qwen2 in eval mode whose head (300) is wider than its tokenizer (290), as Qwen's are."""
+    """Return a random fp32 Qwen2 in eval mode.
+
+    Its head (300) is wider than its tokenizer (290), as those of the real Qwens are. Its weights
+    are ten times as large as usual, so that the logits lie far enough apart for a wrong position to
+    show.
+    """
     torch.manual_seed(seed)
     settings = {
         "vocab_size": 300,
@@ -28,7 +32,7 @@ def build_tiny_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
         "tie_word_embeddings": True,
-        "initializer_range": 0.3,  # ten times the usual: logits far enough apart that a wrong position shows
+        "initializer_range": 0.3,
     }
     return Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides})).eval()
 

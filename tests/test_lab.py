@@ -1,4 +1,4 @@
-"""The lab: what is held out is held out, languages are aligned, and the model has the gap it is said to have."""
+"""The lab: what is held out is held out, languages are aligned, and the model has its gap."""
 
 import json
 import random
@@ -31,10 +31,8 @@ PROBLEMS = Path(__file__).resolve().parent.parent / "lab" / "problems"
 
 
 def rows(language: str, name: str) -> list[dict]:
-    return [
-        json.loads(line)
-        for line in (PROBLEMS / language / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    text = (PROBLEMS / language / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def pairs(name: str) -> set[tuple[str, tuple[int, ...]]]:
@@ -42,18 +40,18 @@ def pairs(name: str) -> set[tuple[str, tuple[int, ...]]]:
 
 
 def test_test_problems_share_no_template_and_numbers_with_anything_trained_on():
-    assert len(pairs("test")) == 250 and len(pairs("train")) == 500
+    assert len(pairs("test")) == 250
+    assert len(pairs("train")) == 500
     assert not pairs("test") & pairs("train")
-    rng = random.Random(0)
-    drawn = {
-        (d.template, d.numbers) for d in (draw_training(rng) for _ in range(20_000))
-    }  # the base model's stream
-    assert not pairs("test") & drawn
+    rng = random.Random(0)  # of the stream that the base model was trained on
+    stream = [draw_training(rng) for _ in range(20_000)]
+    assert not pairs("test") & {(drawn.template, drawn.numbers) for drawn in stream}
     assert all(Drawn(template, numbers, "", "", 0).held_out for template, numbers in pairs("test"))
 
 
 def test_nothing_trains_on_the_new_wordings():
-    assert len(NEW_WORDING) == 2 and len(KNOWN_WORDING) >= 12
+    assert len(NEW_WORDING) == 2
+    assert len(KNOWN_WORDING) >= 12
     assert {template for template, _ in pairs("new_wording")} == set(NEW_WORDING)
     assert {template for template, _ in pairs("train") | pairs("test")} == set(KNOWN_WORDING)
     rng = random.Random(0)
@@ -67,9 +65,8 @@ def test_languages_are_aligned_row_by_row(name):
         for row, other in zip(rows(language, name), english, strict=True):
             for field in ("id", "problem", "solution", "answer", "template", "numbers"):
                 assert row[field] == other[field]
-            assert sorted(re.findall(r"\d+", row["problem_translated"])) == sorted(
-                map(str, row["numbers"])
-            )
+            shown = re.findall(r"\d+", row["problem_translated"])
+            assert sorted(shown) == sorted(map(str, row["numbers"]))
             assert row["problem_translated"] != other["problem_translated"]
 
 
@@ -82,7 +79,11 @@ def test_a_slip_goes_on_consistently_and_its_wrong_sum_is_not_learned():
         sums = re.findall(r"(\d+ [-+*] \d+) = (\d+)", text)
         assert all(eval(left) == int(right) for left, right in sums)
         assert text.endswith(f"\\boxed{{{sums[-1][1]}}}.")
-        assert pieces[0][0].endswith(sums[0][0]) and not pieces[0][1] and pieces[-1][1]
+        first_text, first_is_learned = pieces[0]
+        assert first_text.endswith(sums[0][0])
+        assert not first_is_learned
+        _, last_is_learned = pieces[-1]
+        assert last_is_learned
 
 
 def test_solutions_are_right():
@@ -107,7 +108,8 @@ def test_the_lab_is_small(lab_folder):
     size = sum(path.stat().st_size for path in lab_folder.parent.rglob("*") if path.is_file())
     assert size <= 8 * 2**20
     model = load_model(lab_folder, device="cpu", dtype=torch.float32)
-    assert model.num_parameters() <= 2_000_000 and model.config.model_type in ("qwen2", "qwen3")
+    assert model.num_parameters() <= 2_000_000
+    assert model.config.model_type in ("qwen2", "qwen3")
 
 
 def test_the_gap_is_there(lab_folder):
