@@ -96,6 +96,7 @@ class Part:
     settings: Settings
     problems: list[Problem]
     run: runs.Run | None  # its folder, where the evaluation is kept
+    done: list[Graded]  # the first problems, where the folder holds them already
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,13 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             "data_revision": commit,
         }
         run = None
+        done = []
         if out:
             run = runs.Run(out / language.iso3 if len(chosen) > 1 else out, "settings")
             run.check(asdict(one), identity)
+            done = read_done(run, problems)
             records.append((run, asdict(one), identity))
-        parts.append(Part(language, one, problems, run))
+        parts.append(Part(language, one, problems, run, done))
     for run, record, identity in records:
         run.create(record, identity)
     return Job(settings, model, tokenizer, config.batch_rows, parts, out)
@@ -259,6 +262,15 @@ def load_weights(
     return model, {"base_weights": base, "adapter_weights": adapter, "dtype": name}
 
 
+def read_done(run: runs.Run, problems: list[Problem]) -> list[Graded]:
+    """Return what the folder holds of an evaluation; ValueError where it is of other problems."""
+    file = run.folder / "problems.jsonl"
+    done = [read_graded(row) for row in read_rows(file)]
+    if [graded.id for graded in done] != [problem.id for problem in problems[: len(done)]]:
+        raise ValueError(f"{file} has other problems; choose another --out")
+    return done
+
+
 def run(job: Job, console: Console) -> None:
     """Evaluate every language, keep what --out asks to keep, and print the table."""
     results = {}
@@ -283,9 +295,7 @@ def evaluate_resumably(job: Job, part: Part, console: Console) -> list[Graded]:
     """
     settings = part.settings
     file = part.run.folder / "problems.jsonl" if part.run else None
-    done = [read_graded(row) for row in read_rows(file)] if file else []
-    if [graded.id for graded in done] != [problem.id for problem in part.problems[: len(done)]]:
-        raise ValueError(f"{file} has other problems; choose another --out")
+    done = list(part.done)
     count = len(part.problems)
     for start in range(0, count, CHUNK):
         chunk = part.problems[start : start + CHUNK]
