@@ -252,7 +252,9 @@ class Config:
     eval_temperature: float = evaluation(
         1.0, "The temperature of those completions. Top-k is off.", source="paper", least=0
     )
-    eval_top_p: float = evaluation(0.95, "Their top-p.", source="paper", above=0, most=1)
+    eval_top_p: float = evaluation(
+        0.95, "The top-p of those completions.", source="paper", above=0, most=1
+    )
 
 
 @dataclass(frozen=True)
