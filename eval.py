@@ -350,6 +350,15 @@ class Finished:
     view: Evaluation  # what the report draws
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Evaluations that were read and can be compared."""
+
+    evaluations: list[Evaluation]
+    tables: list[Table]  # of their metrics
+    tests: list[list[str]]  # rows of the table of paired tests
+
+
 def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
     """Yield what --out wrote, a language at a time; `name` stands for it in the report."""
     files = [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]
@@ -378,8 +387,8 @@ def pass_at_k_curve(results: list[Graded], samples: int) -> dict[int, Estimate]:
     return {k: bootstrap(*found[f"pass@{k}"]) for k in range(1, samples + 1)}
 
 
-def report(folders: list[Path], out: Path, console: Console) -> None:
-    """Write tables, figures and a page; evaluations after the first are tested against it.
+def prepare_report(folders: list[Path], out: Path) -> Comparison:
+    """Return what the folders hold, those after the first tested against it; make `out`.
 
     Raises ValueError or OSError where evaluations are missing, not finished, or not comparable.
     """
@@ -399,6 +408,15 @@ def report(folders: list[Path], out: Path, console: Console) -> None:
         raise ValueError(
             f"these evaluations are of different benchmarks: {', '.join(sorted(benchmarks))}"
         )
+    tables = report_tables(
+        evaluations
+    )  # refuses a run that is there twice, and one that lacks a language
+    out.mkdir(parents=True, exist_ok=True)
+    return Comparison(evaluations, tables, tests)
+
+
+def report(found: Comparison, out: Path, console: Console) -> None:
+    """Write tables, figures and a page of evaluations, and print the tables."""
     header = [
         "language",
         "runs",
@@ -406,9 +424,11 @@ def report(folders: list[Path], out: Path, console: Console) -> None:
         "p, permutation of pass@1",
         "p, McNemar of majorities",
     ]
-    tables = [text_table("Paired tests over problems", header, tests)] if tests else []
-    files = write_report(evaluations, tables, out)
-    console.print(*report_tables(evaluations), *tables, sep="\n")
+    tables = []
+    if found.tests:
+        tables = [text_table("Paired tests over problems", header, found.tests)]
+    files = write_report(found.evaluations, tables, out)
+    console.print(*found.tables, *tables, sep="\n")
     say(console, f"report: {', '.join(map(str, files))}")
 
 
