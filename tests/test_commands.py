@@ -85,6 +85,8 @@ def test_what_needs_no_model_loads_no_slow_package(tmp_path, command, code, said
     assert result.returncode == code, output
     assert said in output and "Traceback" not in output
     assert result.stdout.splitlines()[-1] == "loaded:"
+    if code:
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
