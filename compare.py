@@ -20,6 +20,7 @@ if __name__ == "__main__":
     # Read before torch is loaded: `--help` and a mistyped flag answer at once. See copsd.py.
     commands.comparison()
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def make_plan(given: dict[str, Any]) -> Plan:
     shared = {n: value for n, value in given.items() if n not in own | {"lang", "out"}}
     langs = parse_list(options.lang, "lang", lambda code: find_language(code).iso3)
     factors = parse_list(options.sweep, "sweep", float)
-    if min(factors) <= 0:
+    if not all(0 < factor < math.inf for factor in factors):
         raise ValueError(f"--sweep is {options.sweep!r}; valid: factors above 0, such as 0.5,1,2")
     methods = ["copsd"] if options.ablate else list(METHODS)
     configs = {
@@ -156,10 +157,11 @@ def open_folder(plan: Plan) -> None:
             recipe = asdict(plan.configs[method, lang]).items()
             settings |= {f"{method} {n}": v for n, v in recipe if n not in ("method", "out")}
     root.check(settings)
+    # Broken data of any language is an error before the folder is made.
+    splits = {lang: read_splits(plan, lang) for lang in plan.langs}
+    root.create(settings, {})
     for lang in plan.langs:
-        splits = read_splits(plan, lang)  # broken data is an error before the folder is made
-        root.create(settings, {})
-        write_splits(plan.out / lang, splits)
+        write_splits(plan.out / lang, splits[lang])
 
 
 def parse_list(text: str, what: str, convert: Callable[[str], Value]) -> list[Value]:

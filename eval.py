@@ -96,6 +96,7 @@ class Part:
     settings: Settings
     problems: list[Problem]
     run: runs.Run | None  # its folder, where the evaluation is kept
+    done: list[Graded]  # the first problems, where the folder holds them already
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,13 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             "data_revision": commit,
         }
         run = None
+        done = []
         if out:
             run = runs.Run(out / language.iso3 if len(chosen) > 1 else out, "settings")
             run.check(asdict(one), identity)
+            done = read_done(run, problems)
             records.append((run, asdict(one), identity))
-        parts.append(Part(language, one, problems, run))
+        parts.append(Part(language, one, problems, run, done))
     for run, record, identity in records:
         run.create(record, identity)
     return Job(settings, model, tokenizer, config.batch_rows, parts, out)
@@ -259,6 +262,15 @@ def load_weights(
     return model, {"base_weights": base, "adapter_weights": adapter, "dtype": name}
 
 
+def read_done(run: runs.Run, problems: list[Problem]) -> list[Graded]:
+    """Return what the folder holds of an evaluation; ValueError where it is of other problems."""
+    file = run.folder / "problems.jsonl"
+    done = [read_graded(row) for row in read_rows(file)]
+    if [graded.id for graded in done] != [problem.id for problem in problems[: len(done)]]:
+        raise ValueError(f"{file} has other problems; choose another --out")
+    return done
+
+
 def run(job: Job, console: Console) -> None:
     """Evaluate every language, keep what --out asks to keep, and print the table."""
     results = {}
@@ -283,9 +295,7 @@ def evaluate_resumably(job: Job, part: Part, console: Console) -> list[Graded]:
     """
     settings = part.settings
     file = part.run.folder / "problems.jsonl" if part.run else None
-    done = [read_graded(row) for row in read_rows(file)] if file else []
-    if [graded.id for graded in done] != [problem.id for problem in part.problems[: len(done)]]:
-        raise ValueError(f"{file} has other problems; choose another --out")
+    done = list(part.done)
     count = len(part.problems)
     for start in range(0, count, CHUNK):
         chunk = part.problems[start : start + CHUNK]
@@ -340,6 +350,15 @@ class Finished:
     view: Evaluation  # what the report draws
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Evaluations that were read and can be compared."""
+
+    evaluations: list[Evaluation]
+    tables: list[Table]  # of their metrics
+    tests: list[list[str]]  # rows of the table of paired tests
+
+
 def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
     """Yield what --out wrote, a language at a time; `name` stands for it in the report."""
     files = [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]
@@ -368,8 +387,8 @@ def pass_at_k_curve(results: list[Graded], samples: int) -> dict[int, Estimate]:
     return {k: bootstrap(*found[f"pass@{k}"]) for k in range(1, samples + 1)}
 
 
-def report(folders: list[Path], out: Path, console: Console) -> None:
-    """Write tables, figures and a page; evaluations after the first are tested against it.
+def prepare_report(folders: list[Path], out: Path) -> Comparison:
+    """Return what the folders hold, those after the first tested against it; make `out`.
 
     Raises ValueError or OSError where evaluations are missing, not finished, or not comparable.
     """
@@ -389,6 +408,15 @@ def report(folders: list[Path], out: Path, console: Console) -> None:
         raise ValueError(
             f"these evaluations are of different benchmarks: {', '.join(sorted(benchmarks))}"
         )
+    tables = report_tables(
+        evaluations
+    )  # refuses a run that is there twice, and one that lacks a language
+    out.mkdir(parents=True, exist_ok=True)
+    return Comparison(evaluations, tables, tests)
+
+
+def report(found: Comparison, out: Path, console: Console) -> None:
+    """Write tables, figures and a page of evaluations, and print the tables."""
     header = [
         "language",
         "runs",
@@ -396,9 +424,11 @@ def report(folders: list[Path], out: Path, console: Console) -> None:
         "p, permutation of pass@1",
         "p, McNemar of majorities",
     ]
-    tables = [text_table("Paired tests over problems", header, tests)] if tests else []
-    files = write_report(evaluations, tables, out)
-    console.print(*report_tables(evaluations), *tables, sep="\n")
+    tables = []
+    if found.tests:
+        tables = [text_table("Paired tests over problems", header, found.tests)]
+    files = write_report(found.evaluations, tables, out)
+    console.print(*found.tables, *tables, sep="\n")
     say(console, f"report: {', '.join(map(str, files))}")
 
 

@@ -248,4 +248,5 @@ def report_command(
     import eval as evaluator
 
     with bad_input():
-        evaluator.report(folders, out, console)
+        found = evaluator.prepare_report(folders, out)
+    evaluator.report(found, out, console)

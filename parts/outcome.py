@@ -5,6 +5,7 @@ other seeds, so the smallest and the largest seed stand beside them, and are the
 figures.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -350,10 +351,17 @@ def _unit_panel(title: str, x_label: str, y_label: str, curves: dict[str, Curve]
 
 
 def _seeds_cell(metric: str, found: dict[str, Any]) -> str:
-    """Return "0.903 (0.892, 0.920)", the mean over seeds and the ends; one seed is its value."""
+    """Return "0.903 (0.892, 0.920)", the mean over seeds and the ends; one seed is its value.
+
+    "-" where nothing counts in the metric, as for the accuracy given a box without any box.
+    """
+    if math.isnan(found["value"]):
+        return "-"
     digits = 1 if metric == "mean tokens" else 3
-    seeds = found["by_seed"]
-    ends = f" ({min(seeds):.{digits}f}, {max(seeds):.{digits}f})" if len(seeds) > 1 else ""
+    seeds = [value for value in found["by_seed"] if not math.isnan(value)]
+    ends = ""
+    if len(found["by_seed"]) > 1:
+        ends = f" ({min(seeds):.{digits}f}, {max(seeds):.{digits}f})"
     return f"{found['value']:.{digits}f}{ends}"
 
 

@@ -236,7 +236,7 @@ class Config:
     compile: bool | None = machine(
         None, "Run torch.compile on the divergence. Without it: where that pays."
     )
-    device: str = machine("auto", "auto, cpu, cuda, cuda:N or mps.")
+    device: str = machine("auto", "Where to compute: auto, cpu, cuda, cuda:N or mps.")
     dtype: str = machine(
         "auto",
         "The base weights' type: auto, float32 or bfloat16. The adapter is always float32.",
@@ -252,7 +252,9 @@ class Config:
     eval_temperature: float = evaluation(
         1.0, "The temperature of those completions. Top-k is off.", source="paper", least=0
     )
-    eval_top_p: float = evaluation(0.95, "Their top-p.", source="paper", above=0, most=1)
+    eval_top_p: float = evaluation(
+        0.95, "The top-p of those completions.", source="paper", above=0, most=1
+    )
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ class EvalConfig:
     """The settings of an evaluation."""
 
     pass_at_k: str | None = asked(
-        None, "k of pass@k, or several: 1,4,8,12. 1 is always reported. Without it: 8."
+        None, "The k of pass@k, or several: 1,4,8,12. 1 is always reported. Without it: 8."
     )
     model: str = asked(
         "lab/tiny", "A local folder, org/name on the hub, or a bare name such as Qwen2.5-1.5B."
@@ -289,7 +291,7 @@ class EvalConfig:
     lang: str = asked("hau", "ISO 639-1 or 639-3 codes, separated by commas, or all.")
     benchmark: str | None = asked(
         None,
-        "afrimgsm, mgsm, msvamp, polymath, lab, a folder, or a file. "
+        "One of afrimgsm, mgsm, msvamp, polymath and lab, or a folder, or a file. "
         "Without it: what the model's recipe names.",
     )
     revision: str = asked("main", "A branch, tag or commit of a benchmark on the hub.")
@@ -326,7 +328,7 @@ class EvalConfig:
     )
     seed: int = attempts(0, "The sampler's seed.", source="ours")
     batch_rows: int = machine(256, "Completions decoded at once.", least=1)
-    device: str = machine("auto", "auto, cpu, cuda, cuda:N or mps.")
+    device: str = machine("auto", "Where to compute: auto, cpu, cuda, cuda:N or mps.")
     dtype: str = machine("auto", "The weights' type: auto, float32 or bfloat16.")
 
 

@@ -1,51 +1,45 @@
-"""The comparison: equal budgets, splits that share nothing, arms that are kept, numbers that are the arms' own."""
+"""compare.py: equal budgets, splits that share nothing, arms that are kept, numbers of the arms."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import bench.compare
 import pytest
-from bench.compare import ablation_arms, parse_seeds
-from bench.outcome import band, over_seeds, per_problem, right_within
+import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
+import compare
 import copsd
-from copsd import Config
+from compare import ablation_arms, arms_of, parse_seeds, pick_rate
+from parts import commands, measure, outcome
+from parts.adapters import load_adapter
+from parts.data import load_problems
+from parts.files import read_json, read_rows, write_json
+from parts.metrics import ratios
+from parts.model import load_model, load_tokenizer
+from parts.recipe import Config
+from parts.sampler import SamplingParams
 
 SMALL = [
-    "--lang",
-    "ha",
-    "--seeds",
-    "2",
-    "--sweep",
-    "0.5,1",
-    "--token-budget",
-    "900",
-    "--batch-size",
-    "8",
-    "--group-size=4",
-    "--max-new-tokens",
-    "40",
-    "--eval-problems",
-    "6",
-    "--eval-samples",
-    "2",
-    "--dev-problems",
-    "5",
+    *("--lang", "ha", "--seeds", "2", "--sweep", "0.5,1", "--token-budget", "900"),
+    *("--batch-size", "8", "--group-size", "4", "--max-new-tokens", "40"),
+    *("--eval-problems", "6", "--eval-samples", "2", "--dev-problems", "5"),
 ]
 
 
 def run_cli(*arguments: str):
-    return CliRunner().invoke(copsd.app, ["compare", *arguments])
+    return CliRunner().invoke(commands.comparison, list(arguments))
 
 
-def jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def results_of(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "results.json")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
+    """A small comparison's folder, and what it printed."""
     out = tmp_path_factory.mktemp("compare") / "out"
     result = run_cli(*SMALL, "--out", str(out))
     assert result.exit_code == 0, result.output
@@ -53,158 +47,333 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_the_splits_share_no_problem(finished):
-    parts = [
-        {row["problem_translated"] for row in jsonl(finished[0] / "hau" / f"{n}.jsonl")}
-        for n in ("train", "dev")
-    ]
-    parts.append({row["problem_translated"] for row in jsonl(finished[0] / "hau" / "test.jsonl")})
-    assert [len(part) for part in parts][1:] == [5, 6]
-    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    folder = finished[0] / "hau"
+    train, dev, test = (
+        {row["problem_translated"] for row in read_rows(folder / f"{name}.jsonl")}
+        for name in ("train", "dev", "test")
+    )
+    assert (len(dev), len(test)) == (5, 6)
+    assert not train & dev and not train & test and not dev & test
 
 
 def test_every_arm_spends_the_budget_and_no_more_than_a_step_over_it(finished):
     for method in ("grpo", "copsd"):
         for seed in (0, 1):
-            rows = jsonl(finished[0] / "hau" / f"{method}-{seed}" / "metrics.jsonl")
+            rows = read_rows(finished[0] / "hau" / f"{method}-{seed}" / "metrics.jsonl")
             assert rows[-2]["sampled_tokens"] < 900 <= rows[-1]["sampled_tokens"]
-        for folder in (finished[0] / "hau" / "sweep").glob(f"{method}-*"):
-            rows = jsonl(folder / "metrics.jsonl")
+        folders = list((finished[0] / "hau" / "sweep").glob(f"{method}-*"))
+        assert len(folders) == 2
+        for folder in folders:
+            rows = read_rows(folder / "metrics.jsonl")
             assert rows[-2]["sampled_tokens"] < 450 <= rows[-1]["sampled_tokens"]
 
 
 def test_arms_take_the_rate_that_the_sweep_picked_on_the_development_split(finished):
     out = finished[0]
-    rates = json.loads((out / "compare.json").read_text())["rates"]
+    sweep = read_json(out / "compare.json")["sweep"]
     for method in ("grpo", "copsd"):
-        best = max(rates[method]["accuracy"].values())
-        assert rates[method]["picked"] == min(
-            float(r) for r, a in rates[method]["accuracy"].items() if a == best
-        )
-        config = json.loads((out / "hau" / f"{method}-1" / "config.json").read_text())["config"]
-        assert config["lr"] == rates[method]["picked"] and config["eval_data"].endswith(
-            "test.jsonl"
-        )
+        accuracies = {float(rate): a for rate, a in sweep[method]["accuracies"].items()}
+        best = max(accuracies.values())
+        assert sweep[method]["picked"] == min(r for r, a in accuracies.items() if a == best)
+        for rate, found in accuracies.items():
+            final = results_of(out / "hau" / "sweep" / f"{method}-{rate:g}")["final"]
+            right, _ = final["greedy"]["pass@1"]
+            assert len(right) == 5 and found == sum(right) / 5
+        config = read_json(out / "hau" / f"{method}-1" / "config.json")["config"]
+        assert config["lr"] == sweep[method]["picked"]
+        assert config["eval_data"].endswith("test.jsonl")
     for folder in (out / "hau" / "sweep").iterdir():
-        assert json.loads((folder / "config.json").read_text())["config"]["eval_data"].endswith(
-            "dev.jsonl"
-        )
+        config = read_json(folder / "config.json")["config"]
+        assert config["eval_data"].endswith("dev.jsonl")
 
 
 def test_the_table_holds_the_results_of_the_arms(finished):
     out, printed = finished
-    found = json.loads((out / "compare.json").read_text())["languages"]["hau"]
+    found = read_json(out / "compare.json")["languages"]["hau"]
     accuracies = []
     for seed in (0, 1):
-        greedy = json.loads((out / "hau" / f"copsd-{seed}" / "results.json").read_text())["final"][
-            "greedy"
-        ]
-        accuracies.append(sum(greedy["correct"]) / 6)
+        right, _ = results_of(out / "hau" / f"copsd-{seed}")["final"]["greedy"]["pass@1"]
+        accuracies.append(sum(right) / 6)
     assert found["arms"]["copsd"]["greedy accuracy"]["by_seed"] == accuracies
     assert found["arms"]["copsd"]["greedy accuracy"]["value"] == pytest.approx(sum(accuracies) / 2)
     pair = found["pairs"]["copsd - grpo"]["greedy accuracy"]
     values = [found["arms"][name]["greedy accuracy"]["value"] for name in ("copsd", "grpo")]
     assert pair["value"] == pytest.approx(values[0] - values[1]) and 0 < pair["p"] <= 1
-    text = (out / "tables.md").read_text(encoding="utf-8")
-    assert (
-        "| Hausa: GRPO |" in text
-        and "| Hausa: COPSD against GRPO |" in text
-        and text.strip() in printed
+    text = (out / "RESULTS.md").read_text(encoding="utf-8")
+    assert "| Hausa: GRPO |" in text and "| Hausa: COPSD against GRPO |" in text
+    tables = [block for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 3 and all(table in printed for table in tables)
+    for name in ("comparison", "comparison_hau"):
+        assert (out / f"{name}.png").stat().st_size > 10_000
+        assert "<svg" in (out / f"{name}.svg").read_text()
+
+
+def test_results_are_ratios_of_every_metric_for_each_kind_of_attempt(finished):
+    measured = results_of(finished[0] / "hau" / "copsd-0")["final"]
+    assert {"greedy", "english", "sampled", "kl"} <= measured.keys()
+    for kind in ("greedy", "english", "sampled"):
+        for above, below in measured[kind].values():
+            assert len(above) == len(below) == 6
+    assert {"pass@1", "pass@2"} <= measured["sampled"].keys()
+    assert not any(name.startswith("n") for name in measured["greedy"])  # no counts beside them
+    assert len(measured["kl"][0]) == 6 and min(measured["kl"][1]) >= 1
+
+
+@pytest.fixture(scope="module")
+def three_ways(finished, tmp_path_factory) -> dict[str, dict[str, dict[str, Any]]]:
+    """The same attempts of a trained student, as each of the three tables has their metrics."""
+    arm = finished[0] / "hau" / "copsd-0"
+    test = finished[0] / "hau" / "test.jsonl"
+
+    # The table before and after training.
+    folder = Path("lab/tiny")
+    model = load_model(folder, device="cpu", dtype=torch.float32)
+    load_adapter(model, sorted((arm / "adapters").iterdir())[-1])
+    ruler = measure.Ruler.of(Config(max_new_tokens=40, eval_samples=2), seed=0)
+    problems = load_problems(test, language="hau")
+    columns = measure.measure_languages(
+        model, load_tokenizer(folder), problems, ruler, Console(quiet=True), "after training"
     )
-    for name in ("compare", "compare_hau"):
-        assert (out / f"{name}.png").stat().st_size > 10_000 and "<svg" in (
-            out / f"{name}.svg"
-        ).read_text()
+    after = measure.plain_columns(columns)
+
+    # eval.py.
+    evaluated = {}
+    for name, flags in {"greedy": ["--greedy"], "sampled": ["--pass-at-k", "2"]}.items():
+        out = tmp_path_factory.mktemp("eval") / name
+        common = ["--benchmark", str(test), "--adapter", str(arm), "--max-new-tokens", "40"]
+        result = CliRunner().invoke(
+            commands.evaluation, [*common, "--lang", "hau", *flags, "--out", str(out)]
+        )
+        assert result.exit_code == 0, result.output
+        evaluated[name] = read_json(out / "summary.json")
+
+    # compare.py.
+    final = results_of(arm)["final"]
+    return {"after": after, "eval": evaluated, "compare": {"runs": final}}
+
+
+def test_a_metric_of_the_same_attempts_is_one_number_in_every_table(three_ways):
+    after = three_ways["after"]["hau"]
+    evaluated = three_ways["eval"]
+    final = three_ways["compare"]["runs"]
+    # Of the sampled attempts: all that eval.py and the table after training have.
+    assert len(evaluated["sampled"]) > 10
+    for name, estimate in evaluated["sampled"].items():
+        assert after[name] == estimate, name
+    for name in ("pass@1", "pass@2"):
+        compared = outcome.over_seeds(name, [final])
+        assert {**after[name], "by_seed": [after[name]["value"]]} == compared
+    # Of the greedy ones: all that eval.py and compare.py have.
+    for name in final["greedy"]:
+        metric = "greedy accuracy" if name == "pass@1" else name
+        compared = outcome.over_seeds(metric, [final])
+        assert str({**evaluated["greedy"][name], "by_seed": compared["by_seed"]}) == str(compared)
+    greedy = outcome.over_seeds("greedy accuracy", [final])
+    assert {**after["greedy accuracy"], "by_seed": greedy["by_seed"]} == greedy
+    # And in English.
+    english = outcome.over_seeds("English greedy accuracy", [final])
+    found = three_ways["after"]["eng"]["greedy accuracy"]
+    assert {**found, "by_seed": english["by_seed"]} == english
 
 
 def test_the_last_checkpoint_evaluates_as_the_adapter_that_was_saved(finished):
-    from eval import evaluate
-    from parts.adapters import load_adapter
-    from parts.data import load_problems
-    from parts.model import load_model, load_tokenizer
-    from parts.sampler import SamplingParams
-
-    run = finished[0] / "hau" / "copsd-0"
+    arm = finished[0] / "hau" / "copsd-0"
     folder = Path("lab/tiny")
-    model = load_model(folder, device="cpu", dtype=copsd.torch.float32)
-    load_adapter(model, sorted((run / "adapters").iterdir())[-1])
+    model = load_model(folder, device="cpu", dtype=torch.float32)
+    load_adapter(model, sorted((arm / "adapters").iterdir())[-1])
     problems = load_problems(finished[0] / "hau" / "test.jsonl", language="hau")
-    results = evaluate(model, load_tokenizer(folder), problems, SamplingParams(40, 0.0, 0.95))
-    final = json.loads((run / "results.json").read_text())["final"]
-    assert [float(r.attempts[0].correct) for r in results] == final["greedy"]["correct"]
-    assert [r.attempts[0].tokens for r in results] == final["greedy"]["tokens"]
+    params = SamplingParams(40, 0.0, 0.95)
+    results = measure.evaluate(model, load_tokenizer(folder), problems, params)
+    found = json.loads(json.dumps(ratios(results, [1])))
+    assert results_of(arm)["final"]["greedy"] == found
 
 
 def test_what_is_finished_is_not_done_again_and_other_settings_are_refused(finished, monkeypatch):
     out = finished[0]
-    before = (out / "tables.md").read_bytes()
-    (out / "tables.md").unlink()
+    before = (out / "RESULTS.md").read_bytes()
+    (out / "RESULTS.md").unlink()
     monkeypatch.setitem(copsd.LOOPS, "grpo", None)
     monkeypatch.setitem(copsd.LOOPS, "copsd", None)
     assert run_cli(*SMALL, "--out", str(out)).exit_code == 0
-    assert (out / "tables.md").read_bytes() == before
-    result = run_cli(*SMALL, "--out", str(out), "--seeds", "3")
-    assert (
-        result.exit_code == 2
-        and "differs in seeds" in result.stderr
-        and result.stderr.count("\n") == 1
-    )
+    assert (out / "RESULTS.md").read_bytes() == before
     place = SMALL.index("--eval-samples")
-    result = run_cli(
-        *SMALL[:place], *SMALL[place + 2 :], "--out", str(out)
-    )  # a setting that is no longer given
-    assert (
-        result.exit_code == 2
-        and "differs in grpo eval_samples, copsd eval_samples" in result.stderr
-    )
+    not_given = [*SMALL[:place], *SMALL[place + 2 :]]  # a setting that is no longer given
+    for flags, said in (
+        ([*SMALL, "--seeds", "3"], "differs in seeds"),
+        (not_given, "differs in grpo eval_samples, copsd eval_samples"),
+    ):
+        result = run_cli(*flags, "--out", str(out))
+        assert result.exit_code == 2 and said in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("layout", [None, 1])
+def test_a_folder_of_an_older_comparison_is_refused_with_one_line(tmp_path, layout):
+    config = {"langs": ["hau"], "seeds": [0, 1]} | ({} if layout is None else {"layout": layout})
+    write_json(tmp_path / "config.json", {"config": config, "identity": {}})
+    before = (tmp_path / "config.json").read_bytes()
+    result = run_cli(*SMALL, "--out", str(tmp_path))
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "is of an older version of the comparison; choose another --out" in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_training_runs_folder_is_no_comparisons(tmp_path):
+    write_json(tmp_path / "config.json", {"config": asdict(Config()), "identity": {}})
+    result = run_cli(*SMALL, "--out", str(tmp_path))
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
 
 
 def test_a_signal_keeps_what_is_finished(tmp_path, monkeypatch):
-    loop = copsd.LOOPS["grpo"]
     monkeypatch.setitem(copsd.LOOPS, "copsd", lambda setup, run, view: False)
     result = run_cli(*SMALL, "--out", str(tmp_path / "out"))
     assert result.exit_code == 130 and "same command goes on" in result.stdout
-    assert len(list(tmp_path.glob("out/hau/sweep/grpo-*/results.json"))) == 2 and loop
+    assert len(list(tmp_path.glob("out/hau/sweep/grpo-*/results.json"))) == 2
+    assert not list(tmp_path.glob("out/hau/sweep/copsd-*/results.json"))
+
+
+def test_an_arm_whose_gradient_is_lost_ends_the_comparison_with_its_name(tmp_path, monkeypatch):
+    def diverged(setup, run, view):
+        raise FloatingPointError("no finite gradient")
+
+    monkeypatch.setitem(copsd.LOOPS, "grpo", diverged)
+    result = run_cli(*SMALL, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "error: " in result.stdout and "no finite gradient" in result.stdout
+    assert "grpo-" in result.stdout.partition("error: ")[2]
+
+
+def make_plan(tmp_path: Path, *flags: str, **given: Any) -> compare.Plan:
+    """Return the plan of a small experiment, whose folder is made and in which nothing ran."""
+    small = {
+        "lang": "ha",
+        "seeds": "0,4",
+        "sweep": "0.5,1",
+        "batch_size": 8,
+        "group_size": 4,
+        "max_new_tokens": 40,
+        "eval_problems": 6,
+        "dev_problems": 5,
+        "steps": 12,
+        "out": str(tmp_path / "out"),
+    }
+    return compare.make_plan({**small, **given})
+
+
+def measured(right: list[float], tokens: list[float] | None = None) -> dict[str, Any]:
+    """Return results with so many right greedy answers and sampled lengths."""
+    ones = [1.0] * len(right)
+    found = {"greedy": {"pass@1": (right, ones)}}
+    if tokens:
+        found["sampled"] = {"mean tokens": (tokens, ones)}
+    return {"final": found}
+
+
+def walk(plan: compare.Plan, accuracies: dict[str, float]) -> list[compare.Arm]:
+    """Return the arms of a plan, whose sweep's runs get these accuracies by their folder's name."""
+    found: dict[Path, Any] = {}
+    arms = []
+    for arm in arms_of(plan, found):
+        arms.append(arm)
+        accuracy = accuracies.get(arm.folder.name, 0.0)
+        found[arm.folder] = measured([accuracy, accuracy], [10.0, 20.0])
+    return arms
+
+
+def test_arms_are_the_base_the_sweep_and_the_methods_of_every_seed(tmp_path):
+    plan = make_plan(tmp_path, lang="ha,sw")
+    arms = walk(plan, {"grpo-0.001": 0.5, "copsd-0.0005": 0.75})
+    names = [str(arm.folder.relative_to(plan.out)) for arm in arms]
+    seeds = [f"{method}-{seed}" for method in ("grpo", "copsd") for seed in (0, 4)]
+    sweep = [
+        f"sweep/{method}-{rate}" for method in ("grpo", "copsd") for rate in ("0.0005", "0.001")
+    ]
+    hausa = [f"hau/{name}" for name in ("base", *sweep, *seeds)]
+    assert names == [*hausa, *(f"swa/{name}" for name in ("base", *seeds))]
+    assert [arm.folder.name for arm in arms if not arm.is_trained] == ["base", "base"]
+    assert [arm.folder.name for arm in arms if arm.is_sweep] == [n.split("/")[1] for n in sweep]
+    assert sum(arm.size for arm in arms) == pytest.approx(2 * 0.1 + 4 * 0.5 + 8)
+    by_name = dict(zip(names, arms, strict=True))
+    # Both languages take the rate that the first one's sweep picked.
+    for lang in ("hau", "swa"):
+        assert by_name[f"{lang}/grpo-4"].settings["lr"] == 0.001
+        assert by_name[f"{lang}/copsd-4"].settings["lr"] == 0.0005
+        settings = by_name[f"{lang}/copsd-4"].settings
+        assert (settings["method"], settings["lang"], settings["seed"]) == ("copsd", lang, 4)
+        assert settings["data"] == str(plan.out / lang / "train.jsonl")
+        assert settings["eval_data"] == str(plan.out / lang / "test.jsonl")
+    assert by_name["hau/sweep/grpo-0.001"].settings["eval_data"].endswith("hau/dev.jsonl")
+
+
+def test_without_a_budget_it_is_what_copsds_steps_sample_at_the_bases_length(tmp_path):
+    plan = make_plan(tmp_path)
+    arms = {arm.folder.name: arm for arm in walk(plan, {})}
+    whole = 12 * 8 * 15  # steps, completions, their mean length: of 10 and 20
+    assert arms["copsd-0"].settings["token_budget"] == whole
+    assert arms["grpo-4"].settings["token_budget"] == whole
+    assert arms["copsd-0.001"].settings["token_budget"] == whole // 2
+    assert arms["copsd-0"].settings["save_every"] == 2  # six checkpoints of twelve steps
+    assert "token_budget" not in arms["base"].settings
+    given = replace(
+        plan, configs={k: replace(c, token_budget=900) for k, c in plan.configs.items()}
+    )
+    assert {a.settings.get("token_budget") for a in walk(given, {})} == {None, 450, 900}
+
+
+def test_the_sweep_picks_the_best_rate_and_the_lowest_of_equals(tmp_path):
+    plan = replace(make_plan(tmp_path, lr=0.1), factors=[8.0, 4.0, 2.0, 1.0])
+    right = {0.1: 1.0, 0.2: 3.0, 0.4: 3.0, 0.8: 2.0}
+    found = {}
+    for rate, count in right.items():
+        some = [1.0] * int(count) + [0.0] * (4 - int(count))
+        found[compare.sweep_folder(plan, "grpo", rate)] = measured(some)
+    assert pick_rate(plan, "grpo", found) == 0.2
+    accuracies = compare.sweep_accuracies(plan, "grpo", found)
+    assert accuracies == {0.8: 0.5, 0.4: 0.75, 0.2: 0.75, 0.1: 0.25}
 
 
 def test_ablations_change_one_setting_at_a_time():
     arms = ablation_arms(Config(clip_mode="none"))
-    assert arms["recipe"] == {} and all(
-        len(flags) == 1 for name, flags in arms.items() if name != "recipe"
-    )
-    assert (
-        "clip_mode=none".replace("_", " ") not in arms and {"clip_mode": "entry"} in arms.values()
-    )
+    assert arms["recipe"] == {}
+    assert all(len(settings) == 1 for name, settings in arms.items() if name != "recipe")
+    assert "clip mode=none" not in arms and arms["clip mode=entry"] == {"clip_mode": "entry"}
     assert {"swap_solutions": True} in arms.values() and {"english_problem": False} in arms.values()
     assert len(arms) == 10
 
 
+def test_an_ablations_arms_are_one_method_at_its_recipes_rate(tmp_path):
+    plan = make_plan(tmp_path, ablate=True)
+    arms = walk(plan, {})
+    assert not any(arm.is_sweep for arm in arms) and len(arms) == 1 + 10 * 2
+    trained = [arm for arm in arms if arm.is_trained]
+    assert not any("lr" in arm.settings for arm in trained)
+    changed = {arm.name: arm.settings for arm in trained if arm.settings["seed"] == 4}
+    assert changed["teacher=ema"]["teacher"] == "ema" and "teacher" not in changed["recipe"]
+
+
 def test_an_ablation_is_one_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.compare, "ABLATIONS", (("clip_mode", ("none", "entry")),))
-    result = run_cli(*SMALL, "--ablate", "--seeds", "1", "--out", str(tmp_path / "out"))
+    monkeypatch.setattr(compare, "ABLATIONS", (("clip_mode", ("none", "entry")),))
+    flags = [*SMALL, "--ablate", "--seeds", "1", "--out", str(tmp_path / "out")]
+    result = run_cli(*flags, "--results", str(tmp_path / "RESULTS.md"))
     assert result.exit_code == 0, result.output
-    assert (
-        "| Hausa: clip mode=entry |" in result.stdout
-        and "| Hausa: clip mode=entry against recipe |" in result.stdout
-    )
+    for title in ("clip mode=entry", "clip mode=entry against recipe"):
+        assert f"| Hausa: {title} |" in result.stdout
+        assert f"| Hausa: {title} |" in (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
 
 
-def test_the_sweep_picks_the_best_rate_and_the_lowest_of_equals(monkeypatch):
-    right = {0.1: 1.0, 0.2: 3.0, 0.4: 3.0, 0.8: 2.0}
-
-    def evaluated(tools, arm, *rest, **options):
-        return {"final": {"greedy": {"correct": [right[arm.settings["lr"]]], "n": [4.0]}}}
-
-    monkeypatch.setattr(bench.compare, "timed", evaluated)
-    unused: Any = None
-    found = bench.compare.sweep(
-        unused, {"lang": "hau"}, 0.1, "grpo", [8.0, 4.0, 2.0, 1.0], Path("out"), unused
-    )
-    assert found["picked"] == 0.2 and found["accuracy"] == {
-        "0.8": 0.5,
-        "0.4": 0.75,
-        "0.2": 0.75,
-        "0.1": 0.25,
-    }
+def test_the_splits_that_are_written_are_kept_as_they_are(tmp_path):
+    plan = make_plan(tmp_path)
+    files = sorted((plan.out / "hau").glob("*.jsonl"))
+    assert [file.name for file in files] == ["dev.jsonl", "test.jsonl", "train.jsonl"]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert compare.read_splits(plan, "hau") == {}
+    make_plan(tmp_path)
+    assert {file: file.stat().st_mtime_ns for file in files} == before
+    # A split comes back with every field that training and measuring read.
+    source = {p.id: p for p in load_problems(Path("lab/problems/hau/train.jsonl"), language="hau")}
+    dev = load_problems(plan.out / "hau" / "dev.jsonl", language="hau")
+    assert dev == [source[problem.id] for problem in dev]
 
 
 def test_seeds_are_a_count_or_a_list():
@@ -214,36 +383,12 @@ def test_seeds_are_a_count_or_a_list():
             parse_seeds(text)
 
 
-def test_a_band_spans_the_seeds_where_all_of_them_have_been():
-    points = band([[(0.0, 0.0), (10.0, 1.0)], [(0.0, 0.0), (20.0, 1.0)]])
-    assert points[-1] == (10.0, 0.75, 0.5, 1.0) and points[0] == (0.0, 0.0, 0.0, 0.0)
-
-
-def test_estimates_by_hand():
-    run = {
-        "greedy": {
-            "n": [1.0, 1.0],
-            "correct": [1.0, 0.0],
-            "formatted": [1.0, 0.0],
-            "tokens": [4.0, 8.0],
-            "tokens_if_right": [4.0, 0.0],
-        },
-        "sampled": {"n": [2.0, 2.0], "correct": [1.0, 0.0]},
-    }
-    assert per_problem("pass@1", run)[0] == [0.5, 0.0] and per_problem("pass@2", run)[0] == [
-        1.0,
-        0.0,
-    ]
-    assert over_seeds("accuracy given a box", [run])["value"] == 1.0
-    assert over_seeds("greedy accuracy", [run, run])["by_seed"] == [0.5, 0.5]
-    assert (right_within(run, 3), right_within(run, 4)) == (0.0, 0.5)
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--lang", "hau,ha"], "names one of them twice"),
         (["--lang", "hau,xyz"], "unknown language 'xyz'"),
+        (["--lang", "hau,fra"], "no data file"),
         (["--seeds", "1,1"], "names one of them twice"),
         (["--seeds", "0"], "valid: a count of 1 or more"),
         (["--token-budget", "100"], "--token-budget is 100; valid: 4096 or more"),
@@ -255,9 +400,13 @@ def test_estimates_by_hand():
         (["--dev-problems", "500"], "cannot hold out 500"),
         (["--model", "nowhere"], "unknown model 'nowhere'"),
         (["--out", "tests"], "tests exists and is not a run folder"),
+        (["--method", "grpo"], "--method is not for a comparison"),
+        (["--sweep", "nan"], "factors above 0"),
+        (["--sweep", "inf"], "factors above 0"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
     result = run_cli("--out", str(tmp_path / "out"), *arguments)
     assert result.exit_code == 2, result.output
     assert said in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

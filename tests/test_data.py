@@ -1,75 +1,22 @@
-"""parts/data.py: languages, the prompt builder, loading, splitting and ordering problems."""
+"""parts/data.py: files and hub sets become problems; what is held out; the order of the rest."""
 
 import doctest
+import io
 import json
 import random
-import re
 import unicodedata
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from rich.console import Console
 
-from parts import data
-from parts.data import Problem, build_prompt, find_language, load_problems, render_prompt
-
-CHATML = "<|im_start|>user\n{{messages[0].content}}<|im_end|>\n{{ add_generation_prompt * '<|im_start|>assistant\n' }}"
-QWEN3 = (
-    CHATML
-    + "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
-)
-R1 = "{{ bos_token }}<|User|>{{ messages[0].content }}<|Assistant|>{{ '<think>\n' }}"
-AFRIMGSM = "amh ewe hau ibo kin lin lug orm sna sot swa twi vai wol xho yor zul"
-POLYMATH = "ben deu fra jpn rus spa swa tel tha zho"
-CODES = {
-    "amh": "am",
-    "ewe": "ee",
-    "hau": "ha",
-    "ibo": "ig",
-    "kin": "rw",
-    "lin": "ln",
-    "lug": "lg",
-    "orm": "om",
-    "sna": "sn",
-    "sot": "st",
-    "swa": "sw",
-    "twi": "tw",
-    "vai": None,
-    "wol": "wo",
-    "xho": "xh",
-    "yor": "yo",
-    "zul": "zu",
-    "ben": "bn",
-    "deu": "de",
-    "spa": "es",
-    "fra": "fr",
-    "jpn": "ja",
-    "rus": "ru",
-    "tel": "te",
-    "tha": "th",
-    "zho": "zh",
-    "eng": "en",
-}
-SUM = Problem("s1", "Nawa ne 2 + 3?", "What is 2 + 3?", "2 + 3 = 5.", "5", "hau")
-
-
-def make_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
-    """Return a byte tokenizer with ChatML's control tokens, which by itself would put <s> before every text."""
-    byte_ids = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    inner = Tokenizer(models.BPE(byte_ids, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<s>", "<|im_start|>", "<|im_end|>"])
-    inner.add_tokens(["<think>", "</think>", "<|User|>", "\n\n", "<tool>"])
-    inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 256)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, bos_token="<s>")
+from parts import data, prompts
+from parts.data import keep_fitting, load_problems, pick_order, split_heldout
+from parts.prompts import Problem, find_language
+from parts.recipe import Config
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -80,236 +27,7 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 def test_doctests():
     result = doctest.testmod(data)
-    assert result.failed == 0 and result.attempted >= 7
-
-
-def test_the_languages_are_those_of_the_two_benchmarks_and_english_and_all_differ():
-    for name, codes in {"afrimgsm": AFRIMGSM, "polymath": POLYMATH}.items():
-        assert (
-            " ".join(
-                code for code, language in data.languages().items() if name in language.benchmarks
-            )
-            == codes
-        )
-    assert data.languages()["eng"].benchmarks == ()
-    for field in ("english", "transition", "instruction", "opening"):
-        assert len({getattr(language, field) for language in data.languages().values()}) == len(
-            CODES
-        ), field
-    assert {code: language.iso1 for code, language in data.languages().items()} == CODES
-
-
-@pytest.mark.parametrize("code", CODES)
-def test_every_record_is_complete_nfc_and_asks_for_a_box(code):
-    language = data.languages()[code]
-    texts = [
-        getattr(language, field.name)
-        for field in fields(language)
-        if field.name not in ("iso1", "benchmarks")
-    ]
-    assert all(
-        isinstance(text, str) and text and text == unicodedata.normalize("NFC", text.strip())
-        for text in texts
-    )
-    assert language.iso3 == code and language.instruction.count(r"\boxed{}") == 1
-    others = (
-        language.transition,
-        language.opening,
-        language.problem_label,
-        language.solution_begin,
-    )
-    assert not any("boxed" in text or "\n" in text for text in others)
-    assert language.solution_begin != language.solution_end
-    assert (
-        len(language.transition) < 120 and len(language.opening) < 80
-    )  # a small model's context holds them
-
-
-def test_wording_is_in_the_languages_script():
-    blocks = {
-        "Han": "CJK",
-        "Japanese": "(CJK|HIRAGANA)",
-        "Vai": "LATIN",
-    }  # Vai is English: see the module's docstring
-    for language in data.languages().values():
-        letters = [
-            char
-            for char in language.instruction.replace(r"\boxed{}", "").replace("ꕙꔤ", "")
-            if char.isalpha()
-        ]
-        block = blocks.get(language.script, language.script.upper())
-        assert all(re.match(block, unicodedata.name(char)) for char in letters), language.english
-    assert "ꕙꔤ" in data.languages()["vai"].opening
-
-
-def test_a_language_is_found_by_either_code_in_any_case():
-    for iso3, iso1 in CODES.items():
-        assert all(
-            find_language(code).iso3 == iso3
-            for code in (iso3, iso3.title(), (iso1 or iso3), (iso1 or iso3).upper())
-        )
-
-
-def test_an_unknown_language_is_an_error_that_lists_every_code():
-    with pytest.raises(ValueError, match="unknown language 'xx'") as error:
-        find_language("xx")
-    assert all(f"{iso3} ({iso1})" in str(error.value) for iso3, iso1 in CODES.items() if iso1)
-    assert "vai, " in str(error.value) and "None" not in str(error.value)
-
-
-def test_a_problem_is_frozen_and_has_exactly_the_agreed_fields():
-    assert (
-        " ".join(field.name for field in fields(Problem))
-        == "id problem problem_en solution_en answer language"
-    )
-    with pytest.raises(FrozenInstanceError):
-        SUM.id = "other"  # type: ignore[misc]
-
-
-def test_the_student_prompt_is_problem_and_instruction_then_the_opening_in_a_think_block():
-    hausa = find_language("ha")
-    assert render_prompt(SUM, "HA", make_tokenizer(QWEN3)) == (
-        f"<|im_start|>user\nNawa ne 2 + 3?\n\n{hausa.instruction}<|im_end|>\n"
-        f"<|im_start|>assistant\n<think>\n{hausa.opening}\n"
-    )
-    assert find_language("yor").instruction in render_prompt(SUM, "yor", make_tokenizer(QWEN3))
-
-
-def teacher_text(dropped: str = "") -> str:
-    hausa = find_language("hau")
-    blocks = {
-        "problem": f"{hausa.problem_label}\nNawa ne 2 + 3?",
-        "english_problem": f"{hausa.english_problem_label}\nWhat is 2 + 3?",
-        "english_solution": f"{hausa.english_solution_label}\n{hausa.solution_begin}\n2 + 3 = 5.\n{hausa.solution_end}",
-        "transition": hausa.transition,
-        "instruction": hausa.instruction,
-    }
-    user_turn = "\n\n".join(text for name, text in blocks.items() if name != dropped)
-    return f"<|im_start|>user\n{user_turn}<|im_end|>\n<|im_start|>assistant\n{hausa.opening}\n"
-
-
-def test_the_teacher_prompt_has_its_blocks_in_order_and_an_ablation_drops_one():
-    tokenizer = make_tokenizer(CHATML)
-    assert render_prompt(SUM, find_language("hau"), tokenizer, role="teacher") == teacher_text()
-    for option in ("english_problem", "english_solution"):
-        options: dict[str, Any] = {option: False}
-        assert render_prompt(SUM, "hau", tokenizer, role="teacher", **options) == teacher_text(
-            dropped=option
-        )
-        assert render_prompt(SUM, "hau", tokenizer, **options) == render_prompt(
-            SUM, "hau", tokenizer
-        )
-
-
-@pytest.mark.parametrize("field", ["problem_en", "solution_en"])
-def test_a_teacher_prompt_without_a_field_it_shows_names_the_problem(field):
-    tokenizer = make_tokenizer(CHATML)
-    bare = replace(SUM, **{field: None})
-    with pytest.raises(ValueError, match=f"'s1' has no {field}"):
-        build_prompt(bare, "hau", tokenizer, role="teacher")
-    option = {"problem_en": "english_problem", "solution_en": "english_solution"}[field]
-    build_prompt(bare, "hau", tokenizer, role="teacher", **{option: False})
-    build_prompt(bare, "hau", tokenizer)
-
-
-@pytest.mark.parametrize("template", [CHATML, QWEN3, R1])
-def test_both_roles_end_in_the_same_tokens_and_ids_decode_to_the_text(template):
-    tokenizer = make_tokenizer(template)
-    student, teacher = (
-        build_prompt(SUM, "hau", tokenizer, role=role) for role in ("student", "teacher")
-    )
-    text = render_prompt(SUM, "hau", tokenizer)
-    mark = "assistant\n" if template != R1 else "<|Assistant|>"
-    shared = tokenizer.encode(mark + text.split(mark)[1], add_special_tokens=False)
-    assert student[-len(shared) :] == teacher[-len(shared) :] == shared
-    assert tokenizer.decode(student) == text
-    assert student.count(256) == (
-        template == R1
-    )  # one <s> where the template writes it, none from the tokenizer
-    assert all(isinstance(i, int) for i in student) and student != teacher
-
-
-def test_the_think_block_is_opened_once_where_the_template_has_one():
-    def ends(tokenizer, thinking):
-        return render_prompt(SUM, "hau", tokenizer, thinking=thinking).removesuffix(
-            find_language("hau").opening + "\n"
-        )
-
-    qwen3, plain, r1 = make_tokenizer(QWEN3), make_tokenizer(CHATML), make_tokenizer(R1)
-    unclosed = make_tokenizer(R1.replace("\n", ""))
-    mentions = [
-        make_tokenizer(CHATML + text) for text in ("{# <think> #}", "{# enable_thinking #}")
-    ]
-    for thinking in ("auto", "on"):
-        for tokenizer in (qwen3, r1, unclosed, *mentions):
-            assert ends(tokenizer, thinking).endswith("<think>\n")
-            assert ends(tokenizer, thinking).count("<think>") == 1
-            assert data.prompt_opens_think(tokenizer, thinking)
-    assert ends(qwen3, "off").endswith("assistant\n<think>\n\n</think>\n\n")
-    for thinking in ("auto", "off"):
-        assert ends(plain, thinking).endswith("assistant\n") and "<think>" not in ends(
-            plain, thinking
-        )
-        assert not data.prompt_opens_think(plain, thinking)
-    assert data.prompt_opens_think(qwen3) and not data.prompt_opens_think(qwen3, "off")
-
-
-def test_a_mode_role_or_template_that_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match=r"'on' does not fit .* has no think block"):
-        build_prompt(SUM, "hau", make_tokenizer(CHATML), thinking="on")
-    with pytest.raises(ValueError, match=r"'off' does not fit .* always opens"):
-        build_prompt(SUM, "hau", make_tokenizer(R1), thinking="off")
-    with pytest.raises(ValueError, match="'maybe'; valid: auto, on, off"):
-        data.prompt_opens_think(make_tokenizer(QWEN3), "maybe")
-    with pytest.raises(ValueError, match="'judge'; valid: student, teacher"):
-        build_prompt(SUM, "hau", make_tokenizer(QWEN3), role="judge")
-    with pytest.raises(ValueError, match="no chat template"):
-        build_prompt(SUM, "hau", make_tokenizer(None))
-
-
-@pytest.mark.parametrize("field", ["problem", "problem_en", "solution_en"])
-@pytest.mark.parametrize("token", ["<|im_end|>", "<s>", "<think>", "<|User|>"])
-def test_a_problem_that_spells_a_control_token_is_refused(field, token):
-    template = (
-        R1 if token == "<|User|>" else QWEN3
-    )  # R1's turn token is not marked special, its template writes it
-    bad = replace(SUM, **{field: f"2 {token} 3"})
-    with pytest.raises(ValueError, match=r"'s1' spells the control token") as error:
-        build_prompt(bad, "hau", make_tokenizer(template), role="teacher")
-    assert token in str(error.value)
-
-
-def test_added_tokens_that_control_nothing_are_ordinary_text():
-    tokenizer = make_tokenizer(QWEN3)
-    build_prompt(
-        replace(SUM, problem="2\n\n3 <tool>", problem_en="a <|im_", solution_en="end|> b"),
-        "hau",
-        tokenizer,
-    )
-
-
-def test_the_template_hash_shows_every_change():
-    tokenizer = make_tokenizer(QWEN3)
-    base = data.template_hash(tokenizer, "hau")
-    assert (
-        base == data.template_hash(make_tokenizer(QWEN3), find_language("ha"))
-        and len(base) == 12
-        and int(base, 16)
-    )
-    changed = {data.template_hash(tokenizer, "yor"), data.template_hash(tokenizer, "hau", "off")}
-    changed.add(data.template_hash(make_tokenizer(CHATML), "hau"))
-    for field in (
-        "transition",
-        "instruction",
-        "opening",
-        "problem_label",
-        "english_problem_label",
-        "solution_end",
-    ):
-        changed.add(
-            data.template_hash(tokenizer, replace(find_language("hau"), **{field: "other"}))
-        )
-    assert len(changed | {base}) == 10
+    assert result.failed == 0 and result.attempted >= 1
 
 
 TRAIN = {
@@ -353,9 +71,8 @@ def test_the_training_layout_loads_alike_from_every_format(tmp_path):
 def test_rows_of_other_languages_are_left_out_and_keep_their_row_numbers(tmp_path):
     names = ["Swahili", "hau", "KISWAHILI", "sw", "Klingon"]
     path = jsonl(tmp_path, *(TRAIN | {"language": name} for name in names))
-    assert [(row.id, row.language) for row in load_problems(path, language="swa")] == [
-        (i, "swa") for i in "023"
-    ]
+    swahili = load_problems(path, language="swa")
+    assert [(row.id, row.language) for row in swahili] == [(i, "swa") for i in "023"]
     assert [row.id for row in load_problems(path, language="ha")] == ["1"]
     with pytest.raises(
         ValueError, match=r"rows.jsonl: no problems in yor; .*Klingon.*Swahili.*hau"
@@ -378,21 +95,18 @@ def test_the_plain_layout_needs_a_language_and_has_no_english_side(tmp_path):
     with pytest.raises(ValueError, match=r"rows.jsonl: line 1: no language named"):
         load_problems(path)
     assert load_problems(jsonl(tmp_path, {"problem": "Nawa?"}), language="ha")[0].answer is None
-    path = jsonl(
-        tmp_path, TRAIN | {"problem": None}
-    )  # enough for the ablation without the English problem
+    # Enough for the ablation without the English problem.
+    path = jsonl(tmp_path, TRAIN | {"problem": None})
     assert load_problems(path, language="ha") == [Problem("0", "Nini?", None, "So.", "4", "hau")]
 
 
 def test_afrimgsm_rows_with_raw_line_breaks_and_quotes(tmp_path):
-    rows = 'Ya ce "nawa\t\t11\t\nDaya\n\nbiyu" ne?\tAmsa: 29\t29\t1 + 28\nUku?\t\t0\t\n\n'
-    path = write(
-        tmp_path, "test.tsv", "question\tanswer\tanswer_number\tequation_solution\n" + rows
-    )
+    text = 'Ya ce "nawa\t\t11\t\nDaya\n\nbiyu" ne?\tAmsa: 29\t29\t1 + 28\nUku?\t\t0\t\n\n'
+    header = "question\tanswer\tanswer_number\tequation_solution\n"
+    path = write(tmp_path, "test.tsv", header + text)
     expected = [("0", 'Ya ce "nawa', "11"), ("1", 'Daya\nbiyu" ne?', "29"), ("2", "Uku?", "0")]
-    assert [
-        (row.id, row.problem, row.answer) for row in load_problems(path, language="hau")
-    ] == expected
+    rows = load_problems(path, language="hau")
+    assert [(row.id, row.problem, row.answer) for row in rows] == expected
 
 
 def test_mgsm_has_no_header_and_msvamp_a_line_of_json_per_row(tmp_path):
@@ -471,7 +185,7 @@ def test_a_file_that_is_missing_or_not_utf8_is_named(tmp_path):
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """Return a function that puts a file into an offline hub cache, as a download would leave it."""
+    """Return a function that puts a file into an offline hub cache, as a download leaves it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -491,11 +205,11 @@ def hub_cache(tmp_path, monkeypatch):
     "name", ["data/swa-00000-of-00001.parquet", "sw.parquet", "Swahili/train_SWA.parquet"]
 )
 def test_the_training_file_is_found_in_the_hubs_cache_by_code_or_name(hub_cache, name):
-    hub_cache(
-        "AfriMGSM", "data/swap-00000-of-00001.parquet"
-    )  # names that only start or end like the language
+    # Names that only start or end like the language.
+    hub_cache("AfriMGSM", "data/swap-00000-of-00001.parquet")
     hub_cache("AfriMGSM", "data/biswa-00000-of-00001.parquet")
-    file, polymath_file = hub_cache("AfriMGSM", name), hub_cache("PolyMath", "data/th.parquet")
+    file = hub_cache("AfriMGSM", name)
+    polymath_file = hub_cache("PolyMath", "data/th.parquet")
     assert data.hub_training_file("sw") == data.hub_training_file(find_language("swa")) == file
     assert load_problems(file, language="swa")[0].problem_en == "What?"
     assert data.hub_training_file("tha") == polymath_file
@@ -515,33 +229,33 @@ def test_a_training_file_that_cannot_be_had_says_what_to_pass_instead(hub_cache)
                 data.hub_training_file("hau")
 
 
-TEN = [
-    Problem(str(i), f"text {i % 8}", None, None, None, "hau") for i in range(10)
-]  # texts 0 and 1 stand twice
+# Texts 0 and 1 stand twice.
+TEN = [Problem(str(i), f"text {i % 8}", None, None, None, "hau") for i in range(10)]
 
 
 def test_held_out_problems_are_disjoint_in_text_and_decided_by_the_seed():
-    sizes, draws = set(), set()
+    sizes = set()
+    draws = set()
     for seed in range(60):
-        train, heldout = data.split_heldout(TEN, 3, seed)
+        train, heldout = split_heldout(TEN, 3, seed)
         assert not {row.problem for row in train} & {row.problem for row in heldout}
         assert len({row.problem for row in heldout}) == 3
         assert sorted([*train, *heldout], key=lambda row: int(row.id)) == TEN
-        assert (train, heldout) == data.split_heldout(TEN, 3, seed)
+        assert (train, heldout) == split_heldout(TEN, 3, seed)
         sizes.add(len(heldout))
         draws.add(tuple(row.id for row in heldout))
     assert sizes == {3, 4, 5} and len(draws) > 10
-    assert data.split_heldout(TEN, 0, 1) == (TEN, [])
+    assert split_heldout(TEN, 0, 1) == (TEN, [])
     for count in (-1, 8, 10):
         with pytest.raises(
             ValueError, match=f"hold out {count} of 8 distinct problems; valid: 0 to 7"
         ):
-            data.split_heldout(TEN, count, 0)
+            split_heldout(TEN, count, 0)
 
 
 @pytest.mark.parametrize(("count", "batch"), [(7, 3), (6, 3), (5, 5), (3, 8), (1, 4)])
 def test_every_epoch_is_a_permutation_of_all_problems(count, batch):
-    steps = [data.pick_order(count, seed=4, step=step, batch=batch) for step in range(3 * count)]
+    steps = [pick_order(count, seed=4, step=step, batch=batch) for step in range(3 * count)]
     assert all(len(step) == batch for step in steps)
     flat = [i for step in steps for i in step]
     epochs = [flat[start : start + count] for start in range(0, len(flat), count)]
@@ -552,10 +266,63 @@ def test_every_epoch_is_a_permutation_of_all_problems(count, batch):
 
 def test_the_order_is_a_pure_function_of_its_arguments():
     state = random.getstate()
-    late = data.pick_order(50, seed=1, step=9, batch=8)
-    assert (
-        late
-        == data.pick_order(50, seed=1, step=9, batch=8)
-        != data.pick_order(50, seed=2, step=9, batch=8)
-    )
+    late = pick_order(50, seed=1, step=9, batch=8)
+    assert late == pick_order(50, seed=1, step=9, batch=8)
+    assert late != pick_order(50, seed=2, step=9, batch=8)
     assert random.getstate() == state
+
+
+def test_the_prompt_builder_stays_importable_from_here():
+    assert data.build_prompt is prompts.build_prompt
+    assert data.Problem is Problem
+
+
+def test_long_prompts_are_left_out_whole_and_counted():
+    stream = io.StringIO()
+    console = Console(file=stream)
+    problems = [Problem(str(i), "?", None, None, "1", "hau") for i in range(3)]
+    rows = [[0] * 3, [0] * 5, [0] * 4]
+    kept = keep_fitting(problems, rows, console, context=10, max_new_tokens=6)
+    assert [p.id for p in kept] == ["0", "2"]
+    assert stream.getvalue().startswith("skipped 1 of 3 problems")
+    with pytest.raises(ValueError, match="no problem fits"):
+        keep_fitting(problems, rows, console, context=10, max_new_tokens=8)
+    assert keep_fitting([], [], console, context=10, max_new_tokens=8) == []
+
+
+@pytest.fixture
+def numbered(tmp_path) -> Path:
+    """A training file of six problems, each with a solution of its own."""
+    numbers = range(6)
+    rows = [TRAIN | {"problem_translated": f"Nawa {i}?", "solution": f"So {i}."} for i in numbers]
+    return jsonl(tmp_path, *(row | {"language": "hau"} for row in rows))
+
+
+def test_a_run_holds_out_what_its_seed_draws_or_reads_a_file_of_its_own(tmp_path, numbered):
+    everything = load_problems(numbered)
+    config = Config(data=str(numbered), eval_problems=2, seed=3)
+    assert data.read_train_and_heldout(config) == split_heldout(everything, 2, 3)
+    none = replace(config, eval_problems=0)
+    assert data.read_train_and_heldout(none) == (everything, [])
+    other = write(tmp_path, "test.csv", "question,answer\na,1\nb,2\nc,3\n")
+    own = replace(config, eval_data=str(other))
+    train, heldout = data.read_train_and_heldout(own)
+    assert train == everything and [row.problem for row in heldout] == ["a", "b"]
+
+
+def test_swapped_solutions_are_those_of_other_problems_and_none_is_lost(numbered):
+    config = Config(data=str(numbered), eval_problems=2)
+    plain, plain_heldout = data.read_train_and_heldout(config)
+    swapped, heldout = data.read_train_and_heldout(replace(config, swap_solutions=True))
+    assert heldout == plain_heldout  # what is measured stays as it is
+    solutions = [row.solution_en for row in plain]
+    for row, before in zip(swapped, plain, strict=True):
+        assert row.solution_en != before.solution_en
+        assert replace(row, solution_en=before.solution_en) == before
+    assert sorted(str(row.solution_en) for row in swapped) == sorted(map(str, solutions))
+
+
+def test_without_a_file_the_hubs_set_of_the_language_is_read(hub_cache):
+    hub_cache("AfriMGSM", "data/swa.parquet")
+    train, heldout = data.read_train_and_heldout(Config(lang="swa", eval_problems=0))
+    assert [row.problem for row in train] == ["Nini?"] and heldout == []

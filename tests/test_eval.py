@@ -1,86 +1,27 @@
-"""The evaluator: one result for one seed, a stop costs nothing that was finished, and bad input is one line."""
+"""eval.py: one result for one seed, a stop costs nothing finished, bad input is one line."""
 
-import io
-import json
-import random
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-import eval as evaluation
-from eval import check_answers, keep_fitting, text_language
+import eval as evaluator
+from parts import commands, metrics
 from parts.adapters import save_adapter
-from parts.data import Problem
+from parts.files import read_json, read_rows, write_json
 from parts.model import attach_lora, load_model
-from parts.report import cell
-from parts.runs import read_json, write_json
-
-
-@pytest.mark.parametrize("answer", [None, "", " ", "1" * 5000])
-def test_a_gold_that_cannot_be_graded_is_an_error_naming_the_problem(answer):
-    with pytest.raises(ValueError, match=r"'p7'.*cannot be graded"):
-        check_answers([Problem("p7", "?", None, None, answer, "hau")])
-
-
-def test_long_prompts_are_left_out_whole_and_counted():
-    stream = io.StringIO()
-    console = Console(file=stream)
-    problems = [Problem(str(i), "?", None, None, "1", "hau") for i in range(3)]
-    prompts = [[0] * 3, [0] * 5, [0] * 4]
-    kept = keep_fitting(problems, prompts, console, context=10, max_new_tokens=6)
-    assert [p.id for p in kept] == ["0", "2"] and stream.getvalue().startswith(
-        "skipped 1 of 3 problems"
-    )
-    with pytest.raises(ValueError, match="no problem fits"):
-        keep_fitting(problems, prompts, console, context=10, max_new_tokens=8)
+from parts.view import cell
 
 
 def run_cli(*arguments: str):
-    return CliRunner().invoke(evaluation.app, list(arguments))
+    return CliRunner().invoke(commands.evaluation, list(arguments))
 
 
 def lines(folder: Path) -> list[dict]:
-    return [
-        json.loads(line)
-        for line in (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "language"),
-    [
-        ("Mun sami 19 + 13 = 32. Amsar ita ce \\boxed{32}.", "hau"),
-        ("Tunapata 19 + 13 = 32. Jibu ni \\boxed{32}.", "swa"),
-        ("A rí 19 + 13 = 32. Ìdáhùn ni \\boxed{32}.", "yor"),
-        ("First 19 + 13 = 32. The answer is \\boxed{32}.", "eng"),
-        ("በመጀመሪያ 19 እና 13 እንደምራለን፤ ከዚያ ውጤቱን በሁለት እናካፍላለን፤ ስለዚህ መልሱ አስራ ስድስት ነው።", "amh"),
-        (
-            "我们先把两个数加起来，然后从总数里减去卖掉的鸡蛋，所以一共还剩下十八个鸡蛋，答案是十八。",
-            "zho",
-        ),
-        ("x = 5, y = 3, 5 \\times 3 = 15 \\Rightarrow \\boxed{15}", "unknown"),
-        ("Ɛyɛ sɛ yɛbɛhwɛ sɛnea nkosua no dodow te ansa na yɛakan.", "twi"),
-        ("Hena awu legbe ɖeka la, wohiã ka blɔ babla 2 ƒe afã", "ewe"),
-        ("ꕉꕜꕮ ꔔꘋ ꖸ ꔰ ꗋꘋ 18", "vai"),
-        ("Nous avons donc dix-huit oeufs, et la réponse est la somme des deux.", "fra"),
-        ("\\frac{1}{2} + \\frac{1}{3} = \\boxed{\\frac{5}{6}}", "unknown"),
-        ("", "unknown"),
-        ("\0\x1b[0m\ud800\ufffe", "unknown"),
-    ],
-)
-def test_the_language_of_a_text_is_told_or_said_to_be_unknown(text, language):
-    assert text_language(text) == language
-
-
-def test_no_text_can_break_the_language_identifier():
-    stream = random.Random(3)
-    for length in range(300):
-        text_language("".join(chr(stream.randrange(0x110000)) for _ in range(length)))
+    return read_rows(folder / "problems.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -115,10 +56,10 @@ def test_no_text_can_break_the_language_identifier():
             "no benchmark nowhere.jsonl; valid: a file, a folder, lab, afrimgsm",
         ),
         (["--limit", "0"], "--limit is 0; valid: 1 or more"),
-        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
-        (["--batch-rows", "0"], "max_rows is 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0; valid: 1 or more"),
+        (["--batch-rows", "0"], "--batch-rows is 0; valid: 1 or more"),
         (["--adapter", "nowhere"], "neither an adapter folder nor a run folder"),
-        (["--temperature", "-1"], "temperature is -1"),
+        (["--temperature", "-1"], "--temperature is -1"),
         (["--device", "abacus"], "abacus"),
         (["--dtype", "int3"], "int3"),
         (["--out", "eval.py"], "eval.py exists and is not a run folder (no settings.json)"),
@@ -142,28 +83,21 @@ def test_one_seed_gives_one_file_whatever_the_batch_and_the_chunk(tmp_path, monk
     assert "pass@2" in result.stdout and "in the problem's language" in result.stdout
     run_cli(*SMALL, "--out", str(tmp_path / "rows"), "--batch-rows", "5")
     run_cli(*SMALL, "--out", str(tmp_path / "seed"), "--seed", "1")
-    monkeypatch.setattr(evaluation, "CHUNK", 4)
+    monkeypatch.setattr(evaluator, "CHUNK", 4)
     run_cli(*SMALL, "--out", str(tmp_path / "chunk"))
-    first, rows, seed, chunk = (
-        (tmp_path / name / "problems.jsonl").read_bytes()
-        for name in ("first", "rows", "seed", "chunk")
-    )
-    assert first == rows == chunk != seed
+    names = ("first", "rows", "seed", "chunk")
+    found = {name: (tmp_path / name / "problems.jsonl").read_bytes() for name in names}
+    assert found["first"] == found["rows"] == found["chunk"] != found["seed"]
 
 
 def test_a_line_and_the_settings_hold_all_that_a_reader_needs(tmp_path):
     run_cli(*SMALL, "--out", str(tmp_path / "run"))
     line = lines(tmp_path / "run")[1]
-    assert (
-        line["id"] == "1"
-        and line["gold"] == "27"
-        and "\u2009" not in line["problem"]
-        and line["level"] is None
-    )
+    assert (line["id"], line["gold"], line["level"]) == ("1", "27", None)
+    assert "\u2009" not in line["problem"]
     assert [attempt["seed"] for attempt in line["attempts"]] == ["0/1/0", "0/1/1"]
-    assert {"completion", "answer", "canonical", "lenient", "correct", "reason"} <= line[
-        "attempts"
-    ][0].keys()
+    needed = {"completion", "answer", "canonical", "lenient", "correct", "reason"}
+    assert needed <= line["attempts"][0].keys()
     record = read_json(tmp_path / "run" / "settings.json")
     assert record["settings"] == {
         "model": "lab/tiny",
@@ -181,15 +115,10 @@ def test_a_line_and_the_settings_hold_all_that_a_reader_needs(tmp_path):
         "limit": 6,
     }
     identity = record["identity"]
-    assert (
-        identity["adapter_weights"] is None
-        and identity["data_revision"] is None
-        and identity["dtype"] == "float32"
-    )
-    assert (
-        len(identity["base_weights"]) == len(identity["data"]) == 16
-        and len(identity["prompt_template"]) == 12
-    )
+    assert identity["adapter_weights"] is None and identity["data_revision"] is None
+    assert identity["dtype"] == "float32"
+    assert len(identity["base_weights"]) == len(identity["data"]) == 16
+    assert len(identity["prompt_template"]) == 12
     assert "torch" in record["versions"] and "git_commit" in record
     assert read_json(tmp_path / "run" / "summary.json")["pass@2"].keys() == {"value", "low", "high"}
 
@@ -197,12 +126,13 @@ def test_a_line_and_the_settings_hold_all_that_a_reader_needs(tmp_path):
 def test_a_stopped_evaluation_goes_on_and_ends_with_the_bytes_of_an_unstopped_one(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluation, "CHUNK", 3)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    monkeypatch.setattr(evaluator, "CHUNK", 3)
+    whole = tmp_path / "whole"
+    cut = tmp_path / "cut"
     arguments = ["--pass-at-k", "1,2", "--limit", "8", "--out"]
     assert run_cli(*arguments, str(whole)).exit_code == 0
     started: list[int] = []
-    plain = evaluation.evaluate
+    plain = evaluator.evaluate
 
     def stop_at_the_third_chunk(*arguments, **options):
         started.append(options["first_index"])
@@ -210,20 +140,18 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_bytes_of_an_unstopped_on
             raise KeyboardInterrupt
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(evaluation, "evaluate", stop_at_the_third_chunk)
+    monkeypatch.setattr(evaluator, "evaluate", stop_at_the_third_chunk)
     assert run_cli(*arguments, str(cut)).exit_code == 130
     kept = (cut / "problems.jsonl").read_bytes()
     assert kept.count(b"\n") == 6 and not (cut / "summary.json").exists()
-    (cut / "problems.jsonl").write_bytes(
-        b"".join(kept.splitlines(keepends=True)[:4]) + b'{"id": "4", "probl'
-    )
+    torn = b"".join(kept.splitlines(keepends=True)[:4]) + b'{"id": "4", "probl'
+    (cut / "problems.jsonl").write_bytes(torn)
     assert run_cli(*arguments, str(cut)).exit_code == 0
     assert started == [0, 3, 6, 3, 6]  # the first chunk is whole and not sampled again
     for file in ("problems.jsonl", "summary.json"):
         assert (cut / file).read_bytes() == (whole / file).read_bytes()
-    assert (
-        run_cli(*arguments, str(cut)).exit_code == 0 and len(started) == 5
-    )  # finished: nothing is sampled
+    assert run_cli(*arguments, str(cut)).exit_code == 0
+    assert len(started) == 5  # finished: nothing is sampled
 
 
 def test_other_settings_or_problems_in_the_folder_are_refused_and_kept(tmp_path):
@@ -231,60 +159,44 @@ def test_other_settings_or_problems_in_the_folder_are_refused_and_kept(tmp_path)
     before = (tmp_path / "problems.jsonl").read_bytes()
     result = run_cli(*SMALL, "--out", str(tmp_path), "--seed", "4", "--top-p", "0.9")
     assert result.exit_code == 2 and "differs in top_p, seed; choose another --out" in result.stderr
-    (tmp_path / "problems.jsonl").write_bytes(b"".join(before.splitlines(keepends=True)[1:]))
-    result = run_cli(*SMALL, "--out", str(tmp_path))
-    assert result.exit_code == 2 and "has other problems" in result.stderr
+    assert (tmp_path / "problems.jsonl").read_bytes() == before
+    others = b"".join(before.splitlines(keepends=True)[1:])
+    broken = b"{" + before
+    for content, said in ((others, "has other problems"), (broken, "broken before its last line")):
+        (tmp_path / "problems.jsonl").write_bytes(content)
+        result = run_cli(*SMALL, "--out", str(tmp_path))
+        assert result.exit_code == 2 and said in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert (tmp_path / "problems.jsonl").read_bytes() == content
 
 
 def test_greedy_is_one_completion_at_temperature_0(tmp_path):
-    run_cli("--greedy", "--limit", "4", "--out", str(tmp_path / "greedy"))
-    run_cli(
-        "--temperature",
-        "0",
-        "--pass-at-k",
-        "1",
-        "--limit",
-        "4",
-        "--out",
-        str(tmp_path / "zero"),
-        "--seed",
-        "0",
-    )
-    assert (tmp_path / "greedy" / "problems.jsonl").read_bytes() == (
-        tmp_path / "zero" / "problems.jsonl"
-    ).read_bytes()
+    spelled = ["--temperature", "0", "--pass-at-k", "1", "--seed", "0"]
+    for name, flags in {"greedy": ["--greedy"], "zero": spelled}.items():
+        run_cli(*flags, "--limit", "4", "--out", str(tmp_path / name))
+    greedy = (tmp_path / "greedy" / "problems.jsonl").read_bytes()
+    assert greedy == (tmp_path / "zero" / "problems.jsonl").read_bytes()
     assert all(len(line["attempts"]) == 1 for line in lines(tmp_path / "greedy"))
 
 
 def test_several_languages_have_a_folder_each_a_row_each_and_a_mean(tmp_path):
-    result = run_cli(
-        "--benchmark", "lab", "--lang", "swa,ha", "--greedy", "--limit", "3", "--out", str(tmp_path)
-    )
+    flags = ["--benchmark", "lab", "--lang", "swa,ha", "--greedy", "--limit", "3"]
+    result = run_cli(*flags, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert {path.name for path in tmp_path.iterdir()} == {"swa", "hau"}
     assert lines(tmp_path / "swa")[0]["problem"] != lines(tmp_path / "hau")[0]["problem"]
-    rows = [line for line in result.stdout.splitlines() if line.startswith("│")]
-    assert [row.split()[1] for row in rows if row.split()[1] in ("swa", "hau", "mean")] == [
-        "swa",
-        "hau",
-        "mean",
-    ]
+    rows = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("│")]
+    assert [name for name in rows if name in ("swa", "hau", "mean")] == ["swa", "hau", "mean"]
 
 
-def test_all_means_every_language_of_the_benchmark(monkeypatch):
-    assert [language.iso3 for language in evaluation.pick_languages("all", "lab")] == [
-        "eng",
-        "hau",
-        "swa",
-        "yor",
-    ]
-    assert len(evaluation.pick_languages("all", "afrimgsm")) == 19
-    assert (
-        len(evaluation.pick_languages("all", "mgsm")) == 11
-        and len(evaluation.pick_languages("all", "msvamp")) == 10
-    )
-    found = evaluation.pick_languages("all", "lab/problems/{lang}/test.jsonl")
-    assert [language.iso3 for language in found] == ["eng", "hau", "swa", "yor"]
+def test_all_means_every_language_of_the_benchmark():
+    lab = ["eng", "hau", "swa", "yor"]
+    assert [language.iso3 for language in evaluator.pick_languages("all", "lab")] == lab
+    counts = {"afrimgsm": 19, "mgsm": 11, "msvamp": 10}
+    for benchmark, count in counts.items():
+        assert len(evaluator.pick_languages("all", benchmark)) == count
+    found = evaluator.pick_languages("all", "lab/problems/{lang}/test.jsonl")
+    assert [language.iso3 for language in found] == lab
 
 
 @pytest.fixture
@@ -304,9 +216,8 @@ def test_an_adapter_is_evaluated_and_fingerprinted(tmp_path, adapter):
     for name, flags in {"base": [], "adapted": ["--adapter", str(adapter)]}.items():
         result = run_cli(*SMALL, *flags, "--out", str(tmp_path / name))
         assert result.exit_code == 0, result.output
-    base, adapted = (
-        read_json(tmp_path / name / "settings.json")["identity"] for name in ("base", "adapted")
-    )
+    base = read_json(tmp_path / "base" / "settings.json")["identity"]
+    adapted = read_json(tmp_path / "adapted" / "settings.json")["identity"]
     assert base["adapter_weights"] is None and len(adapted["adapter_weights"]) == 16
     assert {**base, "adapter_weights": adapted["adapter_weights"]} == adapted
     assert lines(tmp_path / "base") != lines(tmp_path / "adapted")
@@ -350,56 +261,59 @@ def two_evaluations(tmp_path) -> tuple[str, str]:
     return str(tmp_path / "warm"), str(tmp_path / "cool")
 
 
+def finished(folder: str) -> dict[str, evaluator.Finished]:
+    """Return what --out wrote, by language."""
+    loaded = evaluator.load_evaluations(Path(folder), folder)
+    return {found.record["settings"]["lang"]: found for found in loaded}
+
+
 def test_report_compares_evaluations_and_writes_its_files(tmp_path, two_evaluations):
     result = run_cli("report", *two_evaluations, "--out", str(tmp_path / "report"))
     assert result.exit_code == 0, result.output
     assert "Paired tests over problems" in result.stdout
     assert (tmp_path / "report" / "report.html").stat().st_size > 1000
-    change = evaluation.paired_tests(
-        *(evaluation.load_evaluations(Path(f), f)["swa"][1] for f in two_evaluations)
-    )[0]
-    assert cell("pass@1", asdict(change)) in (tmp_path / "report" / "report.md").read_text(
-        encoding="utf-8"
-    )
+    pair = [finished(folder)["swa"].results for folder in two_evaluations]
+    change, p_value, _ = metrics.paired_tests(*pair)
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert f"{cell('pass@1', change)} | {p_value:.3g}" in text
     assert run_cli("report", two_evaluations[0], "--out", str(tmp_path / "one")).exit_code == 0
 
 
 def test_the_reports_curve_holds_every_k(two_evaluations):
-    record, results, view = evaluation.load_evaluations(Path(two_evaluations[0]), "first")["hau"]
-    assert list(view.pass_at_k) == [1, 2]
-    assert (
-        view.pass_at_k[2] == read_json(Path(two_evaluations[0]) / "hau" / "summary.json")["pass@2"]
-    )
-    assert [asdict(each) for each in results] == view.problems and record[
-        "settings"
-    ] == view.settings
+    found = finished(two_evaluations[0])["hau"]
+    summary = read_json(Path(two_evaluations[0]) / "hau" / "summary.json")
+    assert list(found.view.pass_at_k) == [1, 2]
+    assert asdict(found.view.pass_at_k[2]) == summary["pass@2"]
+    assert {name: asdict(each) for name, each in found.view.summary.items()} == summary
+    assert [asdict(each) for each in found.results] == found.view.problems
+    assert found.record["settings"] == found.view.settings
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, two_evaluations):
     def said(*folders: str) -> str:
         result = run_cli("report", *folders, "--out", str(tmp_path / "report"))
-        assert (
-            result.exit_code == 2
-            and result.stderr.count("\n") == 1
-            and not (tmp_path / "report").exists()
-        )
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1
+        assert not (tmp_path / "report").exists()
         return result.stderr
 
     first, second = two_evaluations
     run_cli("--lang", "hau", "--greedy", "--limit", "5", "--out", str(tmp_path / "fewer"))
     assert "are of different problems in hau" in said(first, str(tmp_path / "fewer"))
-    run_cli(
-        "--benchmark",
-        "lab",
-        "--lang",
-        "eng",
-        "--greedy",
-        "--limit",
-        "5",
-        "--out",
-        str(tmp_path / "other"),
-    )
+    other = ["--benchmark", "lab", "--lang", "eng", "--greedy", "--limit", "5"]
+    run_cli(*other, "--out", str(tmp_path / "other"))
     assert "are of different benchmarks: lab, lab/problems" in said(first, str(tmp_path / "other"))
     assert "holds no evaluation" in said(first, str(tmp_path / "nowhere"))
     (Path(second) / "swa" / "summary.json").unlink()
     assert "swa is not finished" in said(first, second)
+
+
+def test_pass_at_k_stays_importable_from_here():
+    assert evaluator.pass_at_k is metrics.pass_at_k
+
+
+def test_without_out_nothing_is_written(tmp_path, monkeypatch):
+    model = str(Path("lab/tiny").resolve())
+    monkeypatch.chdir(tmp_path)
+    result = run_cli("--greedy", "--limit", "2", "--model", model)
+    assert result.exit_code == 0 and "pass@1" in result.stdout
+    assert not list(tmp_path.iterdir())

@@ -1,22 +1,23 @@
-"""The run folder: nothing half-written, nothing overwritten, and a state that comes back whole."""
+"""parts/runs.py: nothing half-written, nothing overwritten, and a state that comes back whole."""
 
-import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+from parts.files import append_rows, read_json, write_json
 from parts.runs import (
     Run,
-    adapter_folder,
+    fingerprint,
+    last_adapter_folder,
     optimizer_tensors,
     provenance,
-    read_json,
-    read_recipe,
     recorded_fingerprint,
+    refuse_foreign_adapter,
     restore_optimizer,
     stop_signals,
-    write_json,
+    weights_fingerprint,
 )
 
 
@@ -39,19 +40,12 @@ def test_a_run_of_other_settings_or_other_weights_is_refused_by_name(tmp_path):
         run.check({"lr": 1, "seed": 0}, {"base_weights": "bb"})
 
 
-def test_whole_rows_survive_a_torn_last_line_and_a_broken_one_is_named(tmp_path):
-    run = Run(tmp_path, "settings")
-    assert run.whole_rows("problems.jsonl") == []
-    run.append("problems.jsonl", [{"id": "a\u2028b"}, {"id": "ʼn"}])
-    whole = (tmp_path / "problems.jsonl").read_bytes()
-    (tmp_path / "problems.jsonl").write_bytes(
-        whole + '{"id": "ƙ'.encode()[:-1]
-    )  # torn inside a letter
-    assert run.whole_rows("problems.jsonl") == [{"id": "a\u2028b"}, {"id": "ʼn"}]
-    assert (tmp_path / "problems.jsonl").read_bytes() == whole
-    (tmp_path / "problems.jsonl").write_bytes(b'{"id"\n' + whole)
-    with pytest.raises(ValueError, match=r"problems.jsonl is broken before its last line"):
-        run.whole_rows("problems.jsonl")
+def test_a_record_that_is_there_is_not_written_again(tmp_path):
+    run = Run(tmp_path / "run")
+    run.create({"lr": 1}, {})
+    before = run.record_file.read_bytes()
+    run.create({"lr": 2}, {})
+    assert run.record_file.read_bytes() == before
 
 
 def test_an_evaluations_record_is_its_settings(tmp_path):
@@ -65,35 +59,55 @@ def test_an_evaluations_record_is_its_settings(tmp_path):
         Run(run.folder).check({"seed": 0})
 
 
-def test_the_state_comes_back_bit_for_bit_with_its_step(tmp_path):
+def test_the_state_comes_back_bit_for_bit_with_its_step_and_its_tokens(tmp_path):
     run = Run(tmp_path)
-    assert run.load_state() == (0, {})
-    tensors = {
-        "a": torch.randn(3, 4).T,
-        "b": torch.tensor(7),
-    }  # a view that is not contiguous, and a scalar
+    assert run.load_state() == (0, 0, {})
+    # A view that is not contiguous, and a scalar.
+    tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(7)}
+    for step in (11, 12, 13):
+        run.log({"step": step, "sampled_tokens": 100 * step}, [])
     run.save_state(12, tensors)
-    step, loaded = run.load_state()
-    assert step == 12 and all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    step, sampled_tokens, loaded = run.load_state()
+    assert (step, sampled_tokens) == (12, 1200)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_an_interrupted_write_keeps_the_old_content(tmp_path, monkeypatch):
-    write_json(tmp_path / "x.json", {"old": 1})
-    monkeypatch.setattr(json, "dumps", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_an_interrupted_save_keeps_the_old_state(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.log({"step": 1, "sampled_tokens": 10}, [])
+    run.save_state(1, {"a": torch.ones(2)})
+
+    def torn(tensors, path, **options):
+        Path(path).write_bytes(b"half of a")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("parts.runs.save_file", torn)
     with pytest.raises(KeyboardInterrupt):
-        write_json(tmp_path / "x.json", {"new": 2})
-    monkeypatch.undo()
-    assert read_json(tmp_path / "x.json") == {"old": 1}
+        run.save_state(2, {"a": torch.zeros(2)})
+    step, _, tensors = run.load_state()
+    assert step == 1 and torch.equal(tensors["a"], torch.ones(2))
 
 
 def test_logs_are_cut_back_to_the_saved_step_and_a_torn_line_is_dropped(tmp_path):
     run = Run(tmp_path)
-    run.append("metrics.jsonl", [{"step": step} for step in (1, 2, 3)])
+    for step in (1, 2, 3):
+        run.log({"step": step}, [{"step": step, "row": row} for row in (0, 1)])
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 4, "lo')
     run.cut_back(2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (tmp_path / "completions.jsonl").read_text() == (
+        '{"step": 1, "row": 0}\n{"step": 1, "row": 1}\n'
+        '{"step": 2, "row": 0}\n{"step": 2, "row": 1}\n'
+    )
+    assert run.metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_cutting_back_makes_no_log_where_there_is_none(tmp_path):
+    Run(tmp_path).cut_back(0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_optimizer_state_survives_the_round_trip_through_flat_tensors():
@@ -112,50 +126,64 @@ def test_optimizer_state_survives_the_round_trip_through_flat_tensors():
     with torch.no_grad():
         resumed.copy_(straight)
     saved = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer).items()}
-    restore_optimizer(other, saved)
+    # An adapter's tensors stand in the same file and are not the optimiser's.
+    restore_optimizer(other, {**saved, "lora/current.layer.lora_A": torch.ones(1)})
     step(straight, optimizer)
     step(resumed, other)
     assert torch.equal(straight, resumed)
 
 
-def test_broken_json_names_file_line_and_column(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text('{\n  "a": }\n')
-    with pytest.raises(ValueError, match=r"config.json, line 2, column 8"):
-        read_json(path)
-
-
-def test_a_recipe_gives_values_and_paths_beside_the_model(tmp_path):
-    assert read_recipe(tmp_path) == {}
-    recipe = {
-        "lr": {"value": 0.5, "why": "so"},
-        "data": {"value": "../problems/{lang}.jsonl", "why": "here"},
-    }
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "recipe.json").write_text(json.dumps(recipe))
-    assert read_recipe(tmp_path / "model") == {
-        "lr": 0.5,
-        "data": str(tmp_path / "problems" / "{lang}.jsonl"),
-    }
+def test_an_evaluation_is_kept_by_its_name(tmp_path):
+    run = Run(tmp_path)
+    assert run.read_evaluation("before") is None
+    run.write_evaluation("before", {"hau": {"pass@1": 0.5}})
+    assert run.read_evaluation("before") == {"hau": {"pass@1": 0.5}}
+    assert run.read_evaluation("after") is None
 
 
 def test_the_last_adapter_of_a_run_is_found_and_a_missing_one_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither an adapter folder nor a run folder"):
-        adapter_folder(tmp_path)
-    for step in ("step_00005", "step_00010"):
-        (tmp_path / "adapters" / step).mkdir(parents=True)
-        (tmp_path / "adapters" / step / "adapter_config.json").write_text("{}")
+        last_adapter_folder(tmp_path)
+    run = Run(tmp_path)
+    for step in (5, 10):
+        run.adapter_folder(step).mkdir(parents=True)
+        (run.adapter_folder(step) / "adapter_config.json").write_text("{}")
     last = tmp_path / "adapters" / "step_00010"
-    assert adapter_folder(tmp_path) == adapter_folder(last) == last
+    assert last_adapter_folder(tmp_path) == last_adapter_folder(last) == last
     assert recorded_fingerprint(tmp_path) is None
     write_json(tmp_path / "config.json", {"identity": {"base_weights": "abc"}})
     assert recorded_fingerprint(tmp_path) == recorded_fingerprint(last) == "abc"
+    for path in (tmp_path, last):
+        refuse_foreign_adapter(path, "abc", "lab/tiny")
+        with pytest.raises(ValueError, match="trained on other base weights than those of M"):
+            refuse_foreign_adapter(path, "def", "M")
+
+
+def test_an_adapter_whose_base_nobody_recorded_is_not_refused(tmp_path):
+    refuse_foreign_adapter(tmp_path, "abc", "lab/tiny")
+
+
+def test_a_fingerprint_changes_with_name_shape_type_and_bytes():
+    base = {"a": torch.zeros(2, 3)}
+    others = [
+        {"b": torch.zeros(2, 3)},
+        {"a": torch.zeros(3, 2)},
+        {"a": torch.zeros(2, 3, dtype=torch.int32)},
+        {"a": torch.zeros(2, 3).index_fill(1, torch.tensor(2), 1.0)},
+        {"a": torch.zeros(2, 3), "b": torch.zeros(0)},
+    ]
+    found = {weights_fingerprint(tensors) for tensors in (base, *others)}
+    assert len(found) == 6 and {len(digits) for digits in found} == {16}
+    tall = torch.arange(6.0).reshape(2, 3)
+    pair = {"a": tall, "b": tall.T}
+    turned = {"b": tall.T.contiguous(), "a": tall}  # neither order nor strides count
+    assert weights_fingerprint(pair) == weights_fingerprint(turned)
+    assert fingerprint([1, 2]) != fingerprint([2, 1])
 
 
 def test_the_first_signal_is_remembered_and_the_second_acts():
-    inherited = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a background job ignores it
+    # A background job ignores it.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     with stop_signals() as stopped:
         signal.raise_signal(signal.SIGINT)
         assert stopped == [signal.SIGINT]
@@ -168,3 +196,10 @@ def test_provenance_names_versions_and_commit():
     found = provenance()
     assert found["versions"]["torch"] == torch.__version__
     assert found["git_commit"] is None or len(found["git_commit"]) == 40
+
+
+def test_rows_that_were_appended_apart_are_one_log(tmp_path):
+    append_rows(tmp_path / "metrics.jsonl", [{"step": 1}])
+    run = Run(tmp_path)
+    run.log({"step": 2}, [])
+    assert [row["step"] for row in run.metrics()] == [1, 2]

@@ -1,0 +1,301 @@
+"""parts/outcome.py: estimates and tests of an experiment by hand, its tables, its sections."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parts import outcome
+from parts.files import read_json
+from parts.metrics import Attempt, Graded, bootstrap, paired_tests, ratios
+from parts.outcome import (
+    Experiment,
+    Sweep,
+    arms_table,
+    band,
+    compare_arms,
+    over_seeds,
+    pairs_table,
+    ratio_of,
+    right_within,
+    share,
+    write_section,
+)
+
+WRONG = Attempt(
+    completion="",
+    answer=None,
+    canonical=None,
+    lenient=None,
+    correct=False,
+    lenient_correct=False,
+    reason="no box",
+    tokens=8,
+    finish_reason="stop",
+    language="hau",
+    seed="0/0/0",
+)
+RIGHT = replace(WRONG, answer="1", canonical="1", correct=True, reason="right", tokens=4)
+BOXED = replace(WRONG, answer="2", canonical="2", reason="wrong", tokens=6)
+
+
+def graded(*problems: list[Attempt]) -> list[Graded]:
+    return [
+        Graded(str(place), "hau", "?", "1", "abc", None, attempts)
+        for place, attempts in enumerate(problems)
+    ]
+
+
+def measured(
+    greedy: list[Attempt], sampled: list[list[Attempt]] | None = None, kl: float = 0.5
+) -> dict[str, Any]:
+    """Return what compare.py keeps of these attempts, one greedy one a problem."""
+    sampled = sampled or [[attempt, attempt] for attempt in greedy]
+    own = ratios(graded(*([attempt] for attempt in greedy)), [1])
+    return {
+        "greedy": own,
+        "english": own,
+        "sampled": ratios(graded(*sampled), [1, 2]),
+        "kl": ([kl * 10, kl * 30], [10.0, 30.0]),
+    }
+
+
+def run_of(final: dict[str, Any], **costs: float) -> dict[str, Any]:
+    """Return the results of a run with two checkpoints, of which the last is `final`."""
+    cost = {"sampled_tokens": 900, "train_s": 4.0, "updates": 3} | costs
+    half = {name: value / 2 for name, value in cost.items()}
+    return {"points": [{**final, **half}, {**final, **cost}], "final": {**final, **cost}}
+
+
+BASE = {"points": [], "final": measured([WRONG, WRONG])}
+HALF = run_of(measured([RIGHT, WRONG]))
+WHOLE = run_of(measured([RIGHT, RIGHT], kl=0.25))
+
+
+def experiment(**arms: list[dict[str, Any]]) -> Experiment:
+    """Return an experiment in Hausa that picked no rate; every arm is tested against the first."""
+    names = list(arms)
+    pairs = [(names[0], name) for name in names[1:]]
+    return Experiment("ablation", {"hau": arms}, pairs, {}, length_limit=16)
+
+
+def cells(table: str) -> list[list[str]]:
+    """Return the header and the rows of a Markdown table."""
+    lines = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in table.splitlines()]
+    return [lines[0], *lines[2:]]
+
+
+def test_metrics_are_read_from_the_attempts_they_are_of():
+    found = measured([RIGHT, WRONG], [[RIGHT, BOXED], [WRONG, WRONG]])
+    found["english"] = ratios(graded([RIGHT], [RIGHT]), [1])
+    assert ratio_of(found, "greedy accuracy") == ([1.0, 0.0], [1.0, 1.0])
+    assert ratio_of(found, "pass@1")[0] == [0.5, 0.0]
+    assert ratio_of(found, "pass@2")[0] == [1.0, 0.0]
+    assert share(found, "English greedy accuracy") == 1.0
+    assert share(found, "format rate") == 0.5
+    assert share(found, "mean tokens") == 6.0
+    assert share(found, outcome.KL_TITLE) == 0.5
+    assert outcome.accuracy(found) == 0.5
+
+
+def test_estimates_by_hand():
+    found = measured([RIGHT, WRONG])
+    assert over_seeds("accuracy given a box", [found])["value"] == 1.0
+    assert over_seeds("greedy accuracy", [found, found])["by_seed"] == [0.5, 0.5]
+    assert (right_within(found, 3), right_within(found, 4)) == (0.0, 0.5)
+    # Of seeds the numerators and the denominators are averaged, not the ratios: boxes count alike.
+    other = measured([BOXED, BOXED])
+    both = over_seeds("accuracy given a box", [found, other])
+    assert both["by_seed"] == [1.0, 0.0] and both["value"] == pytest.approx(1 / 3)
+    mean = over_seeds("greedy accuracy", [found, measured([RIGHT, RIGHT])])
+    assert mean == {**asdict(bootstrap([1.0, 0.5], [1.0, 1.0])), "by_seed": [0.5, 1.0]}
+
+
+def test_two_arms_are_tested_as_two_evaluations_of_the_same_attempts_are():
+    first = [[RIGHT, WRONG], [WRONG, WRONG], [WRONG, BOXED], [RIGHT, RIGHT], [WRONG, WRONG]]
+    second = [[RIGHT, RIGHT], [RIGHT, WRONG], [RIGHT, RIGHT], [WRONG, WRONG], [RIGHT, WRONG]]
+    change, p_value, _ = paired_tests(graded(*first), graded(*second))
+    arms = [measured([WRONG] * 5, attempts) for attempts in (first, second)]
+    assert compare_arms("pass@1", arms[:1], arms[1:]) == {**asdict(change), "p": p_value}
+    assert change.value == pytest.approx(0.3)
+    # Over seeds a problem's score is the mean over them.
+    twice = compare_arms("pass@1", [arms[0], arms[0]], [arms[1], arms[0]])
+    assert twice["value"] == pytest.approx(0.15)
+
+
+def test_only_shares_of_right_or_formatted_attempts_are_tested():
+    summary = outcome.summarise_language({"base": [BASE], "copsd": [HALF]}, [("base", "copsd")])
+    tested = ["greedy accuracy", "pass@1", "pass@2", "format rate", "English greedy accuracy"]
+    assert list(summary["pairs"]["copsd - base"]) == tested
+    shown = [*tested[:4], "accuracy given a box", tested[4], "mean tokens", outcome.KL_TITLE]
+    assert list(summary["arms"]["copsd"]) == [*shown, *outcome.COSTS]
+    assert summary["arms"]["copsd"][outcome.KL_TITLE] == {"value": 0.5, "by_seed": [0.5]}
+    assert summary["arms"]["base"]["train_s"] == [0]  # it was not trained
+
+
+def test_english_is_left_out_where_the_data_has_none():
+    runs = [{"points": run["points"], "final": dict(run["final"])} for run in (BASE, HALF)]
+    for run in runs:
+        del run["final"]["english"]
+    summary = outcome.summarise_language({"base": runs[:1], "copsd": runs[1:]}, [("base", "copsd")])
+    names = [*summary["arms"]["base"], *summary["pairs"]["copsd - base"]]
+    assert not any("English" in name for name in names)
+
+
+def test_the_arms_table_has_means_over_seeds_with_the_smallest_and_the_largest():
+    header, base, copsd = cells(arms_table(experiment(base=[BASE], copsd=[HALF, WHOLE])))
+    assert (base[0], copsd[0]) == ("Hausa: base", "Hausa: COPSD")
+    row = dict(zip(header, copsd, strict=True))
+    assert row["greedy accuracy"] == "0.750 (0.500, 1.000)"
+    assert row["mean tokens"] == "5.0 (4.0, 6.0)"
+    assert row[outcome.KL_TITLE] == "0.375 (0.250, 0.500)"
+    assert row["sampled tokens"] == "900" and row["seconds"] == "4" and row["updates"] == "3"
+    assert dict(zip(header, base, strict=True))["greedy accuracy"] == "0.000"  # one run, no ends
+
+
+def test_columns_that_never_vary_are_left_out_of_the_tables():
+    same = experiment(recipe=[HALF], other=[run_of(measured([RIGHT, WRONG]), updates=7)])
+    assert cells(arms_table(same)) == [
+        ["", "updates"],
+        ["Hausa: recipe", "3"],
+        ["Hausa: other", "7"],
+    ]
+    header, *_ = cells(arms_table(experiment(recipe=[HALF], other=[WHOLE])))
+    assert "greedy accuracy" in header and "format rate" in header
+    assert "sampled tokens" not in header  # both spent the same
+    assert "accuracy given a box" not in header  # all that is boxed is right in both
+    alone, _ = cells(arms_table(experiment(recipe=[HALF])))  # one row has nothing to vary from
+    assert "greedy accuracy" in alone and "updates" in alone
+
+
+def test_a_zero_stands_where_no_problem_differs():
+    table = cells(pairs_table(experiment(base=[BASE], same=[BASE], copsd=[WHOLE])))
+    header, same, copsd = table
+    assert same[0] == "Hausa: same against base" and copsd[0] == "Hausa: COPSD against base"
+    assert set(same[1:]) == {"0"} and "greedy accuracy" in header
+    place = header.index("greedy accuracy")
+    assert copsd[place] == "+1.000 [+1.000, +1.000], p 0.5000"
+    # Where problems differ and cancel, the test was made and is shown.
+    turned = run_of(measured([WRONG, RIGHT]))
+    _, row = cells(pairs_table(experiment(recipe=[HALF], turned=[turned])))
+    assert row[1].startswith("+0.000 [-1.000, +1.000], p 1.0000")
+
+
+def test_a_p_value_too_small_for_its_digits_is_a_bound():
+    many = [run_of(measured([attempt] * 40)) for attempt in (WRONG, RIGHT)]
+    _, row = cells(pairs_table(experiment(recipe=many[:1], other=many[1:])))
+    assert row[1] == "+1.000 [+1.000, +1.000], p < 0.0001"
+
+
+def test_what_has_no_value_is_a_dash_in_the_tables():
+    header, base, _ = cells(arms_table(experiment(base=[BASE, BASE], copsd=[HALF])))
+    assert dict(zip(header, base, strict=True))["accuracy given a box"] == "-"
+    # A seed without a value is none of the ends.
+    mixed = run_of(measured([WRONG, WRONG]))
+    header, _, copsd = cells(arms_table(experiment(base=[BASE], copsd=[mixed, HALF])))
+    found = dict(zip(header, copsd, strict=True))["accuracy given a box"]
+    assert found == "1.000 (1.000, 1.000)"
+
+
+def test_the_sweep_is_a_row_a_method():
+    sweep = {
+        "grpo": Sweep([0.5, 1.0], {0.0005: 0.25, 0.001: 0.5}, 0.001),
+        "copsd": Sweep([0.5, 1.0], {0.0005: 0.75, 0.001: 0.5}, 0.0005),
+    }
+    assert cells(outcome.sweep_table(sweep)) == [
+        ["dev accuracy at lr times", "0.5", "1", "picked lr"],
+        ["GRPO", "0.250", "0.500", "0.001"],
+        ["COPSD", "0.750", "0.500", "0.0005"],
+    ]
+
+
+def test_a_section_is_replaced_and_nothing_around_it(tmp_path):
+    file = tmp_path / "RESULTS.md"
+    file.write_text("# Title\n\nWords of a person.\n", encoding="utf-8")
+    write_section(file, "comparison", "| old |")
+    write_section(file, "ablation", "| ablated |")
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith("# Title\n\nWords of a person.\n\n<!-- begin comparison")
+    written = text.replace("<!-- begin ablation", "More words.\n\n<!-- begin ablation") + "\nEnd.\n"
+    file.write_text(written, encoding="utf-8")
+    write_section(file, "comparison", "| new |\n| rows |")
+    assert file.read_text(encoding="utf-8") == written.replace("| old |", "| new |\n| rows |")
+    write_section(file, "comparison", "| old |")  # and back, byte for byte
+    assert file.read_text(encoding="utf-8") == written
+
+
+def test_a_section_of_a_new_file_is_all_of_it(tmp_path):
+    file = tmp_path / "RESULTS.md"
+    write_section(file, "comparison", "| a |")
+    first = file.read_bytes()
+    write_section(file, "comparison", "| a |")
+    assert file.read_bytes() == first and first.count(b"| a |") == 1
+
+
+def test_a_band_spans_the_seeds_where_all_of_them_have_been():
+    points = band([[(0.0, 0.0), (10.0, 1.0)], [(0.0, 0.0), (20.0, 1.0)]])
+    assert points[-1] == (10.0, 0.75, 0.5, 1.0) and points[0] == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_curves_over_training_begin_at_the_base_and_end_at_the_last_checkpoint():
+    arms = {"base": [BASE], "copsd": [HALF, WHOLE]}
+    curves = outcome.over_training(arms, "greedy accuracy")
+    assert list(curves) == ["COPSD"]
+    assert curves["COPSD"][0] == (0.0, 0.0, 0.0, 0.0)
+    assert curves["COPSD"][-1] == (0.9, 0.75, 0.5, 1.0)  # in thousands of tokens
+    seconds = outcome.over_training(arms, "greedy accuracy", x="train_s", unit=1.0)
+    assert seconds["COPSD"][-1][0] == 4.0
+
+
+def compared() -> Experiment:
+    arms = {"base": [BASE], "grpo": [HALF, HALF], "copsd": [HALF, WHOLE]}
+    sweep = {"grpo": Sweep([1.0], {0.1: 0.5}, 0.1), "copsd": Sweep([1.0], {0.1: 0.5}, 0.1)}
+    return Experiment("comparison", {"hau": arms, "swa": arms}, [("grpo", "copsd")], sweep, 16)
+
+
+def test_a_comparison_has_an_overview_and_a_figure_a_language_and_an_ablation_none():
+    figures = outcome.figures_of(compared())
+    assert list(figures) == ["comparison", "comparison_hau", "comparison_swa"]
+    titles = [panel.title for panel in figures["comparison"]]
+    assert titles == ["Hausa: greedy accuracy", "Swahili: greedy accuracy"]
+    panels = {panel.title: panel for panel in figures["comparison_hau"]}
+    assert panels["pass@k after training"].curves["COPSD"] == [
+        (1.0, 0.75, 0.5, 1.0),
+        (2.0, 0.75, 0.5, 1.0),
+    ]
+    within = panels["Right within a limit"].curves
+    assert list(within) == ["base", "GRPO", "COPSD"]
+    assert within["GRPO"][2] == (3.0, 0.0, 0.0, 0.0)
+    assert within["GRPO"][3] == (4.0, 0.5, 0.5, 0.5)
+    assert "English: greedy accuracy" in panels
+    assert outcome.figures_of(experiment(recipe=[HALF])) == {}
+
+
+def test_the_folder_gets_everything_and_a_results_file_its_section(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    results = tmp_path / "lab" / "RESULTS.md"
+    results.parent.mkdir()
+    results.write_text("By hand.\n", encoding="utf-8")
+    files = outcome.write_experiment(compared(), out, results)
+    assert all(file.is_file() for file in files) and out / "compare.json" in files
+    content = read_json(out / "compare.json")
+    pair = content["languages"]["swa"]["pairs"]["copsd - grpo"]["greedy accuracy"]
+    assert pair["value"] == 0.25
+    assert content["sweep"]["grpo"]["picked"] == 0.1
+    own = (out / "RESULTS.md").read_text(encoding="utf-8")
+    assert own.startswith("<!-- begin comparison")
+    assert results.read_text(encoding="utf-8") == f"By hand.\n\n{own}"
+    for table in outcome.tables(compared()):
+        assert table in own
+    pictures = {name: f"{name}.png" for name in outcome.figures_of(compared())}
+    for folder in (out, results.parent):
+        assert {path.name for path in folder.glob("*.png")} == set(pictures.values())
+    assert all(f"({picture})" in own for picture in pictures.values())
+    assert sorted(path.suffix for path in out.glob("comparison*.svg")) == [".svg"] * 3
+
+
+def test_without_a_results_file_only_the_folder_is_written(tmp_path: Path):
+    outcome.write_experiment(experiment(recipe=[HALF], other=[WHOLE]), tmp_path, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["RESULTS.md", "compare.json"]
