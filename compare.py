@@ -35,6 +35,7 @@ from parts.data import hub_training_file, load_problems, split_heldout
 from parts.files import json_lines, read_json, write_json, write_text
 from parts.measure import Ruler
 from parts.metrics import Graded, ratios
+from parts.model import merged_view
 from parts.outcome import Results, accuracy
 from parts.prompts import Problem, find_language, pose_in_english
 from parts.recipe import CompareConfig, Config, check_settings
@@ -413,7 +414,8 @@ def measure_arm(plan: Plan, setup: Setup, *, kl: bool, sampled: bool) -> Results
     ruler = Ruler.of(plan.main, seed=0)
 
     def _measure(problems: list[Problem], greedy: bool) -> list[Graded]:
-        return ruler.measure(setup.model, setup.tokenizer, problems, greedy=greedy)
+        with merged_view(setup.lora):
+            return ruler.measure(setup.model, setup.tokenizer, problems, greedy=greedy)
 
     found: Results = {"greedy": ratios(_measure(setup.heldout, True), [1])}
     if english := pose_in_english([p for p in setup.heldout if p.problem_en], 1.0):

@@ -47,13 +47,20 @@ from parts.adapters import save_adapter
 from parts.grading import is_correct
 from parts.machine import Stopwatch
 from parts.metrics import Ratio, bootstrap
-from parts.model import eos_ids, final_hidden, head_weight, teacher_view, valid_ids
+from parts.model import (
+    eos_ids,
+    final_hidden,
+    head_weight,
+    merged_view,
+    teacher_view,
+    valid_ids,
+)
 from parts.prompts import Problem, find_language, pose_in_english, prompt_opens_think
 from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Setup
 from parts.steplog import Tally, count_tokens
-from parts.view import StepView, Watcher
+from parts.view import StepView, Watcher, say
 
 ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
 MAX_DRAWS = 4  # of --resample-dead-groups, for one step
@@ -74,15 +81,16 @@ def roll_out(
     params = SamplingParams(
         config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed
     )
-    groups = sample(
-        setup.model,
-        [setup.student_prompt(problem) for problem in problems],
-        params,
-        samples_per_prompt=samples,
-        max_rows=config.sample_rows,
-        eos_ids=eos_ids(setup.model, setup.tokenizer),
-        valid_ids=valid_ids(setup.tokenizer),
-    )
+    with merged_view(setup.lora):  # the same student, a fifth faster
+        groups = sample(
+            setup.model,
+            [setup.student_prompt(problem) for problem in problems],
+            params,
+            samples_per_prompt=samples,
+            max_rows=config.sample_rows,
+            eos_ids=eos_ids(setup.model, setup.tokenizer),
+            valid_ids=valid_ids(setup.tokenizer),
+        )
     return [rollout for group in groups for rollout in group]
 
 
@@ -204,10 +212,8 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                 ),
             }
             scores = {"kl_nats_per_token": tally.row_means("kl_N")}
-            completions = steplog.completion_rows(
-                step, problems, rollouts, scores, setup.tokenizer.decode
-            )
-            run.log(metrics, completions)
+            rows = steplog.completion_rows(step, problems, rollouts, scores, setup.tokenizer.decode)
+            run.log(metrics, rows)
             view.show(metrics)
             if step % config.save_every == 0 or done >= 1 or stopped:
                 save(run, setup, optimizer, step)
@@ -417,7 +423,6 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             # Log and save.
             student_tokens = count_tokens([rollouts[row] for row in kept], prompts=True)
             updated_tokens = config.inner_epochs * student_tokens
-            initial_tokens = updated_tokens if config.kl_coef else 0
             drawn_rewards = [group.rewards for group in drawn]
             done = share_done(config, step, sampled_tokens)
             metrics = {
@@ -430,16 +435,14 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                     rollouts,
                     watch,
                     sampled=step_tokens,
-                    scored=updated_tokens + initial_tokens,
+                    scored=updated_tokens * (2 if config.kl_coef else 1),
                     updated=updated_tokens,
                 ),
             }
             asked = [group.problem for group in groups for _ in group.rollouts]
             scores = {"reward": reward_BG.flatten().tolist(), "advantage": advantage_B.tolist()}
-            completions = steplog.completion_rows(
-                step, asked, rollouts, scores, setup.tokenizer.decode
-            )
-            run.log(metrics, completions)
+            rows = steplog.completion_rows(step, asked, rollouts, scores, setup.tokenizer.decode)
+            run.log(metrics, rows)
             view.show(metrics)
             if step % config.save_every == 0 or done >= 1 or stopped:
                 save(run, setup, optimizer, step)
@@ -581,32 +584,35 @@ def train(setup: Setup, run: runs.Run, console: Console) -> int:
     """
     config = setup.config
     started = time.monotonic()
-
-    def _say(text: str) -> None:
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
-
-    _say(
+    say(
+        console,
         f"{config.method.upper()} on {config.model}, {find_language(config.lang).english}: "
         f"{len(setup.train)} problems to train on, {len(setup.heldout)} held out, "
-        f"seed {config.seed}, into {run.folder}"
+        f"seed {config.seed}, into {run.folder}",
     )
     before = measure_once(setup, run, console, "before")
     try:
         with StepView(console, None if config.token_budget else config.steps) as view:
             finished = LOOPS[config.method](setup, run, view)
     except FloatingPointError as error:
-        _say(f"error: {error}; {run.folder} keeps the last save")
+        say(console, f"error: {error}; {run.folder} keeps the last save")
         return 1
     if not finished:
-        _say(f"stopped; all is saved in {run.folder}, and the same command goes on from here")
+        say(
+            console,
+            f"stopped; all is saved in {run.folder}, and the same command goes on from here",
+        )
         return 130
     after = measure_once(setup, run, console, "after")
     for table in measure.change_tables(before, after):
         console.print(table)
     seconds = time.monotonic() - started
-    _say(f"done in {seconds:.0f} s. {run.folder}: metrics.jsonl, completions.jsonl, adapters/")
+    say(
+        console,
+        f"done in {seconds:.0f} s. {run.folder}: metrics.jsonl, completions.jsonl, adapters/",
+    )
     command = f"python eval.py --pass-at-k 8 --model {config.model} --lang {config.lang}"
-    _say(f"next: {command} --adapter {run.folder}")
+    say(console, f"next: {command} --adapter {run.folder}")
     return 0
 
 
@@ -617,14 +623,11 @@ def measure_once(setup: Setup, run: runs.Run, console: Console, when: str) -> me
         return measure.read_columns(stored)
     if not setup.heldout:
         return {}
-    columns = measure.measure_languages(
-        setup.model,
-        setup.tokenizer,
-        setup.heldout,
-        measure.Ruler.of(config, seed=config.seed),
-        console,
-        f"{when} training",
-    )
+    ruler = measure.Ruler.of(config, seed=config.seed)
+    with merged_view(setup.lora):
+        columns = measure.measure_languages(
+            setup.model, setup.tokenizer, setup.heldout, ruler, console, f"{when} training"
+        )
     kl = heldout_kl(setup, setup.heldout, seed=config.seed)
     columns[config.lang][measure.KL_NAME] = bootstrap(*kl)
     run.write_evaluation(when, measure.plain_columns(columns))

@@ -17,6 +17,7 @@ from parts.files import write_json, write_text
 from parts.metrics import Estimate, Ratio, bootstrap, difference, paired_permutation
 from parts.prompts import find_language
 from parts.report import Panel, curves_figure, markdown_table
+from parts.view import cell
 
 LABELS = {"base": "base", "grpo": "GRPO", "copsd": "COPSD"}
 POINTS = 7  # of a curve over training
@@ -132,11 +133,25 @@ def compare_arms(metric: str, first: list[Measured], second: list[Measured]) -> 
 
 
 def tables(experiment: Experiment) -> list[str]:
-    """Return the tables in Markdown: arms, differences and, where rates were picked, the sweep."""
+    """Return the tables in Markdown: all arms, their differences; a comparison has two more."""
     found = [arms_table(experiment), pairs_table(experiment)]
     if experiment.sweep:
-        found.append(sweep_table(experiment.sweep))
+        found = [summary_table(experiment), *found, sweep_table(experiment.sweep)]
     return found
+
+
+def summary_table(experiment: Experiment) -> str:
+    """Return the greedy accuracy of every arm, a row a language, with its 95 % interval."""
+    rows = []
+    names: list[str] = []
+    for lang, arms in experiment.arms.items():
+        names = list(arms)
+        cells = []
+        for runs in arms.values():
+            ratio = _mean_over_seeds("greedy accuracy", [run["final"] for run in runs])
+            cells.append(cell("greedy accuracy", bootstrap(*ratio)))
+        rows.append([find_language(lang).english, *cells])
+    return markdown_table(["greedy accuracy", *map(label, names)], rows)
 
 
 def arms_table(experiment: Experiment) -> str:
