@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # The project is run from its folder, not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from parts.sampler import SamplingParams, _OneDNN, sample
+from parts.sampler import OneDNN, SamplingParams, sample
 
 SENTENCES = (
     "Amina sells mangoes at the market and wants to plan her week.",
@@ -118,7 +118,7 @@ def run_generate_onednn(
 
     What ours is still faster by is then not the matrix products.
     """
-    with _OneDNN():
+    with OneDNN():
         return run_generate(model, prompts, samples, params)
 
 

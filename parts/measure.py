@@ -32,8 +32,7 @@ from parts.view import SamplingProgress, estimates_table
 
 GREEDY_NAME = "greedy accuracy"
 KL_NAME = "KL to the teacher, nats/token"
-Summary = dict[str, Estimate]  # by metric
-Columns = dict[str, Summary]  # by language, an ISO 639-3 code
+Columns = dict[str, dict[str, Estimate]]  # by language, an ISO 639-3 code, then by metric
 
 
 @dataclass(frozen=True)

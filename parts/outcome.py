@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from parts.figures import Panel, curves_figure
 from parts.files import write_json, write_text
 from parts.metrics import Estimate, Ratio, bootstrap, difference, paired_permutation
 from parts.prompts import find_language
-from parts.report import Panel, curves_figure, markdown_table
+from parts.report import markdown_table
 from parts.view import cell
 
 LABELS = {"base": "base", "grpo": "GRPO", "copsd": "COPSD"}

@@ -127,67 +127,6 @@ def test_max_rows_bounds_the_batch_and_changes_no_result(tiny_model, max_rows):
     assert max(rows for rows, columns in shapes if columns == 1) <= max_rows
 
 
-def test_the_cache_grows_past_its_first_block(tiny_model, monkeypatch):
-    prompts = random_prompts(6, 2)
-    expected = ids_of(sample(tiny_model, prompts, PLAIN, eos_ids=set()))
-    monkeypatch.setattr(sampler, "GROWTH_COLUMNS", 5)
-    assert ids_of(sample(tiny_model, prompts, PLAIN, eos_ids=set())) == expected
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_cache_is_right_past_its_growth(tiny_model, monkeypatch, attention):
-    # Room for 3 columns only: 20 tokens fill it six times, with rows that end and rows that join in
-    # between. What a fresh allocation holds is made NaN, so that reading it would show.
-    monkeypatch.setattr(sampler, "GROWTH_COLUMNS", 3)
-    empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *sizes: empty(*sizes).fill_(float("nan")))
-    grown: list[int] = []
-    update = sampler._GrowingLayer.update
-
-    def watched(layer, key_states, value_states, *args, **kwargs):
-        grown.append(layer.filled == layer.keys.shape[2])
-        return update(layer, key_states, value_states, *args, **kwargs)
-
-    monkeypatch.setattr(sampler._GrowingLayer, "update", watched)
-    tiny_model.set_attn_implementation(attention)
-    params = SamplingParams(20, temperature=1.1)
-    eos_ids = set(range(0, 290, 60))
-    prompts = random_prompts(9, 2, 5, 14)
-    groups = sample(tiny_model, prompts, params, eos_ids=eos_ids, samples_per_prompt=3, max_rows=4)
-    assert sum(grown) >= 12  # two layers
-    assert {rollout.finish_reason for group in groups for rollout in group} == {"stop", "length"}
-    for group in groups:
-        for rollout in group:
-            assert rollout.logprobs == pytest.approx(
-                full_logprobs(tiny_model, rollout, 1.1), abs=1e-4
-            )
-
-
-def test_the_room_for_all_columns_is_allocated_at_once(tiny_model, monkeypatch):
-    made: list[list[int]] = []
-    join = sampler._right_aligned
-
-    def watched(parts, room):
-        made.append([part.shape[1] for part in parts] + [room])
-        return join(parts, room)
-
-    monkeypatch.setattr(sampler, "_right_aligned", watched)
-    sample(tiny_model, random_prompts(6, 2), PLAIN, eos_ids=set())
-    assert made == [[6, 2, 11]] * 4  # keys and values of two layers; the twelfth token needs none
-
-
-@pytest.mark.parametrize(
-    ("tokens", "groups"), [(10, [(1, 6), (2, 5), (1, 2)]), (1, [(1, 6), (1, 5), (1, 4), (1, 2)])]
-)
-def test_small_prefill_groups_change_no_result(tiny_model, monkeypatch, tokens, groups):
-    prompts, shapes = random_prompts(6, 2, 5, 4), []
-    expected = ids_of(sample(tiny_model, prompts, PLAIN, eos_ids=set()))
-    monkeypatch.setattr(sampler, "PREFILL_TOKENS", tokens)
-    watch(tiny_model.model, shapes)
-    assert ids_of(sample(tiny_model, prompts, PLAIN, eos_ids=set())) == expected
-    assert [shape for shape in shapes if shape[1] > 1] == groups
-
-
 def operations(run) -> Counter:
     """Run it; return how often it called each of torch's operations."""
     with torch.profiler.profile() as record:
@@ -203,7 +142,7 @@ def test_onednn_takes_every_layer_adapters_too_and_changes_no_result(tiny_model,
     prompts, fast = random_prompts(6, 2, 9), []
     with monkeypatch.context() as patch:
         # Not called: in so small a model it would only cost.
-        patch.setattr(sampler, "_OneDNN", None)
+        patch.setattr(sampler, "OneDNN", None)
         plain = sample(tiny_model, prompts, PLAIN, eos_ids={3})
     monkeypatch.setattr(sampler, "ONEDNN_PRODUCTS", 0)
     counts = operations(lambda: fast.extend(sample(tiny_model, prompts, PLAIN, eos_ids={3})))
@@ -402,22 +341,6 @@ def test_the_generation_config_is_ignored(tiny_model):
     before = tiny_model.generation_config.to_dict()
     assert ids_of(sample(tiny_model, random_prompts(4), PLAIN, eos_ids=set())) == expected
     assert tiny_model.generation_config.to_dict() == before
-
-
-# With 2, the three samples of a prompt are not admitted together.
-@pytest.mark.parametrize("max_rows", [None, 2])
-def test_each_distinct_prompt_is_prefilled_once(tiny_model, max_rows):
-    prompts, shapes = random_prompts(4, 6), []
-    watch(tiny_model.model, shapes)
-    sample(
-        tiny_model,
-        [*prompts, *prompts],
-        PLAIN,
-        eos_ids=set(),
-        samples_per_prompt=3,
-        max_rows=max_rows,
-    )
-    assert sum(rows for rows, columns in shapes if columns > 1) == 2
 
 
 def test_finished_rows_leave_the_batch(tiny_model):
