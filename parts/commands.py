@@ -116,7 +116,10 @@ def start() -> Console:
     # torch's threads wait for each other by spinning, which is fastest where each has a processor.
     # Where another process is busy, they take the processor from the very thread they wait for: a
     # lab step then takes four times as long. libgomp reads this when torch loads it.
-    os.environ["OMP_WAIT_POLICY"] = "ACTIVE" if _machine_is_idle() else "PASSIVE"
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    os.environ.pop("GOMP_SPINCOUNT", None)
+    if not _machine_is_idle():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     from transformers.utils import logging as transformers_logging
 
     from parts.machine import keep_freed_memory
