@@ -10,6 +10,7 @@ tokens, is COPSD's loss. GRPO hears one number of the same rollout: 0 or 1.
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from rich.console import Console
@@ -28,12 +29,15 @@ from parts.setup import Setup
 from parts.tokens import TokenRow, explain_tokens, tokens_table, write_tokens_page
 from parts.view import say
 
+DRAWN = 8  # completions, of which the one is shown that the teacher disagrees with most
+
 
 @dataclass(frozen=True)
 class Walk:
     """One problem carried through."""
 
     problem: Problem
+    rollout: Rollout
     prompts: dict[str, str]  # by role, as text
     prompt_tokens: dict[str, int]
     completion: str
@@ -76,10 +80,17 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
     problem = setup.train[0]
     # With the adapter off the student is the base model, as it is before the first step.
     with teacher_view(setup.lora, "fixed"):
-        (rollout,) = roll_out(setup, [problem], seed=setup.config.seed)
-        rows = _explain(setup, problem, rollout)
+        rollouts = roll_out(setup, [problem], seed=setup.config.seed, samples=DRAWN)
+        explained = [_explain(setup, problem, rollout) for rollout in rollouts]
+    distances = [fmean(row.kl for row in rows) for rows in explained]
+    furthest = distances.index(max(distances))
+    rollout = rollouts[furthest]
+    rows = explained[furthest]
     after = None
-    notes = [_reward_note(setup, problem, rollout, "GRPO hears of this rollout")]
+    notes = [
+        f"shown: of {DRAWN} completions, the one that the teacher disagrees with most",
+        _reward_note(setup, problem, rollout, "GRPO hears of this rollout"),
+    ]
     if trained:
         after = _explain(setup, problem, rollout)
         (own,) = roll_out(setup, [problem], seed=setup.config.seed)
@@ -87,6 +98,7 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
         notes.append(_reward_note(setup, problem, own, "GRPO would hear of that"))
     return Walk(
         problem=problem,
+        rollout=rollout,
         prompts=_prompt_texts(setup, problem),
         prompt_tokens={
             "student": len(setup.student_prompt(problem)),

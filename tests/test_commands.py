@@ -255,10 +255,14 @@ def test_a_report_that_cannot_be_written_is_bad_input(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_command_that_works_lets_idle_threads_sleep(monkeypatch):
+@pytest.mark.parametrize(("idle", "policy"), [(True, None), (False, "PASSIVE")])
+def test_threads_sleep_while_they_wait_where_another_process_is_busy(monkeypatch, idle, policy):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000000000")
+    monkeypatch.setattr(commands, "_machine_is_idle", lambda: idle)
     commands.start()
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+    assert "GOMP_SPINCOUNT" not in os.environ
 
 
 def test_paths_of_the_user_are_not_read_as_markup(tmp_path):

@@ -102,7 +102,7 @@ def test_the_table_holds_the_results_of_the_arms(finished):
     text = (out / "RESULTS.md").read_text(encoding="utf-8")
     assert "| Hausa: GRPO |" in text and "| Hausa: COPSD against GRPO |" in text
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 3 and all(table in printed for table in tables)
+    assert len(tables) == 4 and all(table in printed for table in tables)
     for name in ("comparison", "comparison_hau"):
         assert (out / f"{name}.png").stat().st_size > 10_000
         assert "<svg" in (out / f"{name}.svg").read_text()
