@@ -31,8 +31,8 @@ from rich.console import Console
 import copsd
 from parts import outcome
 from parts.adapters import put_adapter
-from parts.data import hub_training_file, load_problems, split_heldout
-from parts.files import json_lines, read_json, write_json, write_text
+from parts.data import hub_training_file, load_problems, split_heldout, write_problems
+from parts.files import read_json, write_json
 from parts.measure import Ruler
 from parts.metrics import Graded, ratios
 from parts.model import merged_view
@@ -217,18 +217,7 @@ def write_splits(folder: Path, splits: dict[str, list[Problem]]) -> None:
     """Write each part as a data file, so that no arm can see another split."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, problems in splits.items():
-        rows = [
-            {
-                "id": problem.id,
-                "problem": problem.problem_en,
-                "solution": problem.solution_en,
-                "answer": problem.answer,
-                "problem_translated": problem.problem,
-                "language": problem.language,
-            }
-            for problem in problems
-        ]
-        write_text(folder / f"{name}.jsonl", json_lines(rows))
+        write_problems(folder / f"{name}.jsonl", problems)
 
 
 def arms_of(plan: Plan, found: dict[Path, Results]) -> Iterator[Arm]:

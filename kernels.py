@@ -107,7 +107,6 @@ def chunked_divergence(
     """Return divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, ...) without those logits.
 
     At 10,000 tokens over a vocabulary of 150,000 they would take 6 GB, twice, in fp32.
-
     student_ND    hidden states that predict the N completion tokens; carries the gradient
     teacher_ND    the same tokens under the teacher's prompt; no gradient
     head_VD       the output projection, from a hidden state to logits. It is taken as frozen and
@@ -123,9 +122,9 @@ def chunked_divergence(
                   clipped_frac  the share of the N tokens whose loss the clip made smaller: with at
                                 least one clipped entry, or clipped as a whole
 
-    The gradient, Eq. (3), is taken in the same visit as the loss. That costs three matrix products
-    a chunk, and [N, D] is all that is kept for the backward pass. Equal hidden states give a loss
-    and a gradient of exactly zero. Raises ValueError as `divergence` does.
+    The gradient, Eq. (3), is taken in the same visit as the loss: three matrix products a chunk, and
+    [N, D] is all that is kept for the backward pass. Equal hidden states give a loss and a gradient
+    of exactly zero. Raises ValueError as `divergence` does.
     """
     _check_options(kind, beta, temperature, clip_mode, clip)
     _check_projection(head_VD, chunk_tokens, student_ND, teacher_ND)
@@ -133,8 +132,7 @@ def chunked_divergence(
         compile = chunk_tokens * len(head_VD) >= 2**22 and _compiler_works(head_VD.device.type)
     # Compiled code needs one shape for all calls; else few tokens make do with a small chunk.
     rows = chunk_tokens if compile else min(chunk_tokens, max(len(student_ND), 1))
-    # As tensors: a Python number would be baked into the compiled code, and each new value would
-    # compile it again.
+    # As tensors: a Python number would be baked into the code, and a new one compile it again.
     dtype = torch.promote_types(head_VD.dtype, torch.float32)
     numbers = torch.tensor([temperature, beta, clip or 0.0], dtype=dtype, device=head_VD.device)
     options = _Options(kind, *numbers[:2], clip=numbers[2] if clip_mode == "entry" else None)

@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from pyarrow import parquet
 from rich.console import Console
 
+from parts.files import json_lines, write_text
 from parts.prompts import Language, Problem, find_language, languages
 from parts.prompts import build_prompt as build_prompt  # stays importable from here
 from parts.recipe import Config
@@ -109,21 +110,40 @@ def _text(row: dict[str, Any], column: str, where: str) -> str | None:
     return unicodedata.normalize("NFC", str(value)).strip() or None
 
 
+def write_problems(path: Path, problems: list[Problem]) -> None:
+    """Write problems as load_problems reads them, in the training layout, as .jsonl."""
+    rows = [
+        {
+            "id": problem.id,
+            "problem": problem.problem_en,
+            "solution": problem.solution_en,
+            "answer": problem.answer,
+            "problem_translated": problem.problem,
+            "language": problem.language,
+        }
+        for problem in problems
+    ]
+    write_text(path, json_lines(rows))
+
+
 def _rows(path: Path) -> Iterator[Row]:
     """Yield the data file's rows; its suffix says how they are written."""
+    readers = {
+        ".jsonl": _json_rows,
+        ".json": _json_rows,
+        ".tsv": _tsv_rows,
+        ".csv": _csv_rows,
+        ".parquet": _parquet_rows,
+    }
     suffix = path.suffix.lower()
-    if suffix == ".tsv":
-        yield from _tsv_rows(path)
-    elif suffix == ".csv":
-        yield from _csv_rows(path)
-    elif suffix in (".json", ".jsonl"):
-        yield from _json_rows(path)
-    elif suffix == ".parquet":
-        for number, row in enumerate(parquet.read_table(path).to_pylist()):
-            yield f"row {number}", row
-    else:
-        valid = ".jsonl, .json, .tsv, .csv, .parquet"
-        raise ValueError(f"unknown extension {suffix!r}; valid: {valid}")
+    if suffix not in readers:
+        raise ValueError(f"unknown extension {suffix!r}; valid: {', '.join(readers)}")
+    yield from readers[suffix](path)
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    for number, row in enumerate(parquet.read_table(path).to_pylist()):
+        yield f"row {number}", row
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
