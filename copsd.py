@@ -606,6 +606,10 @@ def train(setup: Setup, run: runs.Run, console: Console) -> int:
     after = measure_once(setup, run, console, "after")
     for table in measure.change_tables(before, after):
         console.print(table)
+    for code in before:
+        ends = [found[code][measure.GREEDY_NAME].value for found in (before, after)]
+        accuracy = "greedy accuracy {:.3f} before, {:.3f} after".format(*ends)
+        say(console, f"{find_language(code).english}: {accuracy}")
     seconds = time.monotonic() - started
     say(
         console,

@@ -122,7 +122,7 @@ def chunked_divergence(
                   clipped_frac  the share of the N tokens whose loss the clip made smaller: with at
                                 least one clipped entry, or clipped as a whole
 
-    The gradient, Eq. (3), is taken in the same visit as the loss: three matrix products a chunk, and
+    The gradient, Eq. (3), is taken in the same visit as the loss: three products a chunk, and
     [N, D] is all that is kept for the backward pass. Equal hidden states give a loss and a gradient
     of exactly zero. Raises ValueError as `divergence` does.
     """
