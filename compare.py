@@ -35,7 +35,6 @@ from parts.data import hub_training_file, load_problems, split_heldout, write_pr
 from parts.files import read_json, write_json
 from parts.measure import Ruler
 from parts.metrics import Graded, ratios
-from parts.model import merged_view
 from parts.outcome import Results, accuracy
 from parts.prompts import Problem, find_language, pose_in_english
 from parts.recipe import CompareConfig, Config, check_settings
@@ -58,6 +57,11 @@ ABLATIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("english_solution", (True, False)),
     ("swap_solutions", (False, True)),
 )
+OWN_SETTINGS = {  # flags of a run that an experiment sets by itself
+    "method": "it trains with several",
+    "seed": "--seeds says which",
+    "save_every": "an arm is measured at 6 checkpoints",
+}
 Value = TypeVar("Value")
 
 
@@ -104,8 +108,9 @@ def make_plan(given: dict[str, Any]) -> Plan:
     """
     options = CompareConfig(**given)
     check_settings(options)
-    if "method" in given:
-        raise ValueError("--method is not for a comparison, which is of methods")
+    for name, why in OWN_SETTINGS.items():
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')} is not for a comparison: {why}")
     own = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(Config)}
     shared = {n: value for n, value in given.items() if n not in own | {"lang", "out"}}
     langs = parse_list(options.lang, "lang", lambda code: find_language(code).iso3)
@@ -255,7 +260,7 @@ def arms_of(plan: Plan, found: dict[Path, Results]) -> Iterator[Arm]:
                 **common,
                 "eval_data": str(folder / "dev.jsonl"),
                 "eval_problems": plan.options.dev_problems,
-                "token_budget": budget // 2,
+                "token_budget": max(budget // 2, largest_step(plan)),
                 "seed": SWEEP_SEED,
             }
             yield from sweep_arms(plan, half)
@@ -313,7 +318,13 @@ def token_budget(plan: Plan, base: Results) -> int:
     if plan.main.token_budget:
         return plan.main.token_budget
     lengths, problems = base["final"]["sampled"]["mean tokens"]
-    return int(plan.main.steps * plan.main.batch_size * (sum(lengths) / sum(problems)))
+    budget = int(plan.main.steps * plan.main.batch_size * (sum(lengths) / sum(problems)))
+    return max(budget, largest_step(plan))
+
+
+def largest_step(plan: Plan) -> int:
+    """Return what a step may sample at most, in tokens: no run can have a smaller budget."""
+    return max(config.batch_size * config.max_new_tokens for config in plan.configs.values())
 
 
 def run(plan: Plan, console: Console) -> int:
@@ -358,6 +369,7 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
     with commands.bad_input():
         config, model_folder = configure({**arm.settings, "out": str(arm.folder)})
         setup, run = prepare(config, model_folder, Console(quiet=True))
+        refuse_missing_problems(arm, setup)
     if not arm.is_trained:
         results: Results = {"points": [], "final": measure_arm(plan, setup, kl=True, sampled=True)}
     else:
@@ -367,6 +379,17 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
         results = {"points": points, "final": points[-1]}
     write_json(path, results)
     return results
+
+
+def refuse_missing_problems(arm: Arm, setup: Setup) -> None:
+    """Raise ValueError where an arm left test problems out: arms are compared on the same ones."""
+    asked = load_problems(Path(str(setup.config.eval_data)), language=setup.config.lang)
+    if len(setup.heldout) < len(asked):
+        missing = len(asked) - len(setup.heldout)
+        raise ValueError(
+            f"{arm.folder}: {missing} of {len(asked)} test problems do not fit the model's context "
+            "with their prompts; lower --max-new-tokens"
+        )
 
 
 def measure_checkpoints(plan: Plan, arm: Arm, setup: Setup, run: Run) -> list[Results]:
@@ -403,8 +426,7 @@ def measure_arm(plan: Plan, setup: Setup, *, kl: bool, sampled: bool) -> Results
     ruler = Ruler.of(plan.main, seed=0)
 
     def _measure(problems: list[Problem], greedy: bool) -> list[Graded]:
-        with merged_view(setup.lora):
-            return ruler.measure(setup.model, setup.tokenizer, problems, greedy=greedy)
+        return ruler.measure(setup.model, setup.tokenizer, problems, greedy=greedy)
 
     found: Results = {"greedy": ratios(_measure(setup.heldout, True), [1])}
     if english := pose_in_english([p for p in setup.heldout if p.problem_en], 1.0):

@@ -23,6 +23,9 @@ initial model, is estimated by Schulman's k3.
 Read from top to bottom: COPSD whole, GRPO whole, what a step of both shares, the program. Left out
 so that the methods stand alone: settings (parts/recipe.py), prompts (parts/prompts.py), sampling,
 grading, the run folder, measuring. Departures from the paper are listed in README.md.
+
+A tensor's name ends in its axes: B rows, T positions, N the completion tokens of all rows, D hidden
+size, V vocabulary, G completions of a group. p is the teacher's distribution, q the student's.
 """
 
 from parts import commands
@@ -51,7 +54,6 @@ from parts.model import (
     eos_ids,
     final_hidden,
     head_weight,
-    merged_view,
     teacher_view,
     valid_ids,
 )
@@ -81,16 +83,15 @@ def roll_out(
     params = SamplingParams(
         config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed
     )
-    with merged_view(setup.lora):  # the same student, a fifth faster
-        groups = sample(
-            setup.model,
-            [setup.student_prompt(problem) for problem in problems],
-            params,
-            samples_per_prompt=samples,
-            max_rows=config.sample_rows,
-            eos_ids=eos_ids(setup.model, setup.tokenizer),
-            valid_ids=valid_ids(setup.tokenizer),
-        )
+    groups = sample(
+        setup.model,
+        [setup.student_prompt(problem) for problem in problems],
+        params,
+        samples_per_prompt=samples,
+        max_rows=config.sample_rows,
+        eos_ids=eos_ids(setup.model, setup.tokenizer),
+        valid_ids=valid_ids(setup.tokenizer),
+    )
     return [rollout for group in groups for rollout in group]
 
 
@@ -212,11 +213,11 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                 ),
             }
             scores = {"kl_nats_per_token": tally.row_means("kl_N")}
-            rows = steplog.completion_rows(step, problems, rollouts, scores, setup.tokenizer.decode)
-            run.log(metrics, rows)
+            decode = setup.tokenizer.decode
+            run.log(metrics, steplog.completion_rows(step, problems, rollouts, scores, decode))
             view.show(metrics)
-            if step % config.save_every == 0 or done >= 1 or stopped:
-                save(run, setup, optimizer, step)
+            if is_due(config, step, done) or stopped:
+                save(run, setup, optimizer, step, done)
             if stopped and done < 1:
                 return False
     return True
@@ -273,7 +274,7 @@ def replace_dead(setup: Setup, groups: list[Group], *, step: int, seed: int) -> 
 def advantages(reward_BG: Tensor, scale: str) -> Tensor:
     """Return Eq. (4)'s advantage_BG: how much better a completion is than its group.
 
-    scale  "group" divides by the group's standard deviation , of G - 1 degrees as TRL's;
+    scale  "group" divides by the group's standard deviation, with G - 1 below the line;
            "none" does not (Dr. GRPO)
     Exactly 0 where all rewards of a group agree.
 
@@ -390,7 +391,7 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             kept_tokens = count_tokens([rollouts[row] for row in kept])
             reduction, denominator = loss_mean(config, kept_tokens, len(kept))
 
-            # Updates on this batch. The first one's log-probs are the old ones of them all.
+            # Updates on this batch. The log-probs before the first are the old ones for them all.
             tally = Tally()
             old_logprobs: dict[int, Tensor] = {}  # by the micro-batch's number
             for _ in range(config.inner_epochs):
@@ -441,11 +442,11 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             }
             asked = [group.problem for group in groups for _ in group.rollouts]
             scores = {"reward": reward_BG.flatten().tolist(), "advantage": advantage_B.tolist()}
-            rows = steplog.completion_rows(step, asked, rollouts, scores, setup.tokenizer.decode)
-            run.log(metrics, rows)
+            decode = setup.tokenizer.decode
+            run.log(metrics, steplog.completion_rows(step, asked, rollouts, scores, decode))
             view.show(metrics)
-            if step % config.save_every == 0 or done >= 1 or stopped:
-                save(run, setup, optimizer, step)
+            if is_due(config, step, done) or stopped:
+                save(run, setup, optimizer, step, done)
             if stopped and done < 1:
                 return False
     return True
@@ -458,7 +459,10 @@ LOOPS = {"copsd": train_copsd, "grpo": train_grpo}
 
 
 def draw_problems(setup: Setup, count: int, *, step: int, draw: int = 0) -> list[Problem]:
-    """Return the problems of a step; `draw` counts the further ones that a step may ask for."""
+    """Return the problems of a step, the first --english-share of them posed in English.
+
+    draw  counts the further draws that a step may ask for; they follow orders of their own
+    """
     config = setup.config
     order = data.pick_order(len(setup.train), seed=config.seed + draw, step=step - 1, batch=count)
     return pose_in_english([setup.train[index] for index in order], config.english_share)
@@ -545,9 +549,20 @@ def begin(setup: Setup, run: runs.Run) -> tuple[torch.optim.AdamW, int, int]:
     return optimizer, step, sampled_tokens
 
 
-def save(run: runs.Run, setup: Setup, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Save the adapter for use and the state for going on."""
-    save_adapter(setup.lora, run.adapter_folder(step), base_model=setup.config.model)
+def is_due(config: Config, step: int, done: float) -> bool:
+    """Say whether the adapter after `step` is one that is kept."""
+    return step % config.save_every == 0 or done >= 1
+
+
+def save(
+    run: runs.Run, setup: Setup, optimizer: torch.optim.Optimizer, step: int, done: float
+) -> None:
+    """Save the state for going on and, where it is due, the adapter for use.
+
+    A run that was stopped in between so leaves no adapter that an unstopped one lacks.
+    """
+    if is_due(setup.config, step, done):
+        save_adapter(setup.lora, run.adapter_folder(step), base_model=setup.config.model)
     adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
     run.save_state(step, {**adapter, **runs.optimizer_tensors(optimizer)})
 
@@ -580,7 +595,7 @@ def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
 def train(setup: Setup, run: runs.Run, console: Console) -> int:
     """Train, show what it changed, and return the exit code. What the folder holds is not redone.
 
-    0: finished; 1: the loss or its gradient was not finite too often; 130: stopped by a signal.
+    0: finished; 1: the gradient was not finite too often; 130: stopped by a signal.
     """
     config = setup.config
     started = time.monotonic()
@@ -598,10 +613,7 @@ def train(setup: Setup, run: runs.Run, console: Console) -> int:
         say(console, f"error: {error}; {run.folder} keeps the last save")
         return 1
     if not finished:
-        say(
-            console,
-            f"stopped; all is saved in {run.folder}, and the same command goes on from here",
-        )
+        say(console, f"stopped and saved; the same command goes on in {run.folder}")
         return 130
     after = measure_once(setup, run, console, "after")
     for table in measure.change_tables(before, after):
@@ -611,10 +623,7 @@ def train(setup: Setup, run: runs.Run, console: Console) -> int:
         accuracy = "greedy accuracy {:.3f} before, {:.3f} after".format(*ends)
         say(console, f"{find_language(code).english}: {accuracy}")
     seconds = time.monotonic() - started
-    say(
-        console,
-        f"done in {seconds:.0f} s. {run.folder}: metrics.jsonl, completions.jsonl, adapters/",
-    )
+    say(console, f"done in {seconds:.0f} s; logs, completions and adapters: {run.folder}")
     command = f"python eval.py --pass-at-k 8 --model {config.model} --lang {config.lang}"
     say(console, f"next: {command} --adapter {run.folder}")
     return 0
@@ -628,10 +637,9 @@ def measure_once(setup: Setup, run: runs.Run, console: Console, when: str) -> me
     if not setup.heldout:
         return {}
     ruler = measure.Ruler.of(config, seed=config.seed)
-    with merged_view(setup.lora):
-        columns = measure.measure_languages(
-            setup.model, setup.tokenizer, setup.heldout, ruler, console, f"{when} training"
-        )
+    columns = measure.measure_languages(
+        setup.model, setup.tokenizer, setup.heldout, ruler, console, f"{when} training"
+    )
     kl = heldout_kl(setup, setup.heldout, seed=config.seed)
     columns[config.lang][measure.KL_NAME] = bootstrap(*kl)
     run.write_evaluation(when, measure.plain_columns(columns))

@@ -60,9 +60,9 @@ def divergence(
     Logits of +-1e4 are safe; an infinite one gives NaN. Raises ValueError for an unknown name or an
     unusable number.
 
-    The entry clip changes more than the size of the loss. With U the unclipped entries and P_T(U)
+    The entry clip changes more than the size of the loss. With U the unclipped entries and p(U)
     the teacher's mass on them, the gradient of forward_kl on the student's logits (T = 1) is
-    P_T(U) (q - p restricted to U and renormalised). An entry that the teacher wants clearly more
+    p(U) (q - p restricted to U and renormalised). An entry that the teacher wants clearly more
     than the student does is clipped away, and the rest pushes it DOWN:
 
     >>> q = torch.tensor([[0.3, 0.6, 0.1]]).log().requires_grad_()
@@ -122,9 +122,9 @@ def chunked_divergence(
                   clipped_frac  the share of the N tokens whose loss the clip made smaller: with at
                                 least one clipped entry, or clipped as a whole
 
-    The gradient, Eq. (3), is taken in the same visit as the loss: three products a chunk, and
-    [N, D] is all that is kept for the backward pass. Equal hidden states give a loss and a gradient
-    of exactly zero. Raises ValueError as `divergence` does.
+    The gradient, Eq. (3), is taken in the same visit as the loss: three matrix products a chunk,
+    and [N, D] is all that is kept for the backward pass. Equal hidden states give a loss and a
+    gradient of exactly zero. Raises ValueError as `divergence` does.
     """
     _check_options(kind, beta, temperature, clip_mode, clip)
     _check_projection(head_VD, chunk_tokens, student_ND, teacher_ND)

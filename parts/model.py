@@ -214,7 +214,6 @@ class LoRALinear(nn.Module):
     lora_A  [r, in], fp32 in any model: steps as small as lr 5e-6 would vanish in bf16's 8 bits
     lora_B  [out, r], fp32
     active  the A and B that forward uses, or None for W alone
-    merged  W + (alpha / r) B A within `merged_view`, else None
 
     No dropout, and W itself never changes. Its cost: with a half-precision base, an fp32 copy of
     the layer's input, kept for backward.
@@ -233,12 +232,9 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(lora_A.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
         self.active: tuple[Tensor, Tensor] | None = (self.lora_A, self.lora_B)
-        self.merged: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y, rounded once to the base's dtype."""
-        if self.merged is not None:
-            return nn.functional.linear(x, self.merged, self.bias)
         base = nn.functional.linear(x, self.weight, self.bias)
         if self.active is None:
             return base
@@ -389,28 +385,3 @@ def teacher_view(lora: Lora, kind: str) -> Iterator[None]:
             module.training = mode
         for layer, active in actives:
             layer.active = active
-
-
-@contextmanager
-def merged_view(lora: Lora) -> Iterator[None]:
-    """Within the block every adapted layer is one product, with W + (alpha / r) B A. For sampling.
-
-    A token is many small products, and the adapter's own are a fifth of the time. The sum is a copy
-    that goes with the block: W is not touched, so nothing drifts. It moves log-probs by rounding,
-    1e-6 nats in fp32. In 16 bits it would round most of a small adapter away, so there the block
-    changes nothing. No gradient. Takes the memory of the adapted layers' weights once more.
-    """
-    layers = [
-        layer
-        for layer in lora.layers.values()
-        if layer.active is not None and layer.weight.dtype == torch.float32
-    ]
-    try:
-        with torch.no_grad():
-            for layer in layers:
-                lora_A, lora_B = layer.active or (layer.lora_A, layer.lora_B)
-                layer.merged = torch.addmm(layer.weight, lora_B, lora_A, alpha=layer.scale)
-            yield
-    finally:
-        for layer in layers:
-            layer.merged = None

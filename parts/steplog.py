@@ -1,6 +1,7 @@
 """What a training step leaves in the log: its tally, its metrics, some of its rollouts.
 
-Every logged name ends in its unit. A fraction is of tokens unless the name says of what.
+A name whose number has a unit ends in it. A fraction is of the step's tokens, a fraction under
+"reward" of groups, and one under "rollout" of completions.
 """
 
 import math
