@@ -33,6 +33,7 @@ from parts import outcome
 from parts.adapters import put_adapter
 from parts.data import hub_training_file, load_problems, split_heldout, write_problems
 from parts.files import read_json, write_json
+from parts.machine import pick_device, pick_dtype
 from parts.measure import Ruler
 from parts.metrics import Graded, ratios
 from parts.outcome import Results, accuracy
@@ -118,12 +119,18 @@ def make_plan(given: dict[str, Any]) -> Plan:
     if not all(0 < factor < math.inf for factor in factors):
         raise ValueError(f"--sweep is {options.sweep!r}; valid: factors above 0, such as 0.5,1,2")
     methods = ["copsd"] if options.ablate else list(METHODS)
+    # All arms have COPSD's length limit, so that a budget means the same in each.
+    limit = configure({**shared, "method": "copsd", "lang": langs[0]})[0].max_new_tokens
+    shared["max_new_tokens"] = limit
     configs = {
         (method, lang): configure({**shared, "method": method, "lang": lang})[0]
         for method in methods
         for lang in langs
     }
     main = configs["copsd", langs[0]]
+    pick_dtype(main.dtype, pick_device(main.device))  # refuses what this machine does not have
+    if options.results and not Path(options.results).parent.is_dir():
+        raise ValueError(f"--results is {options.results}: there is no such folder")
     if main.eval_problems < 1:
         valid = "1 or more, for arms are compared on them"
         raise ValueError(f"--eval-problems is {main.eval_problems}; valid: {valid}")
@@ -145,10 +152,12 @@ def make_plan(given: dict[str, Any]) -> Plan:
 def open_folder(plan: Plan) -> None:
     """Make the experiment's folder and record, or find its own; ValueError for another's."""
     root = Run(plan.out)
-    if root.record_file.is_file() and read_json(root.record_file)["config"].get("layout") != LAYOUT:
-        raise ValueError(
-            f"{plan.out} is of an older version of the comparison; choose another --out"
-        )
+    if root.record_file.is_file():
+        held = read_json(root.record_file).get("config", {})
+        if "seeds" in held and held.get("layout") != LAYOUT:
+            raise ValueError(
+                f"{plan.out} is of an older version of the comparison; choose another --out"
+            )
     options = plan.options
     settings: dict[str, Any] = {
         "layout": LAYOUT,
@@ -239,7 +248,6 @@ def arms_of(plan: Plan, found: dict[Path, Results]) -> Iterator[Arm]:
             "lang": lang,
             "data": str(folder / "train.jsonl"),
             "eval_data": str(folder / "test.jsonl"),
-            "max_new_tokens": plan.main.max_new_tokens,
         }
         base = Arm(
             name="base",
@@ -364,9 +372,9 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
     What is finished is read, not done again.
     """
     path = arm.folder / "results.json"
-    if path.is_file():
-        return read_json(path)
     with commands.bad_input():
+        if path.is_file():
+            return read_json(path)
         config, model_folder = configure({**arm.settings, "out": str(arm.folder)})
         setup, run = prepare(config, model_folder, Console(quiet=True))
         refuse_missing_problems(arm, setup)

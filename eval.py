@@ -17,6 +17,7 @@ if __name__ == "__main__":
     commands.evaluation()
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -172,7 +173,7 @@ def read_settings(config: EvalConfig, folder: Path) -> Settings:
         max_new_tokens = recipe.get("max_new_tokens", 4096)
     return Settings(
         model=config.model,
-        adapter=config.adapter,
+        adapter=str(Path(config.adapter)) if config.adapter else None,
         benchmark=benchmark,
         lang=config.lang,
         samples=samples,
@@ -371,6 +372,8 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
                 f"{file.parent} is not finished: the command that began it goes on with it"
             )
         rows = read_rows(file.parent / "problems.jsonl")
+        if not rows:
+            raise ValueError(f"{file.parent} has no problems.jsonl, or an empty one")
         results = [read_graded(row) for row in rows]
         settings = record["settings"]
         summary = {
@@ -408,10 +411,11 @@ def prepare_report(folders: list[Path], out: Path) -> Comparison:
         raise ValueError(
             f"these evaluations are of different benchmarks: {', '.join(sorted(benchmarks))}"
         )
-    tables = report_tables(
-        evaluations
-    )  # refuses a run that is there twice, and one that lacks a language
+    # Refuses a run that is there twice, and one that lacks a language.
+    tables = report_tables(evaluations)
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"cannot write to {out}")
     return Comparison(evaluations, tables, tests)
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from copsd import completion_hidden, roll_out
 from parts import runs
 from parts.adapters import load_adapter
-from parts.data import hub_training_file, load_problems
+from parts.data import hub_training_file, keep_fitting, load_problems
 from parts.grading import grade
 from parts.machine import pick_device, pick_dtype
 from parts.model import attach_lora, head_weight, load_model, load_tokenizer, teacher_view
@@ -46,7 +46,7 @@ class Walk:
     notes: list[str]  # what stands below the table
 
 
-def prepare(config: Config, folder: Path, adapter: Path | None) -> Setup:
+def prepare(config: Config, folder: Path, adapter: Path | None, console: Console) -> Setup:
     """Load the model, and the first training problem. ValueError or OSError: bad input.
 
     adapter  a run or adapter folder whose student is to be shown beside the untrained one
@@ -70,7 +70,13 @@ def prepare(config: Config, folder: Path, adapter: Path | None) -> Setup:
         runs.refuse_foreign_adapter(adapter, fingerprint, config.model)
         lora = load_adapter(model, runs.last_adapter_folder(adapter))
     setup = Setup(config, model, tokenizer, lora, train=[problem], heldout=[])
-    setup.teacher_prompt(problem)  # a problem that cannot be taught is bad input
+    keep_fitting(
+        [problem],
+        [max(setup.student_prompt(problem), setup.teacher_prompt(problem), key=len)],
+        console,
+        context=model.config.max_position_embeddings,
+        max_new_tokens=config.max_new_tokens,
+    )
     return setup
 
 

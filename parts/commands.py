@@ -62,23 +62,49 @@ evaluation = _program("Sample, grade, and print pass@k with its companions and 9
 comparison = _program("Compare methods at an equal budget of sampled tokens.")
 
 
-def flags_of(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+# Of a run's settings, those that a walk through one problem depends on.
+SHOWN = (
+    "model",
+    "lang",
+    "data",
+    "seed",
+    "divergence",
+    "beta",
+    "clip_mode",
+    "clip",
+    "english_problem",
+    "english_solution",
+    "thinking",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_new_tokens",
+    "device",
+    "dtype",
+)
+
+
+def flags_of(
+    config: type, only: Sequence[str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that gives a command one flag per field of the dataclass `config`.
 
+    only  the fields that have a flag; None: all
     The command receives, first, the values of the flags that were typed and no others, so that a
     recipe can fill the rest. Parameters of its own follow them.
     """
 
     def _decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command).parameters.values())[1:]
-        names = {f.name for f in fields(config)}
+        flagged = [f for f in fields(config) if only is None or f.name in only]
+        names = {f.name for f in flagged}
 
         def _wrapper(**values: Any) -> None:
             given = {n: value for n, value in values.items() if n in names and value is not None}
             command(given, **{n: value for n, value in values.items() if n not in names})
 
         flags = []
-        for f in fields(config):
+        for f in flagged:
             option = typer.Option(
                 help=help_text(f), show_default=False, rich_help_panel=f.metadata["section"]
             )
@@ -142,9 +168,12 @@ def _machine_is_idle(seconds: float = 0.1) -> bool:
         first_line = counts.read_text(encoding="ascii").split("\n", 1)[0]
         return sum(map(int, first_line.split()[4:6]))  # idle, and waiting for a disk
 
-    before = _idle_ticks()
-    time.sleep(seconds)
-    idle_seconds = (_idle_ticks() - before) / os.sysconf("SC_CLK_TCK")
+    try:
+        before = _idle_ticks()
+        time.sleep(seconds)
+        idle_seconds = (_idle_ticks() - before) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):  # a hardened container hides the counts
+        return True
     processors = os.cpu_count() or 1
     return idle_seconds > (processors - 0.5) * seconds
 
@@ -183,7 +212,7 @@ def train_command(given: Given) -> None:
 
 
 @copsd.command("show")
-@flags_of(Config)
+@flags_of(Config, only=SHOWN)
 def show_command(
     given: Given,
     adapter: Annotated[
@@ -199,12 +228,13 @@ def show_command(
     from parts.setup import configure
 
     with bad_input():
-        setup = show.prepare(*configure(given), adapter)
+        if html and not html.parent.is_dir():
+            raise ValueError(f"--html is {html}: there is no such folder")
+        setup = show.prepare(*configure(given), adapter, console)
     found = show.walk(setup, trained=adapter is not None)
     show.print_walk(setup, found, console)
     if html:
-        with bad_input():
-            show.write_page(found, html)
+        show.write_page(found, html)
 
 
 @copsd.command("languages")
@@ -222,6 +252,7 @@ def languages_command() -> None:
 @copsd.command(
     "compare",
     hidden=True,
+    add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
 def compare_command() -> None:

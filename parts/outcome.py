@@ -235,7 +235,9 @@ def write_section(file: Path, name: str, text: str) -> None:
     section = f"{begin}\n\n{text}\n\n{end}"
     before, found, rest = whole.partition(begin)
     if found:
-        _, _, after = rest.partition(end)
+        _, ended, after = rest.partition(end)
+        if not ended:
+            raise ValueError(f"{file} has {begin!r} without {end!r}")
         write_text(file, before + section + after)
     else:
         write_text(file, (whole.rstrip() + "\n\n" if whole else "") + section + "\n")

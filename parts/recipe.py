@@ -15,13 +15,12 @@ import os
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from parts.files import read_json
 from parts.prompts import THINKING, find_language
 
 METHODS = ("copsd", "grpo")
-AnyConfig = TypeVar("AnyConfig")
 
 
 def setting(
@@ -342,7 +341,7 @@ def check_settings(config: Any) -> None:
             raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(choices)}")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and not _is_inside(value, f):
-            valid = range_text(f) or "any finite number"
+            valid = range_text(f) or "a finite number"
             raise ValueError(f"{_flag(f)} is {value}; valid: {valid}")
 
 
@@ -358,8 +357,8 @@ def check_run(config: Config) -> None:
         raise ValueError(f"--token-budget is {config.token_budget}; valid: {valid}")
 
 
-def fill(kind: type[AnyConfig], given: dict[str, Any], model_folder: Path) -> AnyConfig:
-    """Return the settings of a run or a comparison; see the top of the file for what goes first."""
+def fill(given: dict[str, Any], model_folder: Path) -> Config:
+    """Return the settings of a run; see the top of the file for what goes first."""
     method = given.get("method", Config.method)
     names = {f.name for f in fields(Config)}
     defaults = {
@@ -373,7 +372,7 @@ def fill(kind: type[AnyConfig], given: dict[str, Any], model_folder: Path) -> An
         raise ValueError(f"{path} has unknown settings: {', '.join(sorted(unknown))}")
     if "data" in given:
         recipe.pop("eval_data", None)  # the recipe's benchmark belongs to the recipe's data
-    return kind(**{**defaults, **recipe, **given})
+    return Config(**{**defaults, **recipe, **given})
 
 
 def settle(config: Config) -> Config:

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from parts.files import (
+    PARTIAL,
     append_rows,
     json_lines,
     read_json,
@@ -59,7 +60,10 @@ class Run:
 
         Touches nothing.
         """
-        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+        if not self.folder.exists():
+            return
+        # A kill while the record is first written leaves nothing but a partial file.
+        if all(path.name.endswith(PARTIAL) for path in self.folder.iterdir()):
             return
         if not self.record_file.is_file():
             raise ValueError(
@@ -122,7 +126,20 @@ class Run:
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
         sampled = {row["step"]: row["sampled_tokens"] for row in self.metrics()}
+        if step not in sampled:
+            raise ValueError(
+                f"{self.folder}: metrics.jsonl lacks step {step}, at which the state was saved; "
+                "choose another --out"
+            )
         return step, sampled[step], tensors
+
+    def check_state(self) -> None:
+        """Raise ValueError or SafetensorError where a run cannot go on from its folder."""
+        self.load_state()
+        for name in LOGS:
+            read_rows(self.folder / name)
+        for when in ("before", "after"):
+            self.read_evaluation(when)
 
     def read_evaluation(self, when: str) -> Any | None:
         """Return the evaluation "before" or "after" training, None where it was not made yet."""

@@ -43,7 +43,7 @@ class Setup:
 def configure(given: dict[str, Any]) -> tuple[Config, Path]:
     """Return a run's settings, of which `given` were typed, and the model's folder."""
     folder = resolve_model(given.get("model", Config.model))
-    return settle(fill(Config, given, folder)), folder
+    return settle(fill(given, folder)), folder
 
 
 def load_setup(config: Config, folder: Path, console: Console) -> tuple[Setup, dict[str, str]]:
@@ -84,6 +84,7 @@ def prepare(config: Config, folder: Path, console: Console) -> tuple[Setup, runs
     run.check(settings)
     setup, identity = load_setup(config, folder, console)
     run.check(settings, identity)
+    run.check_state()
     run.create(settings, identity)
     return setup, run
 

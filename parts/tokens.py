@@ -26,9 +26,8 @@ from parts.files import write_text
 PAGE = Path(__file__).with_name("tokens.html")  # but for its data
 TOP = 5  # tokens shown of each distribution
 ROWS = 64  # tokens whose logits are alive at a time: 0.3 GiB or so with a vocabulary of 150,000
-CONTEXT = (
-    4  # ids before a token that can change how it is written: a character has at most four bytes
-)
+# Ids before a token that can change how it is written: a character has at most four bytes.
+CONTEXT = 4
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # how a decoder writes a part of a character
 STYLES = ((1.0, "bold red"), (0.1, "yellow"))  # from how many nats on
 MARKS = {

@@ -45,3 +45,11 @@ def tiny_model() -> Qwen2ForCausalLM:
 @pytest.fixture
 def lab_folder() -> Path:
     return ROOT / "lab" / "tiny"
+
+
+@pytest.fixture(autouse=True)
+def idle_machine(monkeypatch):
+    """Let commands find an idle machine, and put back what they set for the threads."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setattr("parts.commands._machine_is_idle", lambda: True)

@@ -55,32 +55,26 @@ LOOP = 90  # lines of a training loop
 
 
 def imported(path: Path) -> set[str]:
-    """Return the modules of ours, such as "parts.data", that a file imports at its top."""
+    """Return the modules of ours, such as "parts.data", that a file imports, wherever in it.
+
+    Only the command lines import inside functions: each its program, when it runs.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if path.name == "commands.py" else ast.walk(tree)
     found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "parts":
-            found |= {f"parts.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        names = [alias.name for alias in node.names]
+        found |= {f"parts.{name}" for name in names} if node.module == "parts" else {node.module}
     return {name for name in found if name.split(".")[0] in {*ABOVE, "parts"}}
 
 
 def functions(path: Path) -> list[ast.FunctionDef]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-
-
-def nesting(node: ast.AST, depth: int = 0) -> int:
-    """Return how deep blocks stand in each other inside a function."""
-    blocks = (ast.If, ast.For, ast.While, ast.With, ast.Try)
-    inner = [
-        nesting(child, depth + isinstance(child, blocks))
-        for child in ast.iter_child_nodes(node)
-        if not isinstance(child, (ast.FunctionDef, ast.ClassDef))
-    ]
-    return max(inner, default=depth)
 
 
 def test_every_part_is_in_the_order_of_imports():
@@ -213,6 +207,33 @@ def test_eval_commands_of_the_readme_run(command, tmp_path):
         arguments += ["--limit", "4"]
     result = CliRunner().invoke(commands.evaluation, arguments)
     assert result.exit_code == 0, result.output
+
+
+def test_what_the_readme_quotes_of_show_is_what_it_prints():
+    quoted = README.split("```text\n")[1].split("```")[0].splitlines()
+    printed = CliRunner().invoke(commands.copsd, ["show", "--lang", "hau"]).stdout.splitlines()
+    number = re.compile(r"<?\d+\.\d{3}")
+    for line in quoted:
+        if line.strip() == "...":
+            continue
+        words = number.sub("#", line).split()
+        alike = [other for other in printed if number.sub("#", other).split() == words]
+        assert alike, line
+        values = [float(text.strip("<")) for text in number.findall(line)]
+        ends = [[float(text.strip("<")) for text in number.findall(other)] for other in alike]
+        assert any(found == pytest.approx(values, abs=0.005) for found in ends), line
+
+
+def test_the_readmes_table_is_one_of_the_results():
+    results = (ROOT / "lab" / "RESULTS.md").read_text(encoding="utf-8")
+    rows = [line for line in README.splitlines() if re.match(r"\| (Hausa|Swahili|Yoruba) ", line)]
+    assert len(rows) == 3 and all(row in results for row in rows)
+
+
+def test_the_pictures_of_the_documents_are_there():
+    for document in (ROOT / "README.md", ROOT / "lab" / "RESULTS.md", ROOT / "lab" / "README.md"):
+        for name in re.findall(r"\]\((\S+\.png)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / name).is_file(), name
 
 
 def test_the_lab_recipe_gives_a_reason_for_each_difference():

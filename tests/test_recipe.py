@@ -144,30 +144,24 @@ def test_the_settings_of_a_run_cannot_be_edited():
 
 
 def test_typed_flags_go_before_the_recipe_before_the_method_before_the_default(tmp_path):
-    default = fill(Config, {}, tmp_path)
+    default = fill({}, tmp_path)
     assert default == Config() and default.temperature == 1.1
-    by_method = fill(Config, {"method": "grpo"}, tmp_path)
+    by_method = fill({"method": "grpo"}, tmp_path)
     assert (by_method.temperature, by_method.top_k, by_method.steps) == (1.2, 0, 500)
     assert by_method.lr == Config.lr  # where the method has no value of its own
     write_recipe(tmp_path, temperature={"value": 0.7, "why": "so"})
     for method in METHODS:
-        assert fill(Config, {"method": method}, tmp_path).temperature == 0.7
-    assert fill(Config, {"method": "grpo", "temperature": 0.5}, tmp_path).temperature == 0.5
+        assert fill({"method": method}, tmp_path).temperature == 0.7
+    assert fill({"method": "grpo", "temperature": 0.5}, tmp_path).temperature == 0.5
     # A flag that was typed counts though it is the default.
-    assert fill(Config, {"temperature": 1.1}, tmp_path).temperature == 1.1
+    assert fill({"temperature": 1.1}, tmp_path).temperature == 1.1
 
 
 def test_a_recipe_may_have_another_value_for_a_method(tmp_path):
     write_recipe(tmp_path, lr={"value": 0.1, "grpo": 0.2, "why": "so"})
     assert read_recipe(tmp_path)["lr"] == read_recipe(tmp_path, "copsd")["lr"] == 0.1
     assert read_recipe(tmp_path, "grpo")["lr"] == 0.2
-    assert fill(Config, {"method": "grpo"}, tmp_path).lr == 0.2
-
-
-def test_a_comparison_takes_the_same_recipe(tmp_path):
-    write_recipe(tmp_path, lr={"value": 0.1, "why": "so"})
-    found = fill(CompareConfig, {"seeds": "2"}, tmp_path)
-    assert (found.lr, found.seeds, found.dev_problems) == (0.1, "2", 100)
+    assert fill({"method": "grpo"}, tmp_path).lr == 0.2
 
 
 def test_a_recipe_gives_values_and_paths_beside_the_model(tmp_path):
@@ -187,16 +181,16 @@ def test_a_recipe_gives_values_and_paths_beside_the_model(tmp_path):
 def test_a_recipe_of_unknown_settings_is_an_error_that_names_them(tmp_path):
     write_recipe(tmp_path, lr={"value": 0.1}, speed={"value": 9}, colour={"value": "red"})
     with pytest.raises(ValueError, match=r"recipe\.json has unknown settings: colour, speed$"):
-        fill(Config, {}, tmp_path)
+        fill({}, tmp_path)
 
 
 def test_the_recipes_benchmark_belongs_to_the_recipes_data(tmp_path):
     write_recipe(tmp_path, data={"value": "train.jsonl"}, eval_data={"value": "test.jsonl"})
-    found = fill(Config, {}, tmp_path)
+    found = fill({}, tmp_path)
     assert found.eval_data == str(tmp_path / "test.jsonl")
-    own = fill(Config, {"data": "mine.jsonl"}, tmp_path)
+    own = fill({"data": "mine.jsonl"}, tmp_path)
     assert (own.data, own.eval_data) == ("mine.jsonl", None)
-    both = fill(Config, {"data": "mine.jsonl", "eval_data": "other.jsonl"}, tmp_path)
+    both = fill({"data": "mine.jsonl", "eval_data": "other.jsonl"}, tmp_path)
     assert both.eval_data == "other.jsonl"
 
 
@@ -226,7 +220,7 @@ def test_two_settings_that_belong_together_are_checked_together():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_lab_models_recipe_is_valid_for_every_method(lab_folder, method):
-    found = settle(fill(Config, {"method": method}, lab_folder))
+    found = settle(fill({"method": method}, lab_folder))
     assert Path(str(found.data)).is_file() and Path(str(found.eval_data)).is_file()
 
 

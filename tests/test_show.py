@@ -3,12 +3,14 @@
 import re
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from parts import commands
 from parts.setup import configure
 from show import prepare, walk
 
+QUIET = Console(quiet=True)
 TRAIN = ["--steps", "1", "--batch-size", "4", "--eval-problems", "0", "--lr", "0.01"]
 
 
@@ -39,7 +41,7 @@ def test_both_prompts_are_printed_with_the_boundary():
 def test_the_mean_below_the_table_is_the_loss_of_that_rollout():
     from copsd import copsd_loss
 
-    setup = prepare(*configure({"lang": "hau"}), None)
+    setup = prepare(*configure({"lang": "hau"}), None, QUIET)
     found = walk(setup, trained=False)
     problem = setup.train[0]
     loss_N, _ = copsd_loss(setup, [setup.teacher_prompt(problem)], [found.rollout])
@@ -51,7 +53,7 @@ def test_the_mean_below_the_table_is_the_loss_of_that_rollout():
 
 
 def test_the_trained_student_stands_beside_the_untrained_one(trained):
-    setup = prepare(*configure({"lang": "hau"}), trained)
+    setup = prepare(*configure({"lang": "hau"}), trained, QUIET)
     found = walk(setup, trained=True)
     assert found.after is not None
     assert [row.text for row in found.after] == [row.text for row in found.rows]
@@ -61,7 +63,7 @@ def test_the_trained_student_stands_beside_the_untrained_one(trained):
     assert [row.student for row in found.after] != pytest.approx(
         [row.student for row in found.rows]
     )
-    untrained = walk(prepare(*configure({"lang": "hau"}), None), trained=False)
+    untrained = walk(prepare(*configure({"lang": "hau"}), None, QUIET), trained=False)
     assert [row.kl for row in found.rows] == pytest.approx([row.kl for row in untrained.rows])
 
 
@@ -80,6 +82,8 @@ def test_the_page_holds_the_same_walk(tmp_path, trained):
         (["--adapter", "tests"], "neither an adapter folder nor a run folder"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--html", "nowhere/walk.html"], "nowhere"),
+        (["--max-new-tokens", "512"], "no problem fits the model's context"),
+        (["--teacher", "ema"], "No such option"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, said):
