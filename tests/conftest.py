@@ -51,5 +51,6 @@ def lab_folder() -> Path:
 def idle_machine(monkeypatch):
     """Let commands find an idle machine, and put back what they set for the threads."""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
+        monkeypatch.setenv(name, "PASSIVE")  # so that it is put back as it was afterwards
+        monkeypatch.delenv(name)
     monkeypatch.setattr("parts.commands._machine_is_idle", lambda: True)
