@@ -271,9 +271,10 @@ def run_comparison(given: Given) -> None:
     """
     console = start()
     import compare
+    from parts.plan import make_plan
 
     with bad_input():
-        plan = compare.make_plan(given)
+        plan = make_plan(given)
     raise typer.Exit(compare.run(plan, console))
 
 

@@ -12,13 +12,15 @@ from typer.testing import CliRunner
 
 import compare
 import copsd
-from compare import ablation_arms, arms_of, parse_seeds, pick_rate
+from compare import arms_of, pick_rate
 from parts import commands, measure, outcome
+from parts import plan as plans
 from parts.adapters import load_adapter
 from parts.data import load_problems
 from parts.files import read_json, read_rows, write_json
 from parts.metrics import ratios
 from parts.model import load_model, load_tokenizer
+from parts.plan import ablation_arms, parse_seeds
 from parts.recipe import Config
 from parts.sampler import SamplingParams
 
@@ -244,7 +246,7 @@ def test_an_arm_whose_gradient_is_lost_ends_the_comparison_with_its_name(tmp_pat
     assert "grpo-" in result.stdout.partition("error: ")[2]
 
 
-def make_plan(tmp_path: Path, *flags: str, **given: Any) -> compare.Plan:
+def make_plan(tmp_path: Path, *flags: str, **given: Any) -> plans.Plan:
     """Return the plan of a small experiment, whose folder is made and in which nothing ran."""
     small = {
         "lang": "ha",
@@ -258,7 +260,7 @@ def make_plan(tmp_path: Path, *flags: str, **given: Any) -> compare.Plan:
         "steps": 12,
         "out": str(tmp_path / "out"),
     }
-    return compare.make_plan({**small, **given})
+    return plans.make_plan({**small, **given})
 
 
 def measured(right: list[float], tokens: list[float] | None = None) -> dict[str, Any]:
@@ -270,7 +272,7 @@ def measured(right: list[float], tokens: list[float] | None = None) -> dict[str,
     return {"final": found}
 
 
-def walk(plan: compare.Plan, accuracies: dict[str, float]) -> list[compare.Arm]:
+def walk(plan: plans.Plan, accuracies: dict[str, float]) -> list[compare.Arm]:
     """Return the arms of a plan, whose sweep's runs get these accuracies by their folder's name."""
     found: dict[Path, Any] = {}
     arms = []
@@ -353,7 +355,7 @@ def test_an_ablations_arms_are_one_method_at_its_recipes_rate(tmp_path):
 
 
 def test_an_ablation_is_one_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "ABLATIONS", (("clip_mode", ("none", "entry")),))
+    monkeypatch.setattr(plans, "ABLATIONS", (("clip_mode", ("none", "entry")),))
     flags = [*SMALL, "--ablate", "--seeds", "1", "--out", str(tmp_path / "out")]
     result = run_cli(*flags, "--results", str(tmp_path / "RESULTS.md"))
     assert result.exit_code == 0, result.output
@@ -367,7 +369,7 @@ def test_the_splits_that_are_written_are_kept_as_they_are(tmp_path):
     files = sorted((plan.out / "hau").glob("*.jsonl"))
     assert [file.name for file in files] == ["dev.jsonl", "test.jsonl", "train.jsonl"]
     before = {file: file.stat().st_mtime_ns for file in files}
-    assert compare.read_splits(plan, "hau") == {}
+    assert plans.read_splits(plan, "hau") == {}
     make_plan(tmp_path)
     assert {file: file.stat().st_mtime_ns for file in files} == before
     # A split comes back with every field that training and measuring read.

@@ -36,6 +36,7 @@ PARTS = (
     "runs",
     "steplog",
     "setup",
+    "plan",
     "figures",
     "report",
     "outcome",

@@ -1,0 +1,188 @@
+"""An experiment as it was asked for: read, checked, its folder and its problems laid out.
+
+Nothing here trains or measures; compare.py does, with what this file returns.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from parts.data import hub_training_file, load_problems, split_heldout, write_problems
+from parts.files import read_json
+from parts.machine import pick_device, pick_dtype
+from parts.prompts import Problem, find_language
+from parts.recipe import CompareConfig, Config, check_settings
+from parts.runs import Run
+from parts.setup import configure
+
+SWEEP_SEED = 1000  # of the runs that pick a rate; no reported run may have it
+LAYOUT = 2  # of the folder: an older one holds other results.json files
+ARMS = {"grpo": {"method": "grpo"}, "copsd": {"method": "copsd"}}
+# Setting, and the values it is tried with, in the table's order. The recipe as it is comes first.
+ABLATIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("clip_mode", ("none", "entry", "token")),
+    ("divergence", ("forward_kl", "reverse_kl", "jsd")),
+    ("teacher", ("fixed", "current", "ema")),
+    ("english_problem", (True, False)),
+    ("english_solution", (True, False)),
+    ("swap_solutions", (False, True)),
+)
+OWN_SETTINGS = {  # flags of a run that an experiment sets by itself
+    "method": "it trains with several",
+    "seed": "--seeds says which",
+    "save_every": "an arm is measured at 6 checkpoints",
+}
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment that was read and checked."""
+
+    options: CompareConfig  # what was typed
+    given: dict[str, Any]  # the settings of every run, of these
+    langs: list[str]
+    seeds: list[int]
+    factors: list[float]  # of the sweep; none where rates are not picked
+    configs: dict[tuple[str, str], Config]  # by method and language: its recipe
+    variants: dict[str, dict[str, Any]]  # the arms, and what each sets
+    out: Path
+
+    @property
+    def main(self) -> Config:
+        """COPSD's recipe in the first language: what every arm is measured with, too."""
+        return self.configs["copsd", self.langs[0]]
+
+
+def make_plan(given: dict[str, Any]) -> Plan:
+    """Return the experiment that the typed flags ask for. ValueError or OSError: bad input.
+
+    Makes the folder and its record, and nothing before all is checked.
+    """
+    options = CompareConfig(**given)
+    check_settings(options)
+    for name, why in OWN_SETTINGS.items():
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')} is not for a comparison: {why}")
+    own = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(Config)}
+    shared = {n: value for n, value in given.items() if n not in own | {"lang", "out"}}
+    langs = parse_list(options.lang, "lang", lambda code: find_language(code).iso3)
+    factors = parse_list(options.sweep, "sweep", float)
+    if not all(0 < factor < math.inf for factor in factors):
+        raise ValueError(f"--sweep is {options.sweep!r}; valid: factors above 0, such as 0.5,1,2")
+    methods = ["copsd"] if options.ablate else list(ARMS)
+    # All arms have COPSD's length limit, so that a budget means the same in each.
+    limit = configure({**shared, "method": "copsd", "lang": langs[0]})[0].max_new_tokens
+    shared["max_new_tokens"] = limit
+    configs = {
+        (method, lang): configure({**shared, "method": method, "lang": lang})[0]
+        for method in methods
+        for lang in langs
+    }
+    main = configs["copsd", langs[0]]
+    pick_dtype(main.dtype, pick_device(main.device))  # refuses what this machine does not have
+    if options.results and not Path(options.results).parent.is_dir():
+        raise ValueError(f"--results is {options.results}: there is no such folder")
+    if main.eval_problems < 1:
+        valid = "1 or more, for arms are compared on them"
+        raise ValueError(f"--eval-problems is {main.eval_problems}; valid: {valid}")
+    kind = "ablate" if options.ablate else "compare"
+    plan = Plan(
+        options=options,
+        given=shared,
+        langs=langs,
+        seeds=parse_seeds(options.seeds),
+        factors=[] if options.ablate else factors,
+        configs=configs,
+        variants=ablation_arms(main) if options.ablate else ARMS,
+        out=Path(options.out or f"runs/{kind}-{Path(main.model).name}-{'-'.join(langs)}"),
+    )
+    open_folder(plan)
+    return plan
+
+
+def open_folder(plan: Plan) -> None:
+    """Make the experiment's folder and record, or find its own; ValueError for another's."""
+    root = Run(plan.out)
+    if root.record_file.is_file():
+        held = read_json(root.record_file).get("config", {})
+        if "seeds" in held and held.get("layout") != LAYOUT:
+            raise ValueError(
+                f"{plan.out} is of an older version of the comparison; choose another --out"
+            )
+    options = plan.options
+    settings: dict[str, Any] = {
+        "layout": LAYOUT,
+        "langs": plan.langs,
+        "seeds": plan.seeds,
+        "factors": plan.factors,
+        "dev_problems": options.dev_problems,
+        "ablate": options.ablate,
+    }
+    for method, lang in plan.configs:
+        if lang == plan.langs[0]:
+            recipe = asdict(plan.configs[method, lang]).items()
+            settings |= {f"{method} {n}": v for n, v in recipe if n not in ("method", "out")}
+    root.check(settings)
+    # Broken data of any language is an error before the folder is made.
+    splits = {lang: read_splits(plan, lang) for lang in plan.langs}
+    root.create(settings, {})
+    for lang in plan.langs:
+        write_splits(plan.out / lang, splits[lang])
+
+
+def parse_list(text: str, what: str, convert: Callable[[str], Value]) -> list[Value]:
+    """Return the converted parts of "a,b,c"; ValueError for a broken or a repeated one."""
+    try:
+        values = [convert(part.strip()) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--{what} is {text!r}: {error}") from error
+    if len(set(values)) < len(values):
+        raise ValueError(f"--{what} is {text!r}, which names one of them twice")
+    return values
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds of "3", which is 0, 1 and 2, or of "0,4,7"."""
+    seeds = parse_list(text, "seeds", int)
+    if len(seeds) == 1 and "," not in text:
+        seeds = list(range(seeds[0]))
+    if not seeds or min(seeds) < 0 or SWEEP_SEED in seeds:
+        valid = "a count of 1 or more, or seeds from 0 as in 0,4,7"
+        raise ValueError(f"--seeds is {text!r}; valid: {valid}")
+    return seeds
+
+
+def ablation_arms(config: Config) -> dict[str, dict[str, Any]]:
+    """Return the recipe as it is, and an arm for each value of ABLATIONS that it does not have."""
+    arms: dict[str, dict[str, Any]] = {"recipe": {}}
+    for setting, values in ABLATIONS:
+        for value in values:
+            if value != getattr(config, setting):
+                arms[f"{setting}={value}".replace("_", " ")] = {setting: value}
+    return arms
+
+
+def read_splits(plan: Plan, lang: str) -> dict[str, list[Problem]]:
+    """Return the problems of a language in three parts, {} where they are written already."""
+    if all((plan.out / lang / f"{name}.jsonl").is_file() for name in ("train", "dev", "test")):
+        return {}
+    config = plan.configs["copsd", lang]
+    train = load_problems(
+        Path(config.data) if config.data else hub_training_file(lang), language=lang
+    )
+    if config.eval_data:
+        test = load_problems(Path(config.eval_data), language=lang)[: config.eval_problems]
+    else:
+        train, test = split_heldout(train, config.eval_problems, 0)
+    train, dev = split_heldout(train, plan.options.dev_problems, 0)
+    return {"train": train, "dev": dev, "test": test}
+
+
+def write_splits(folder: Path, splits: dict[str, list[Problem]]) -> None:
+    """Write each part as a data file, so that no arm can see another split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, problems in splits.items():
+        write_problems(folder / f"{name}.jsonl", problems)
