@@ -114,6 +114,8 @@ def test_the_lines_where_a_program_starts_stand_above_its_slow_imports():
 def test_every_setting_is_a_flag_with_its_help_under_its_heading(command):
     text = run_cli(command, "--help").output
     for f in fields(CONFIGS[command]):
+        if command == "copsd show" and f.name not in commands.SHOWN:
+            continue  # what a walk through one problem does not depend on
         flag = "--" + f.name.replace("_", "-")
         assert f"{flag} " in text, flag
         assert commands.help_text(f).split(". ")[0][:60] in text, flag
@@ -138,11 +140,11 @@ def test_a_command_gets_the_flags_that_were_typed_and_no_others(monkeypatch, com
         raise ValueError("that is all")
 
     monkeypatch.setattr("parts.setup.configure", listening)
-    typed = ["--lr", "5e-06", "--no-english-problem", "--swap-solutions", "--top-k", "0"]
+    typed = ["--beta", "0.5", "--no-english-problem", "--top-k", "0"]
     assert run_cli(command, *typed).exit_code == 2
     assert run_cli(command).exit_code == 2
-    # 5e-06 is the default, and was typed all the same: it goes before a recipe's value.
-    expected = {"lr": 5e-6, "english_problem": False, "swap_solutions": True, "top_k": 0}
+    # 0.5 is the default, and was typed all the same: it goes before a recipe's value.
+    expected = {"beta": 0.5, "english_problem": False, "top_k": 0}
     assert received == [expected, {}]
 
 
