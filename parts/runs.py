@@ -63,7 +63,9 @@ class Run:
         if not self.folder.exists():
             return
         # A kill while the record is first written leaves nothing but a partial file.
-        if all(path.name.endswith(PARTIAL) for path in self.folder.iterdir()):
+        if self.folder.is_dir() and all(
+            path.name.endswith(PARTIAL) for path in self.folder.iterdir()
+        ):
             return
         if not self.record_file.is_file():
             raise ValueError(

@@ -23,7 +23,6 @@ SHOWN_STEPS = 12  # rows of the live table
 COLUMNS = {  # column title -> (metric, format); a run shows what its method logs
     "step": ("step", "{:.0f}"),
     "loss": ("loss/objective_nats_per_token", "{:+.4f}"),
-    "surrogate": ("loss/objective", "{:+.4f}"),  # GRPO's loss, about 0 whatever is learned
     "reward": ("reward/mean", "{:.3f}"),
     "dead": ("reward/dead_group_frac", "{:.0%}"),
     "KL": ("loss/kl_nats_per_token", "{:.4f}"),
