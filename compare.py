@@ -205,7 +205,9 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
         if path.is_file():
             return read_json(path)
         config, model_folder = configure({**arm.settings, "out": str(arm.folder)})
-        setup, run = prepare(config, model_folder, Console(quiet=True))
+        # The first arm decides what day a template writes, or arms of two days would differ in it.
+        day = Run(plan.out / plan.langs[0] / "base").recorded_day()
+        setup, run = prepare(config, model_folder, Console(quiet=True), day)
         refuse_missing_problems(arm, setup)
     if not arm.is_trained:
         results: Results = {"points": [], "final": measure_arm(plan, setup, kl=True, sampled=True)}

@@ -47,6 +47,7 @@ from transformers import PreTrainedModel
 from kernels import chunked_divergence, chunked_logprob, reduce_loss
 from parts import data, measure, runs, steplog
 from parts.adapters import save_adapter
+from parts.chat import completion_text, prompt_opens_think
 from parts.grading import is_correct
 from parts.machine import Stopwatch
 from parts.metrics import Ratio, bootstrap
@@ -57,7 +58,7 @@ from parts.model import (
     teacher_view,
     valid_ids,
 )
-from parts.prompts import Problem, find_language, pose_in_english, prompt_opens_think
+from parts.prompts import Problem, find_language, pose_in_english
 from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Setup
@@ -244,13 +245,14 @@ def roll_out_groups(setup: Setup, problems: list[Problem], *, seed: int) -> list
     """Sample --group-size completions of each problem and reward them."""
     size = setup.config.group_size
     think_open = prompt_opens_think(setup.tokenizer, setup.config.thinking)
+    end_ids = eos_ids(setup.model, setup.tokenizer)
     rollouts = roll_out(setup, problems, seed=seed, samples=size)
     groups = []
     for index, problem in enumerate(problems):
         group = rollouts[index * size : (index + 1) * size]
         rewards = []
         for rollout in group:
-            text = str(setup.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
+            text = completion_text(rollout.completion_ids, setup.tokenizer, end_ids)
             right = is_correct(text, str(problem.answer), think_open=think_open)
             rewards.append(float(right))
         groups.append(Group(problem, group, rewards))

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parts import runs
 from parts.adapters import load_adapter
 from parts.benchmarks import BENCHMARKS, find_files, has_language
+from parts.chat import freeze_date
 from parts.data import keep_fitting, load_problems
 from parts.files import append_rows, read_json, read_rows, write_json
 from parts.machine import pick_device, pick_dtype
@@ -127,10 +128,13 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
         load_benchmark(settings.benchmark, language, config.revision, settings.limit)
         for language in chosen
     ]
-    tokenizer = load_tokenizer(folder)
+    out = Path(config.out) if config.out else None
+    kept = kept_runs(out, chosen)
+    # An evaluation that goes on keeps the day that its template writes.
+    days = [run.recorded_day() for run in kept.values()]
+    tokenizer, day = freeze_date(load_tokenizer(folder), next(filter(None, days), None))
     model, weights = load_weights(settings, folder, device=config.device, dtype=config.dtype)
     context = model.config.max_position_embeddings
-    out = Path(config.out) if config.out else None
     parts = []
     records = []
     for language, (problems, commit) in zip(chosen, loaded, strict=True):
@@ -145,13 +149,13 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
         identity = {
             **weights,
             "prompt_template": template_hash(tokenizer, language, one.thinking),
+            "template_date": day,
             "data": hashlib.sha256(repr(problems).encode()).hexdigest()[:16],
             "data_revision": commit,
         }
-        run = None
+        run = kept.get(language.iso3)
         done = []
-        if out:
-            run = runs.Run(out / language.iso3 if len(chosen) > 1 else out, "settings")
+        if run:
             run.check(asdict(one), identity)
             done = read_done(run, problems)
             records.append((run, asdict(one), identity))
@@ -159,6 +163,15 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     for run, record, identity in records:
         run.create(record, identity)
     return Job(settings, model, tokenizer, config.batch_rows, parts, out)
+
+
+def kept_runs(out: Path | None, chosen: list[Language]) -> dict[str, runs.Run]:
+    """Return the folder of each language, by its code; {} where nothing is to be kept."""
+    if out is None:
+        return {}
+    if len(chosen) == 1:
+        return {chosen[0].iso3: runs.Run(out, "settings")}
+    return {language.iso3: runs.Run(out / language.iso3, "settings") for language in chosen}
 
 
 def read_settings(config: EvalConfig, folder: Path) -> Settings:
@@ -358,6 +371,7 @@ class Comparison:
     evaluations: list[Evaluation]
     tables: list[Table]  # of their metrics
     tests: list[list[str]]  # rows of the table of paired tests
+    days: list[list[str]]  # run, language, the day its prompts name; [] where all name the same
 
 
 def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
@@ -397,12 +411,15 @@ def prepare_report(folders: list[Path], out: Path) -> Comparison:
     """
     evaluations: list[Evaluation] = []
     tests: list[list[str]] = []
+    days: list[list[str]] = []
     firsts: dict[str, Finished] = {}
     unique = len({folder.name for folder in folders}) == len(folders)
     for folder in folders:
         for found in load_evaluations(folder, folder.name if unique else str(folder)):
             evaluations.append(found.view)
             language = found.record["settings"]["lang"]
+            day = found.record["identity"].get("template_date") or "none"
+            days.append([found.view.name, language, day])
             first = firsts.setdefault(language, found)
             if first is not found:
                 tests.append(compared_row(language, first, found))
@@ -416,7 +433,8 @@ def prepare_report(folders: list[Path], out: Path) -> Comparison:
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"cannot write to {out}")
-    return Comparison(evaluations, tables, tests)
+    differ = len({day for _, _, day in days}) > 1
+    return Comparison(evaluations, tables, tests, days if differ else [])
 
 
 def report(found: Comparison, out: Path, console: Console) -> None:
@@ -431,6 +449,9 @@ def report(found: Comparison, out: Path, console: Console) -> None:
     tables = []
     if found.tests:
         tables = [text_table("Paired tests over problems", header, found.tests)]
+    if found.days:
+        title = "The prompts differ: the chat template writes today's date, and it was another"
+        tables.append(text_table(title, ["run", "language", "date"], found.days))
     files = write_report(found.evaluations, tables, out)
     console.print(*found.tables, *tables, sep="\n")
     say(console, f"report: {', '.join(map(str, files))}")

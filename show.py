@@ -18,11 +18,12 @@ from rich.console import Console
 from copsd import completion_hidden, roll_out
 from parts import runs
 from parts.adapters import load_adapter
+from parts.chat import completion_text, freeze_date, prompt_opens_think
 from parts.data import hub_training_file, keep_fitting, load_problems
 from parts.grading import grade
 from parts.machine import pick_device, pick_dtype
-from parts.model import attach_lora, head_weight, load_model, load_tokenizer, teacher_view
-from parts.prompts import Problem, prompt_opens_think, render_prompt, template_hash
+from parts.model import attach_lora, eos_ids, head_weight, load_model, load_tokenizer, teacher_view
+from parts.prompts import Problem, render_prompt, template_hash
 from parts.recipe import Config
 from parts.sampler import Rollout
 from parts.setup import Setup
@@ -53,7 +54,8 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
     """
     device = pick_device(config.device)
     model = load_model(folder, device=device, dtype=pick_dtype(config.dtype, device))
-    tokenizer = load_tokenizer(folder)
+    day = runs.Run(adapter).recorded_day() if adapter else None  # the day it was trained with
+    tokenizer, _ = freeze_date(load_tokenizer(folder), day)
     source = Path(config.data) if config.data else hub_training_file(config.lang)
     problem = load_problems(source, language=config.lang)[0]
     if adapter is None:
@@ -183,7 +185,8 @@ def _prompt_texts(setup: Setup, problem: Problem) -> dict[str, str]:
 
 
 def _text(setup: Setup, rollout: Rollout) -> str:
-    return str(setup.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
+    end_ids = eos_ids(setup.model, setup.tokenizer)
+    return completion_text(rollout.completion_ids, setup.tokenizer, end_ids)
 
 
 def _reward_note(setup: Setup, problem: Problem, rollout: Rollout, what: str) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from parts.chat import completion_text, prompt_opens_think
 from parts.grading import grade
 from parts.metrics import LEVEL_WEIGHTS, Attempt, Estimate, Graded, summarise
 from parts.model import eos_ids, valid_ids
@@ -24,7 +25,6 @@ from parts.prompts import (
     find_language,
     languages,
     pose_in_english,
-    prompt_opens_think,
 )
 from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
@@ -105,6 +105,7 @@ def evaluate(
     """
     check_answers(problems)
     think_open = prompt_opens_think(tokenizer, thinking)
+    end_ids = eos_ids(model, tokenizer)
     groups = sample(
         model,
         [
@@ -116,14 +117,14 @@ def evaluate(
         first_index=first_index,
         max_rows=max_rows,
         on_progress=on_progress,
-        eos_ids=eos_ids(model, tokenizer),
+        eos_ids=end_ids,
         valid_ids=valid_ids(tokenizer),
     )
     results = []
     for index, (problem, rollouts) in enumerate(zip(problems, groups, strict=True), first_index):
         attempts = []
         for number, rollout in enumerate(rollouts):
-            text = str(tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
+            text = completion_text(rollout.completion_ids, tokenizer, end_ids)
             seed = f"{params.seed}/{index}/{number}"
             attempts.append(_attempt(text, rollout, problem, seed, think_open))
         results.append(_graded(problem, rollouts[0].prompt_ids, attempts))

@@ -32,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from parts.chat import turn_end_ids
+
 # Prefixes of bare model names, and who publishes the family on the hub.
 FAMILIES = {
     "Qwen": "Qwen",
@@ -165,11 +167,7 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     Qwen's models list several. The template's id closes an assistant's turn: a base model names it
     nowhere else, and would go on to write the user's next turn.
     """
-    turns = [{"role": "user", "content": "MARK"}, {"role": "assistant", "content": "MARK"}]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    closing = text.rpartition("MARK")[2].strip()
-    first_id = tokenizer.encode(closing, add_special_tokens=False)[:1]
-    ids = set(first_id) & set(tokenizer.added_tokens_decoder)  # not a word of the template's text
+    ids = turn_end_ids(tokenizer)
     for source in (tokenizer, model.config, model.generation_config):
         eos: Any = source.eos_token_id  # an id, a list of ids, or None
         ids |= set(eos if isinstance(eos, list) else [eos]) - {None}

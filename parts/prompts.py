@@ -19,12 +19,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parts.chat import THINKING as THINKING  # stay importable from here
+from parts.chat import open_turn
+from parts.chat import prompt_opens_think as prompt_opens_think
+
 # transformers takes seconds to load, and `copsd.py languages` needs this file but not that one.
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ROLES = ("student", "teacher")
-THINKING = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,10 @@ def render_prompt(
     role      "student" or "teacher". english_problem=False and english_solution=False leave that
               block out of the teacher's prompt; the transition stays (for ablations)
     thinking  a think block is where a reasoning model writes before it answers. "auto" opens one
-              where the template knows one, "on" insists on it, "off" keeps it closed
-    Adds no system turn and never truncates. ValueError: an unknown value, no chat template, a
-    problem that lacks a field to be shown or that holds a control token. Both roles end in the same
-    text:
+              where the model would unasked, "on" insists on it, "off" keeps it closed
+    Adds no system turn and never truncates. ValueError: an unknown value, no chat template or one
+    that fails or loses the problem, a problem that lacks a field to be shown or that holds a
+    control token. Both roles end in the same text:
 
     >>> from tokenizers import Tokenizer, models
     >>> from transformers import PreTrainedTokenizerFast
@@ -141,11 +144,13 @@ def render_prompt(
     if isinstance(language, str):
         language = find_language(language)
     if role == "student":
+        shown = []
         user_turn = _student_turn(problem, language)
     else:
         shown = _shown_fields(english_problem, english_solution)
         user_turn = _teacher_turn(problem, language, shown)
-    text, _ = _open_assistant_turn(user_turn, tokenizer, thinking)
+    text = open_turn(user_turn, tokenizer, thinking)
+    _refuse_lost_text(text, user_turn, problem, shown)
     _refuse_control_text(problem, tokenizer)
     return f"{text}{language.opening}\n"
 
@@ -160,11 +165,6 @@ def build_prompt(
     """
     text = render_prompt(problem, language, tokenizer, **options)
     return tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
-
-
-def prompt_opens_think(tokenizer: "Tokenizer", thinking: str = "auto") -> bool:
-    """Say whether prompts end inside an opened think block, so that answers count only after it."""
-    return _open_assistant_turn("?", tokenizer, thinking)[1]
 
 
 def template_hash(tokenizer: "Tokenizer", language: str | Language, thinking: str = "auto") -> str:
@@ -211,37 +211,21 @@ def _missing_fields(problem: Problem, shown: list[str]) -> list[str]:
     return [field for field in shown if not getattr(problem, field)]
 
 
-def _open_assistant_turn(user_turn: str, tokenizer: "Tokenizer", thinking: str) -> tuple[str, bool]:
-    """Return the text up to where the assistant writes, and whether that is in a think block."""
-    if thinking not in THINKING:
-        raise ValueError(f"unknown thinking mode {thinking!r}; valid: {', '.join(THINKING)}")
-    if not tokenizer.chat_template:
+def _refuse_lost_text(text: str, user_turn: str, problem: Problem, shown: list[str]) -> None:
+    """Raise ValueError where the chat template dropped or changed a part of the user's turn.
+
+    Blanks and line ends do not count, which some templates strip.
+    """
+
+    def _is_there(part: str) -> bool:
+        return " ".join(part.split()) in " ".join(text.split())
+
+    if not _is_there(user_turn):
+        lost = [name for name in ("problem", *shown) if not _is_there(getattr(problem, name))]
         raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} has no chat template; "
-            "use an instruction-tuned model"
+            f"the chat template drops or changes {' and '.join(lost) or 'the wording'} "
+            f"in the prompt of problem {problem.id!r}"
         )
-    template = tokenizer.get_chat_template()
-    enabled = thinking != "off"
-    options: dict[str, Any] = {
-        "tokenize": False,
-        "add_generation_prompt": True,
-        "enable_thinking": enabled,
-    }
-    turns = [{"role": "user", "content": user_turn}]
-    text = str(tokenizer.apply_chat_template(turns, **options))
-    # DeepSeek-R1 and Qwen3-Thinking open the block themselves.
-    already_open = text.rstrip().endswith("<think>")
-    knows_think = "enable_thinking" in template or "<think>" in template
-    opens = already_open or (enabled and knows_think)
-    if thinking != "auto" and opens != enabled:
-        habit = "always opens a think block" if opens else "has no think block"
-        raise ValueError(
-            f"thinking {thinking!r} does not fit this chat template, which {habit}; use 'auto'"
-        )
-    if not opens:
-        return text, False
-    opened = text.rstrip("\n") if already_open else f"{text}<think>"
-    return f"{opened}\n", True
 
 
 def _refuse_control_text(problem: Problem, tokenizer: "Tokenizer") -> None:

@@ -132,7 +132,7 @@ class Config:
     )
     thinking: str = objective(
         "auto",
-        "Whether prompts open a think block. auto: where the model's template has one.",
+        "Whether prompts open a think block. auto: where the model would unasked.",
         source="ours",
         choices=THINKING,
     )
@@ -321,7 +321,7 @@ class EvalConfig:
     )
     thinking: str = attempts(
         "auto",
-        "Whether prompts open a think block. auto: where the model's template has one.",
+        "Whether prompts open a think block. auto: where the model would unasked.",
         source="ours",
         choices=THINKING,
     )

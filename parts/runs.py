@@ -89,6 +89,15 @@ class Run:
             record = {self.record: config, "identity": identity, **provenance()}
             write_json(self.record_file, record)
 
+    def recorded_day(self) -> str | None:
+        """Return the day that the run's chat template writes for ever, None in a new run.
+
+        None, too, where the template writes no date.
+        """
+        if not self.record_file.is_file():
+            return None
+        return read_json(self.record_file).get("identity", {}).get("template_date")
+
     def log(self, metrics: Mapping[str, Any], completions: list[dict[str, Any]]) -> None:
         """Add a step's metrics and completions."""
         append_rows(self.folder / "metrics.jsonl", [metrics])

@@ -8,6 +8,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parts import runs
+from parts.chat import freeze_date
 from parts.data import keep_fitting, read_train_and_heldout
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers
@@ -46,14 +47,17 @@ def configure(given: dict[str, Any]) -> tuple[Config, Path]:
     return settle(fill(given, folder)), folder
 
 
-def load_setup(config: Config, folder: Path, console: Console) -> tuple[Setup, dict[str, str]]:
+def load_setup(
+    config: Config, folder: Path, console: Console, day: str | None = None
+) -> tuple[Setup, dict[str, str | None]]:
     """Load what the settings name; return it with the identity of weights, prompts and data.
 
+    day  what a chat template that writes today's date is to write; None: today
     Writes nothing. Raises ValueError or OSError for what is missing, broken or does not fit.
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    tokenizer = load_tokenizer(folder)
+    tokenizer, day = freeze_date(load_tokenizer(folder), day)
     model = load_model(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
     )
@@ -62,6 +66,7 @@ def load_setup(config: Config, folder: Path, console: Console) -> tuple[Setup, d
     identity = {
         "base_weights": runs.weights_fingerprint(dict(model.named_parameters())),
         "prompt_template": template_hash(tokenizer, config.lang, config.thinking),
+        "template_date": day,
         "dtype": str(dtype),
         "training_data": runs.fingerprint(train),
         "heldout_data": runs.fingerprint(heldout),
@@ -77,12 +82,17 @@ def load_setup(config: Config, folder: Path, console: Console) -> tuple[Setup, d
     return Setup(config, model, tokenizer, lora, train, heldout), identity
 
 
-def prepare(config: Config, folder: Path, console: Console) -> tuple[Setup, runs.Run]:
-    """Load and check everything, and only then make the run's folder, or find it fitting."""
+def prepare(
+    config: Config, folder: Path, console: Console, day: str | None = None
+) -> tuple[Setup, runs.Run]:
+    """Load and check everything, and only then make the run's folder, or find it fitting.
+
+    day  as in load_setup, for a new run; one that goes on keeps its own
+    """
     run = runs.Run(Path(str(config.out)))
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
     run.check(settings)
-    setup, identity = load_setup(config, folder, console)
+    setup, identity = load_setup(config, folder, console, run.recorded_day() or day)
     run.check(settings, identity)
     run.check_state()
     run.create(settings, identity)

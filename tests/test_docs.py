@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PARTS = (
     "machine",
     "files",
+    "chat",
     "prompts",
     "recipe",
     "data",
