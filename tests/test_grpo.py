@@ -1,8 +1,9 @@
 """GRPO: advantages and loss by hand, what counts in the mean, and a loop that is like COPSD's."""
 
+import copy
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from rich.console import Console
 
 import copsd
+import show
 from copsd import (
     Group,
     advantages,
@@ -19,8 +21,9 @@ from copsd import (
     roll_out_groups,
 )
 from kernels import reduce_loss
+from parts import measure
 from parts.recipe import Config
-from parts.sampler import Rollout
+from parts.sampler import Rollout, SamplingParams
 from parts.setup import configure, prepare
 from parts.view import StepView
 
@@ -268,6 +271,41 @@ def test_rewards_are_the_graders_verdicts_and_a_group_shares_its_prompt(tmp_path
         assert group.rewards == [
             float(is_correct(str(text), str(problem.answer))) for text in texts
         ]
+
+
+def test_a_reward_counts_the_answer_after_the_token_that_ends_a_thought(tmp_path, monkeypatch):
+    # Special tokens were stripped before the grader looked, </think> among them: rewards were 0.
+    setup, _ = make_setup(tmp_path)
+    tokenizer = copy.copy(setup.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    tokenizer.chat_template = f"{setup.tokenizer.chat_template}<think>\n"
+    setup = replace(setup, tokenizer=tokenizer)
+    problem = setup.train[0]
+    close, end = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
+    wrong, right = (
+        tokenizer.encode(f"\\boxed{{{answer}}}", add_special_tokens=False)
+        for answer in ("-1", problem.answer)
+    )
+    spelled = [
+        token
+        for part in ("</thi", "nk>")
+        for token in tokenizer.encode(part, add_special_tokens=False)
+    ]
+    completions = {
+        (*wrong, close, *right, end): 1.0,
+        (*right, close, *wrong, end): 0.0,
+        (*wrong, *right, end): 0.0,  # the thought is not closed
+        (*wrong, *spelled, *right, end): 0.0,  # nor is it by words that look like the token
+    }
+    rollouts = [Rollout([5], list(ids), [0.0] * len(ids), "stop") for ids in completions]
+    monkeypatch.setattr(copsd, "roll_out", lambda *_, **__: rollouts)
+    (group,) = roll_out_groups(setup, [problem], seed=0)
+    assert group.rewards == list(completions.values())
+    monkeypatch.setattr(measure, "sample", lambda *_, **__: [rollouts])
+    (graded,) = measure.evaluate(setup.model, tokenizer, [problem], SamplingParams(9), samples=4)
+    assert [float(attempt.correct) for attempt in graded.attempts] == group.rewards
+    notes = [show._reward_note(setup, problem, rollout, "reward") for rollout in rollouts]
+    assert [note.startswith("reward: 1") for note in notes] == [True, False, False, False]
 
 
 def test_a_group_from_one_prefill_is_the_rows_sampled_one_by_one(tmp_path):
