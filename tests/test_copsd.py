@@ -1,6 +1,7 @@
 """The method end to end on the lab model: what is scored, the loss, what the loop leaves behind."""
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import copsd
 from copsd import completion_hidden, copsd_loss, micro_batches, roll_out
 from kernels import chunked_logprob, divergence, reduce_loss
 from parts import commands, steplog
+from parts.files import read_json
 from parts.model import head_weight, teacher_view
 from parts.prompts import pose_in_english
 from parts.recipe import Config
@@ -553,3 +555,19 @@ def test_a_bad_data_file_is_one_line_that_names_it(tmp_path, name, text, said):
     assert result.exit_code == 2, result.output
     assert said in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_tomorrow_with_the_date_that_its_template_wrote_today(tmp_path):
+    model = tmp_path / "dated"
+    shutil.copytree("lab/tiny", model)
+    template = (model / "chat_template.jinja").read_text(encoding="utf-8")
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
+    data = {name: "lab/problems/hau/train.jsonl" for name in ("data", "eval_data")}
+    given = {**SMALL, **data, "model": str(model), "out": str(tmp_path / "run")}
+    config, folder = configure(given)
+    setup, run = prepare(config, folder, QUIET, "2025-01-09")
+    assert read_json(run.record_file)["identity"]["template_date"] == "2025-01-09"
+    again, _ = prepare(config, folder, QUIET)  # on another day
+    problem = setup.train[0]
+    assert again.student_prompt(problem) == setup.student_prompt(problem)
+    assert again.tokenizer.decode(again.teacher_prompt(problem)).startswith("09 Jan 2025")

@@ -1,5 +1,6 @@
 """eval.py: one result for one seed, a stop costs nothing finished, bad input is one line."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from typer.testing import CliRunner
 import eval as evaluator
 from parts import commands, metrics
 from parts.adapters import save_adapter
+from parts.chat import freeze_date
 from parts.files import read_json, read_rows, write_json
-from parts.model import attach_lora, load_model
+from parts.model import attach_lora, load_model, load_tokenizer
+from parts.prompts import template_hash
 from parts.view import cell
 
 
@@ -277,6 +280,33 @@ def test_report_compares_evaluations_and_writes_its_files(tmp_path, two_evaluati
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert f"{cell('pass@1', change)} | {p_value:.3g}" in text
     assert run_cli("report", two_evaluations[0], "--out", str(tmp_path / "one")).exit_code == 0
+
+
+def test_evaluations_that_were_asked_on_different_days_are_said_to_differ(tmp_path, lab_folder):
+    model = tmp_path / "dated"
+    shutil.copytree(lab_folder, model)
+    template = (model / "chat_template.jinja").read_text(encoding="utf-8")
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
+    flags = ["--model", str(model), "--benchmark", "lab", "--greedy", "--limit", "2", "--out"]
+    folders = [str(tmp_path / name) for name in ("today", "then")]
+    for folder in folders:
+        assert run_cli(*flags, folder).exit_code == 0
+    report = ["report", *folders, "--out", str(tmp_path / "report")]
+    assert "The prompts differ" not in run_cli(*report).stdout
+    # The second is made an evaluation of another day, and goes on with that day.
+    record = read_json(Path(folders[1]) / "settings.json")
+    day = record["identity"]["template_date"]
+    then, _ = freeze_date(load_tokenizer(model), "2025-01-09")
+    changed = {"template_date": "2025-01-09", "prompt_template": template_hash(then, "hau")}
+    record["identity"].update(changed)
+    write_json(Path(folders[1]) / "settings.json", record)
+    (Path(folders[1]) / "problems.jsonl").unlink()
+    assert run_cli(*flags, folders[1]).exit_code == 0
+    hashes = [lines(Path(folder))[0]["prompt_hash"] for folder in folders]
+    assert hashes[0] != hashes[1]
+    said = run_cli(*report).stdout
+    assert "The prompts differ" in said and "2025-01-09" in said and day in said
+    assert "2025-01-09" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_reports_curve_holds_every_k(two_evaluations):
