@@ -30,6 +30,7 @@ from parts import runs
 from parts.adapters import load_adapter
 from parts.benchmarks import BENCHMARKS, find_files, has_language
 from parts.data import keep_fitting, load_problems
+from parts.family import context_length
 from parts.files import append_rows, read_json, read_rows, write_json
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, evaluate
@@ -56,6 +57,7 @@ from parts.prompts import (
 from parts.recipe import EvalConfig, check_settings, read_recipe
 from parts.report import Evaluation, report_tables, write_report
 from parts.sampler import SamplingParams
+from parts.selfcheck import check_model
 from parts.view import SamplingProgress, cell, estimates_table, say, text_table
 
 # Shown where several languages share a table, beside pass@k.
@@ -128,7 +130,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     ]
     tokenizer = load_tokenizer(folder)
     model, weights = load_weights(settings, folder, device=config.device, dtype=config.dtype)
-    context = model.config.max_position_embeddings
+    context = context_length(model.config)
     out = Path(config.out) if config.out else None
     parts = []
     records = []
@@ -251,7 +253,8 @@ def load_weights(
     """
     where = pick_device(device)
     model = load_model(folder, device=where, dtype=pick_dtype(dtype, where))
-    base = runs.weights_fingerprint(dict(model.named_parameters()))
+    check_model(model, f"model {settings.model}")
+    base = runs.folder_fingerprint(folder)
     adapter = None
     if settings.adapter is not None:
         path = Path(settings.adapter)
