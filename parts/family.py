@@ -147,5 +147,8 @@ def train_without_noise(model: PreTrainedModel, mode: bool = True) -> PreTrained
     that they stay in eval mode. Of what a layer's training mode does, dropout is 0 already.
     """
     for module in model.modules():
-        module.training = mode and isinstance(module, GradientCheckpointingLayer)
+        recomputed = (
+            isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+        )
+        module.training = mode and recomputed
     return model
