@@ -38,6 +38,7 @@ if __name__ == "__main__":
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -55,6 +56,7 @@ from parts.model import (
     eos_ids,
     final_hidden,
     head_weight,
+    published_name,
     teacher_view,
     valid_ids,
 )
@@ -564,7 +566,9 @@ def save(
     A run that was stopped in between so leaves no adapter that an unstopped one lacks.
     """
     if is_due(setup.config, step, done):
-        save_adapter(setup.lora, run.adapter_folder(step), base_model=setup.config.model)
+        base_model, revision = published_name(Path(setup.model.name_or_path))
+        folder = run.adapter_folder(step)
+        save_adapter(setup.lora, folder, base_model=base_model, revision=revision)
     adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
     run.save_state(step, {**adapter, **runs.optimizer_tensors(optimizer)})
 

@@ -32,6 +32,7 @@ from parts.adapters import load_adapter
 from parts.benchmarks import BENCHMARKS, find_files, has_language
 from parts.chat import freeze_date
 from parts.data import keep_fitting, load_problems
+from parts.family import context_length
 from parts.files import append_rows, read_json, read_rows, write_json
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, evaluate
@@ -58,6 +59,7 @@ from parts.prompts import (
 from parts.recipe import EvalConfig, check_settings, read_recipe
 from parts.report import Evaluation, report_tables, write_report
 from parts.sampler import SamplingParams
+from parts.selfcheck import check_model
 from parts.view import SamplingProgress, cell, estimates_table, say, text_table
 
 # Shown where several languages share a table, beside pass@k.
@@ -134,7 +136,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     days = [run.recorded_day() for run in kept.values()]
     tokenizer, day = freeze_date(load_tokenizer(folder), next(filter(None, days), None))
     model, weights = load_weights(settings, folder, device=config.device, dtype=config.dtype)
-    context = model.config.max_position_embeddings
+    context = context_length(model.config)
     parts = []
     records = []
     for language, (problems, commit) in zip(chosen, loaded, strict=True):
@@ -265,7 +267,8 @@ def load_weights(
     """
     where = pick_device(device)
     model = load_model(folder, device=where, dtype=pick_dtype(dtype, where))
-    base = runs.weights_fingerprint(dict(model.named_parameters()))
+    check_model(model, f"model {settings.model}")
+    base = runs.folder_fingerprint(folder)
     adapter = None
     if settings.adapter is not None:
         path = Path(settings.adapter)

@@ -68,7 +68,7 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
             seed=config.seed,
         )
     else:
-        fingerprint = runs.weights_fingerprint(dict(model.named_parameters()))
+        fingerprint = runs.folder_fingerprint(folder)
         runs.refuse_foreign_adapter(adapter, fingerprint, config.model)
         lora = load_adapter(model, runs.last_adapter_folder(adapter))
     setup = Setup(config, model, tokenizer, lora, train=[problem], heldout=[])

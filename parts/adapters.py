@@ -6,34 +6,76 @@ outside the files, is "<module path>.lora_A".
 """
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from parts.files import read_json, whole_file, write_text
-from parts.model import Lora, attach_lora, copy_exactly
+from parts.model import Lora, adaptable_layers, attach_lora, copy_exactly
 
 # The names that peft looks for.
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SUFFIX = ".weight"
-# Adapters with another value here have the tensors of plain LoRA but compute something else with
-# them.
-PLAIN_LORA = {"peft_type": "LORA", "use_rslora": False, "alpha_pattern": {}}
+# What an adapter has to say to be plain LoRA, y = W x + (alpha / r) B A x, and nothing more; first
+# what a file means that does not say it. Other values keep the names of the tensors and compute
+# something else with them, or start from other base weights: "pissa", "olora", "loftq", "corda" and
+# their like take the start of B A out of W. `null` says as little as a field that is not there.
+PLAIN_LORA = {
+    "peft_type": ("LORA",),
+    "use_rslora": (False,),
+    "alpha_pattern": ({},),
+    "rank_pattern": ({},),
+    "task_type": ("CAUSAL_LM",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    "fan_in_fan_out": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "lora_bias": (False,),
+    "ensure_weight_tying": (False,),
+    "loftq_config": ({},),
+    "modules_to_save": ([],),
+    "layers_pattern": ([], ""),
+}
+# What does not change a trained adapter's numbers, or is read in load_adapter. A field that stands
+# in neither list, such as one of a peft to come, is refused unless it is null.
+OTHER_FIELDS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "target_modules",
+}
 
 
-def save_adapter(lora: Lora, folder: Path, *, base_model: str) -> None:
+def save_adapter(lora: Lora, folder: Path, *, base_model: str, revision: str | None = None) -> None:
     """Write the adapter's current A and B as peft does; each of the two files is whole or absent.
 
-    base_model  the name of the model they belong to: peft loads it unless it is given one
+    base_model  the hub's name or the absolute folder of the model they belong to: peft loads it
+                unless it is given one
+    revision    the hub's commit of it; None for a folder
     """
     config = {
-        **PLAIN_LORA,
+        "peft_type": "LORA",
+        "use_rslora": False,
+        "alpha_pattern": {},
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
+        **({"revision": revision} if revision else {}),
         "bias": "none",
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -51,21 +93,90 @@ def save_adapter(lora: Lora, folder: Path, *, base_model: str) -> None:
 def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:
     """Put the adapter in folder on model, which has none yet.
 
-    Raises FileNotFoundError or ValueError where the adapter is not all there or does not fit.
+    Raises FileNotFoundError or ValueError where the adapter is not all there, does not fit, or is
+    more than plain LoRA (PLAIN_LORA).
     """
     for file in (CONFIG_FILE, TENSORS_FILE):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"no adapter in {folder}: {file} is missing")
     saved = read_json(folder / CONFIG_FILE)
-    for field, plain in PLAIN_LORA.items():
-        if saved.get(field, plain) != plain:
-            raise ValueError(f"adapter {folder} has {field}={saved[field]!r}: valid is {plain!r}")
-    if missing := {"r", "lora_alpha", "target_modules"} - saved.keys():
-        raise ValueError(f"adapter {folder}: {CONFIG_FILE} lacks {', '.join(sorted(missing))}")
-    targets = tuple(saved["target_modules"])
+    try:
+        _check_plain(saved)
+        targets = _read_targets(saved, list(adaptable_layers(model)))
+    except ValueError as error:
+        raise ValueError(f"adapter {folder}: {error}") from error
     lora = attach_lora(model, rank=saved["r"], alpha=saved["lora_alpha"], targets=targets, seed=0)
     put_adapter(lora, folder)
     return lora
+
+
+def _check_plain(saved: dict[str, Any]) -> None:
+    """Raise ValueError, with the field's name, for settings that are not those of plain LoRA."""
+    for field, value in saved.items():
+        if value is None or field in OTHER_FIELDS:
+            continue
+        valid = PLAIN_LORA.get(field, ())
+        if value not in valid:
+            plain = " or ".join(map(repr, valid)) if valid else "null, since its meaning is unknown"
+            raise ValueError(f"{CONFIG_FILE} has {field}={value!r}: valid is {plain}")
+    missing = {"r", "lora_alpha", "target_modules"} - {
+        field for field, value in saved.items() if value is not None
+    }
+    if missing:
+        raise ValueError(f"{CONFIG_FILE} lacks {', '.join(sorted(missing))}")
+    for field in ("target_modules", "exclude_modules"):
+        names = saved.get(field) or []
+        if not isinstance(names, str) and not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{CONFIG_FILE} has {field}={names!r}: valid are a text or texts")
+    if type(saved["r"]) is not int or saved["r"] < 1:
+        raise ValueError(f"{CONFIG_FILE} has r={saved['r']!r}: valid is a number from 1")
+    if type(saved["lora_alpha"]) not in (int, float):
+        raise ValueError(f"{CONFIG_FILE} has lora_alpha={saved['lora_alpha']!r}: valid is a number")
+
+
+def _read_targets(saved: dict[str, Any], paths: list[str]) -> tuple[str, ...]:
+    """Return the targets for attach_lora: as they stand, or else the paths of the meant layers.
+
+    paths  those of all layers that can be adapted
+    Other than a list of names, peft has: a regex for the whole path, "all-linear", layers to leave
+    out (exclude_modules), and the numbers of the layers that are meant (layers_to_transform).
+    """
+    targets = saved["target_modules"]
+    excluded = saved.get("exclude_modules")
+    numbers = saved.get("layers_to_transform")
+    if isinstance(numbers, int):
+        numbers = [numbers]
+    if isinstance(targets, list) and not excluded and not numbers:
+        return tuple(targets)
+    if isinstance(targets, str) and numbers:
+        raise ValueError("layers_to_transform goes with a list as target_modules, not with a text")
+    chosen = [path for path in paths if _is_named(path, targets, "target_modules")]
+    if numbers:
+        # A target that is a whole path is meant wherever it stands.
+        chosen = [path for path in chosen if path in targets or _layer_number(path) in numbers]
+    if excluded:
+        chosen = [path for path in chosen if not _is_named(path, excluded, "exclude_modules")]
+    if not chosen:
+        raise ValueError(f"target_modules={targets!r} matches no layer that can be adapted")
+    return tuple(chosen)
+
+
+def _is_named(path: str, names: str | list[str], field: str) -> bool:
+    """Say whether a layer is meant by a regex, by "all-linear", or by a list of endings."""
+    if not isinstance(names, str):
+        return any(f".{path}".endswith(f".{name}") for name in names)
+    if names.lower() == "all-linear" and field == "target_modules":
+        return True
+    try:
+        return re.fullmatch(names, path) is not None
+    except re.error as error:
+        raise ValueError(f"{field}={names!r} is no regular expression: {error}") from error
+
+
+def _layer_number(path: str) -> int | None:
+    """Return the 3 of "model.layers.3.mlp.up_proj"."""
+    found = re.search(r"\.[^.]+\.(\d+)\.", path)
+    return int(found.group(1)) if found else None
 
 
 def put_adapter(lora: Lora, folder: Path) -> None:

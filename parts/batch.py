@@ -95,7 +95,8 @@ class Batch:
         self.decoder = model.get_decoder()
         self.head: Any = model.get_output_embeddings()
         self.max_new_tokens = max_new_tokens
-        self.cache = Cache(layers=[DynamicLayer() for _ in range(model.config.num_hidden_layers)])
+        layers = model.config.get_text_config().num_hidden_layers
+        self.cache = Cache(layers=[DynamicLayer() for _ in range(layers)])
         self.rows: list[Row] = []
         self.starts: list[int] = []  # each row's first column; those before it are masked
         self.position_B1 = torch.empty(0)  # of the id that the next step appends

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -27,12 +28,18 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from parts.chat import turn_end_ids
+from parts.family import (
+    check_family,
+    check_modules,
+    context_length,
+    switch_off_dropout,
+    train_without_noise,
+)
 
 # Prefixes of bare model names, and who publishes the family on the hub.
 FAMILIES = {
@@ -40,15 +47,6 @@ FAMILIES = {
     "Llama-": "meta-llama",
     "SmolLM2-": "HuggingFaceTB",
     "gemma-": "google",
-}
-# What some families do to logits after the head, with the value that does nothing. Scoring
-# multiplies hidden states by the head's matrix and no more, and so does sampling: with any other
-# value neither would see the distribution that the model was trained to give.
-PLAIN_HEAD = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
 }
 
 
@@ -69,6 +67,18 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
         if not any(folder.glob(pattern)):
             raise FileNotFoundError(f"model {name}: there is no {pattern} in {folder}")
     return folder
+
+
+def published_name(folder: Path) -> tuple[str, str | None]:
+    """Return the name and revision under which other programs load the model in `folder`.
+
+    folder  what resolve_model returned: of a snapshot of the hub's, "org/name" and its commit; of
+            another folder, its absolute path and None
+    """
+    store = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and store.startswith("models--"):
+        return store.removeprefix("models--").replace("--", "/"), folder.name
+    return str(folder.resolve()), None
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
@@ -94,21 +104,6 @@ def _snapshot(name: str, revision: str | None) -> Path:
     return Path(folder)
 
 
-def check_plain_head(config: PretrainedConfig, name: str) -> None:
-    """Raise ValueError if the model's logits are more than hidden states times a matrix.
-
-    name  what the message calls the model
-    See PLAIN_HEAD. A bias is not in the configuration: load_model looks for one itself.
-    """
-    settings = config.get_text_config().to_dict()
-    for field, plain in PLAIN_HEAD.items():
-        value = settings.get(field)
-        if value not in (plain, None):
-            raise ValueError(
-                f"{name} has {field}={value}: a plain linear head is supported, {field}={plain}"
-            )
-
-
 def load_model(
     folder: Path, *, device: str, dtype: torch.dtype, gradient_checkpointing: bool = False
 ) -> PreTrainedModel:
@@ -117,26 +112,34 @@ def load_model(
     gradient_checkpointing  recompute each layer in backward instead of keeping what it computed:
                             less memory, more time; acts in training mode only
 
-    From safetensors only, never with remote code. Raises ValueError for a head that is more than a
-    matrix (PLAIN_HEAD), and for weights that the files lack.
+    The model has no noise of its own in any mode: dropout is off, and its train() leaves random
+    routers as they are. From safetensors only, never with remote code. Raises ValueError for a
+    family that is not honoured (parts/family.py), and for weights that the files lack.
     """
+    name = f"model {folder}"
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    check_plain_head(config, f"model {folder}")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    check_family(config, name)
+    switch_off_dropout(config)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except ValueError as error:  # such as a family without this kind of attention
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} ({config.model_type}) cannot be loaded: {reason}") from error
     model, info = loaded
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
-        raise ValueError(f"model {folder} lacks weights, such as {min(info['missing_keys'])}")
+        raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
+    check_modules(model, name)
     if model.get_output_embeddings().bias is not None:
-        raise ValueError(
-            f"model {folder} has a bias in its head: scoring supports a plain linear head only"
-        )
+        raise ValueError(f"{name} has a bias in its head: valid is a plain linear head only")
+    model.train = MethodType(train_without_noise, model)  # copied with the model, unlike a closure
     if gradient_checkpointing:
         # transformers 5.17 warns about this name and has no other.
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
@@ -174,12 +177,14 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     return ids
 
 
-def valid_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many ids, from 0, may be sampled.
+def valid_ids(tokenizer: PreTrainedTokenizerBase) -> int | set[int]:
+    """Return the ids that may be sampled, those of the vocabulary.
 
-    Qwen's heads have more rows than its tokenizer has tokens.
+    A count n stands for 0 to n - 1; a set is returned where added tokens leave a gap below their
+    ids. Qwen's heads have more rows than its tokenizer has tokens.
     """
-    return len(tokenizer)
+    ids = set(tokenizer.get_vocab().values())
+    return len(ids) if max(ids) == len(ids) - 1 else ids
 
 
 def final_hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
@@ -190,6 +195,8 @@ def final_hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
                 mask and no position ids are needed.
     hidden_BTD  in the model's dtype; the state at t predicts token t + 1
 
+    Raises ValueError for rows beyond the model's context.
+
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8}
     >>> config = LlamaConfig(num_hidden_layers=1, num_attention_heads=1, **sizes)
@@ -198,6 +205,11 @@ def final_hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     >>> torch.allclose(final_hidden(model, alone), final_hidden(model, padded)[:, :2], atol=1e-6)
     True
     """
+    context = context_length(model.config)
+    if ids_BT.shape[1] > context:
+        raise ValueError(
+            f"a row of {ids_BT.shape[1]} tokens exceeds the model's context of {context}"
+        )
     return model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
 
 
@@ -299,6 +311,51 @@ def copy_exactly(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
         tensor.copy_(state[name])
 
 
+def adaptable_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Return the layers that may have an adapter, by module path: linear ones, but not the head."""
+    head = model.get_output_embeddings()
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head
+    }
+
+
+def _check_targets(model: PreTrainedModel, chosen: Mapping[str, list[str]]) -> None:
+    """Raise ValueError for a target that cannot be adapted, or not as its name says.
+
+    chosen  the paths that each target matches
+    The experts of a mixture are one stacked tensor, which is no linear layer. A target such as
+    "up_proj" would match the layers beside them only, while peft takes it for the experts as well.
+    """
+    valid = set(adaptable_layers(model))
+    stacked = any(
+        parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+    )
+    if stacked:
+        attention = [
+            f"{path}."
+            for path, module in model.named_modules()
+            if "Attention" in type(module).__name__
+        ]
+        valid = {path for path in valid if path.startswith(tuple(attention))}
+    if not valid:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear layer that LoRA could be put on: its layers "
+            "are of another type"
+        )
+    for target, paths in chosen.items():
+        if paths and valid.issuperset(paths):
+            continue
+        reached = "more than attention, beside stacked experts" if paths else "no layer"
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in valid}))
+        raise ValueError(
+            f"LoRA target {target!r} matches {reached}: valid for this model are {names}"
+        )
+
+
 def attach_lora(
     model: PreTrainedModel,
     *,
@@ -317,24 +374,14 @@ def attach_lora(
     ema    keep a moving average for the "ema" teacher: one more copy of the adapter
 
     Never adapts the head, whose weight is used outside the model. Raises ValueError for a target
-    that matches nothing.
+    that matches nothing, or that matches in a mixture of experts more than attention.
     """
-    head = model.get_output_embeddings()
-    linears = {
-        path: module
-        for path, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head
-    }
+    linears = adaptable_layers(model)
     chosen = {
         target: [path for path in linears if f".{path}".endswith(f".{target}")]
         for target in targets
     }
-    for target, paths in chosen.items():
-        if not paths:
-            present = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
-            raise ValueError(
-                f"LoRA target {target!r} matches no layer: valid for this model are {present}"
-            )
+    _check_targets(model, chosen)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, LoRALinear] = {}

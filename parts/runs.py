@@ -13,11 +13,12 @@ whole.
 
 import hashlib
 import platform
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -173,8 +174,32 @@ def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     tensors  dict(model.named_parameters()) without an adapter, or an adapter's state_dict()
     Copies one tensor at a time to the CPU.
     """
+    return _tensors_fingerprint(sorted(tensors.items()))
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Return the weights_fingerprint of a model's files, one tensor at a time.
+
+    It is of what is stored: neither the dtype nor the device that a run loads it in has a part in
+    it, nor how the tensors are spread over files. Raises OSError or SafetensorError.
+    """
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if not (folder / files[0]).is_file():
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    with ExitStack() as stack:
+        places = {}
+        for name in files:
+            file = stack.enter_context(safe_open(folder / name, framework="pt"))
+            places |= dict.fromkeys(file.keys(), file)
+        return _tensors_fingerprint(
+            (name, file.get_tensor(name)) for name, file in sorted(places.items())
+        )
+
+
+def _tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         as_bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(as_bytes.numpy().data)
@@ -213,12 +238,18 @@ def last_adapter_folder(path: Path) -> Path:
     """
     if (path / "adapter_config.json").is_file():
         return path
-    saved = sorted((path / "adapters").glob("step_*"))
+    # By number, as the name's five digits are too few for a long run. Other folders that someone
+    # put there, such as a copy, are not the run's.
+    saved = {
+        int(found.group(1)): folder
+        for folder in (path / "adapters").glob("step_*")
+        if (found := re.fullmatch(r"step_(\d+)", folder.name))
+    }
     if not saved:
         raise FileNotFoundError(
             f"{path} is neither an adapter folder nor a run folder with a saved adapter"
         )
-    return saved[-1]
+    return saved[max(saved)]
 
 
 def recorded_fingerprint(path: Path) -> str | None:

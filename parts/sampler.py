@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from parts.batch import Batch, Row
-from parts.model import check_plain_head
+from parts.family import check_family, check_modules, context_length
 
 # Multiplications in a layer from which oneDNN saves more than the two copies around it cost.
 ONEDNN_PRODUCTS = 2**22
@@ -135,19 +135,15 @@ def sample(
 
 
 def _check(model: PreTrainedModel, prompts: list[list[int]], params: SamplingParams) -> None:
-    settings = model.config.to_dict()
-    # Mistral's configuration has a window but no list of layer types.
-    kind = "sliding_attention" if settings.get("sliding_window") else "full_attention"
-    kinds = sorted(set(settings.get("layer_types") or [kind]))
-    _require(kinds == ["full_attention"], f"the model's layers are {kinds}", "full_attention only")
+    check_family(model.config, "the model")
+    check_modules(model, "the model")
     _require(
         model.config._attn_implementation in ("sdpa", "eager"),
         "unknown attention implementation",
         "sdpa, eager",
     )
-    check_plain_head(model.config, "the model")
-    last_id = settings["vocab_size"] - 1
-    limit = settings.get("max_position_embeddings", float("inf"))
+    last_id = model.get_input_embeddings().weight.shape[0] - 1
+    limit = context_length(model.config)
     for index, ids in enumerate(prompts):
         _require(len(ids) > 0, f"prompt {index} is empty", "at least one id")
         _require(
@@ -158,7 +154,7 @@ def _check(model: PreTrainedModel, prompts: list[list[int]], params: SamplingPar
         _require(
             len(ids) + params.max_new_tokens <= limit,
             f"prompt {index} has {len(ids)} tokens and max_new_tokens is {params.max_new_tokens}",
-            f"{limit} together (max_position_embeddings)",
+            f"{limit} together (the model's context)",
         )
 
 

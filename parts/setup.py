@@ -10,11 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parts import runs
 from parts.chat import freeze_date
 from parts.data import keep_fitting, read_train_and_heldout
+from parts.family import context_length
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers
 from parts.model import Lora, attach_lora, load_model, load_tokenizer, resolve_model
 from parts.prompts import Problem, build_prompt, is_teachable, pose_in_english, template_hash
 from parts.recipe import Config, fill, settle
+from parts.selfcheck import check_model
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,11 @@ def load_setup(
     model = load_model(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
     )
-    context = model.config.max_position_embeddings
+    check_model(model, f"model {config.model}")
+    context = context_length(model.config)
     train, heldout = _load_problems(config, tokenizer, context, console)
     identity = {
-        "base_weights": runs.weights_fingerprint(dict(model.named_parameters())),
+        "base_weights": runs.folder_fingerprint(folder),
         "prompt_template": template_hash(tokenizer, config.lang, config.thinking),
         "template_date": day,
         "dtype": str(dtype),

@@ -5,12 +5,18 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 
 from parts import files
 from parts.adapters import load_adapter, put_adapter, read_adapter_tensors, save_adapter
-from parts.model import Lora, attach_lora
+from parts.model import Lora, attach_lora, published_name
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG = "adapter_config.json"
@@ -169,3 +175,121 @@ def test_an_adapter_whose_settings_are_incomplete_is_an_error_that_names_them(tm
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="lacks lora_alpha, target_modules"):
         load_adapter(tiny_model, tmp_path)
+
+
+def make_with_peft(model, folder, **settings):
+    """Save a peft adapter whose B A is not 0; return what peft's model says with it."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": list(TARGETS), **settings}
+    with_peft = get_peft_model(copy.deepcopy(model), LoraConfig(**settings)).eval()
+    torch.manual_seed(5)
+    for name, parameter in with_peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    with_peft.save_pretrained(folder, save_embedding_layers=False)
+    return with_peft(some_ids()).logits
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": True},
+        {"init_lora_weights": False},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"r": 1},
+        {"lora_alpha": 3.5, "lora_dropout": 0.1},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 0},
+        {"exclude_modules": ["q_proj", "layers.1.mlp.up_proj"]},
+        {"exclude_modules": r".*\.layers\.0\..*"},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": r"model\.layers\.1\.mlp\..*"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"]},
+        {"target_modules": ["mlp.up_proj", "k_proj"]},
+    ],
+    ids=str,
+)
+def test_every_accepted_form_of_a_peft_adapter_computes_what_peft_does(
+    tiny_model, tmp_path, settings
+):
+    logits = make_with_peft(tiny_model, tmp_path / "peft", **settings)
+    lora = load_adapter(copy.deepcopy(tiny_model), tmp_path / "peft")
+    torch.testing.assert_close(lora.model(some_ids()).logits, logits)
+    # What is written of it afterwards is the same adapter.
+    save_adapter(lora, tmp_path / "ours", base_model="base")
+    again = PeftModel.from_pretrained(copy.deepcopy(tiny_model), str(tmp_path / "ours"))
+    torch.testing.assert_close(again(some_ids()).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "eva"),
+        ("alora_invocation_tokens", [1, 2]),
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("bias", "all"),
+        ("rank_pattern", {"q_proj": 8}),
+        ("modules_to_save", ["embed_tokens"]),
+        ("trainable_token_indices", [3]),
+        ("layer_replication", [[0, 1]]),
+        ("target_parameters", ["experts.down_proj"]),
+        ("layers_pattern", "layers"),
+        ("task_type", "SEQ_CLS"),
+        ("megatron_config", {"a": 1}),
+        ("kasa_config", {}),
+        ("a_field_to_come", False),
+        ("r", 0),
+        ("r", 2.5),
+        ("lora_alpha", "8"),
+        ("target_modules", "("),
+        ("target_modules", {"a": 1, "b": 2}),
+        ("target_modules", ".*nothing"),
+        ("target_modules", [1]),
+    ],
+)
+def test_an_adapter_that_is_more_than_plain_lora_is_refused_by_the_fields_name(
+    tiny_model, tmp_path, field, value
+):
+    save_adapter(attach(copy.deepcopy(tiny_model)), tmp_path, base_model="base")
+    change_config(tmp_path, **{field: value})
+    with pytest.raises(ValueError, match=field) as error:
+        load_adapter(tiny_model, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_untrained_pissa_adapter_of_peft_is_refused(tiny_model, tmp_path):
+    settings = {"init_lora_weights": "pissa", "target_modules": "all-linear"}
+    with_peft = get_peft_model(copy.deepcopy(tiny_model), LoraConfig(r=4, **settings))
+    with_peft.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        load_adapter(tiny_model, tmp_path)
+
+
+def test_a_field_of_a_later_peft_that_says_nothing_is_accepted(tiny_model, tmp_path):
+    save_adapter(trained(copy.deepcopy(tiny_model)), tmp_path, base_model="base")
+    change_config(tmp_path, a_field_to_come=None, peft_version="9.9")
+    load_adapter(tiny_model, tmp_path)
+
+
+def test_peft_finds_the_base_model_of_an_adapter_by_itself(tiny_model, tmp_path):
+    base = tmp_path / "base"
+    tiny_model.save_pretrained(base)
+    lora = trained(copy.deepcopy(tiny_model))
+    name, revision = published_name(base)
+    save_adapter(lora, tmp_path / "ours", base_model=name, revision=revision)
+    found = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "ours"))
+    torch.testing.assert_close(found(some_ids()).logits, lora.model(some_ids()).logits)
+
+    snapshot = tmp_path / "hub" / "models--org--a-name" / "snapshots" / ("a" * 40)
+    name, revision = published_name(snapshot)
+    assert (name, revision) == ("org/a-name", "a" * 40)
+    save_adapter(lora, tmp_path / "hub", base_model=name, revision=revision)
+    config = PeftConfig.from_pretrained(str(tmp_path / "hub"))
+    assert (config.base_model_name_or_path, config.revision) == (name, revision)

@@ -243,6 +243,13 @@ def test_eos_ids_are_those_of_tokenizer_configs_and_template(tiny_model, tmp_pat
         ours.load_tokenizer(save_tokenizer(tmp_path / "without", None))
 
 
+def test_valid_ids_are_those_of_the_vocabulary_where_it_has_a_gap():
+    words = {"[UNK]": 0, "word": 1, "<eos>": 7}
+    base = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<eos>")
+    assert ours.valid_ids(tokenizer) == {0, 1, 7}
+
+
 def test_hidden_states_times_head_are_the_logits_and_right_pads_change_nothing(tiny_model):
     ids_BT = some_ids(rows=1)
     hidden_BTD = ours.final_hidden(tiny_model, ids_BT)

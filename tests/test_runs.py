@@ -10,6 +10,7 @@ from parts.files import append_rows, read_json, write_json
 from parts.runs import (
     Run,
     fingerprint,
+    folder_fingerprint,
     last_adapter_folder,
     optimizer_tensors,
     provenance,
@@ -157,6 +158,26 @@ def test_the_last_adapter_of_a_run_is_found_and_a_missing_one_is_an_error(tmp_pa
         refuse_foreign_adapter(path, "abc", "lab/tiny")
         with pytest.raises(ValueError, match="trained on other base weights than those of M"):
             refuse_foreign_adapter(path, "def", "M")
+
+
+def test_adapters_are_ordered_by_number_and_other_folders_are_not_theirs(tmp_path):
+    for name in ("step_99995", "step_100000", "step_final", "step_100001_copy"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+    assert last_adapter_folder(tmp_path).name == "step_100000"
+
+
+def test_the_fingerprint_of_a_folder_is_of_what_is_stored(tiny_model, tmp_path):
+    tiny_model.to(torch.bfloat16).save_pretrained(tmp_path / "one")
+    tiny_model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    stored = folder_fingerprint(tmp_path / "one")
+    # However it is cut into files, and not of the dtype that a run loads it in.
+    assert stored == folder_fingerprint(tmp_path / "shards")
+    assert stored == weights_fingerprint(dict(tiny_model.named_parameters()))
+    with torch.no_grad():
+        tiny_model.model.norm.weight[3] += 1
+    tiny_model.save_pretrained(tmp_path / "other")
+    assert folder_fingerprint(tmp_path / "other") != stored
 
 
 def test_an_adapter_whose_base_nobody_recorded_is_not_refused(tmp_path):

@@ -1,0 +1,79 @@
+"""parts/selfcheck.py: a model that would be sampled or scored wrongly is refused, with figures."""
+
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM
+
+from parts.selfcheck import check_model
+
+
+def test_a_model_that_is_read_rightly_passes_and_keeps_its_modes(tiny_model):
+    tiny_model.train()
+    tiny_model.model.layers[1].eval()
+    modes = [module.training for module in tiny_model.modules()]
+    state = torch.get_rng_state()
+    check_model(tiny_model, "the model")
+    assert [module.training for module in tiny_model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    check_model(tiny_model.to(torch.bfloat16), "the model")
+
+
+class Scaled(Qwen2ForCausalLM):
+    """A family whose head scales, by a number that no configuration names."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 1.1
+        return output
+
+
+def add_noise(model):
+    def _noise(module, inputs, output):
+        return output + 0.1 * torch.randn_like(output) if module.training else output
+
+    model.model.norm.register_forward_hook(_noise)
+
+
+def forget_positions(model):
+    def _drop(module, args, kwargs):
+        return args, {**kwargs, "position_ids": None}
+
+    model.get_decoder().register_forward_pre_hook(_drop, with_kwargs=True)
+
+
+def see_the_whole_batch(model):
+    def _mix(module, inputs, output):
+        return output + 0.3 * output.mean(dim=0, keepdim=True)
+
+    model.model.layers[0].mlp.register_forward_hook(_mix)
+
+
+def fail(model):
+    def _fail(module, inputs, output):
+        raise KeyError("no\nkey")
+
+    model.model.norm.register_forward_hook(_fail)
+
+
+def scale(model):
+    model.__class__ = Scaled
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (scale, "hidden states times the head and the model's own logits differ by"),
+        (add_noise, "differ by"),
+        (forget_positions, "a row sampled beside another and of a plain pass differ by"),
+        (see_the_whole_batch, "differ by"),
+        (fail, "its code fails with KeyError"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_is_read_wrongly_is_refused_in_one_line(tiny_model, harm, message, dtype):
+    model = tiny_model.to(dtype)
+    harm(model)
+    with pytest.raises(ValueError, match=message) as error:
+        check_model(model, "model M")
+    text = str(error.value)
+    assert text.startswith("model M (qwen2) cannot be used: ") and "\n" not in text
