@@ -26,6 +26,8 @@ PARTS = (
     "adapters",
     "batch",
     "sampler",
+    "plaintext",
+    "scales",
     "numerals",
     "grading",
     "mathcheck",
