@@ -120,8 +120,9 @@ def _after_thinking(completion: str, think_open: bool) -> str | None:
 # Where a box begins: the \boxed{ of "\boxed{18}" or of "\boxed {18}".
 _BOX_OPENING = re.compile(r"\\boxed\s*\{")
 
-# What counts for nesting. An escaped brace, \{, is matched so that it is skipped.
-_BRACES = re.compile(r"\\[{}]|[{}]")
+# What counts for nesting. An escaped brace, \{, is matched so that it is skipped, and so is \\, the
+# end of a line, which escapes no brace behind it.
+_BRACES = re.compile(r"\\[\\{}]|[{}]")
 
 
 def _last_box(text: str) -> str | None:

@@ -175,8 +175,10 @@ _VARIABLE = re.compile(
     # O of "1O0".
     r"[a-zß-ʯͰ-ԯ]\0"
     # A single letter after it is a variable: 2x, 2 π, 2/x. Metre, gram, litre, hour, second and
-    # franc are none (m g l h s f). Neither is the letter of d'accord or of x-axis.
-    r"|\0\s?/?\s?(?![mglhsf](?!\w))[a-zα-ω](?!'|-?[^\W\d_])"
+    # franc are none (m g l h s f). Neither is the letter of d'accord or of x-axis, nor the Spanish
+    # "and" of "18 y medio".
+    r"|\0\s?/?\s?(?![mglhsf](?!\w)|y (?:medi[oa]|(?:un |tres )?cuartos?)(?!\w))"
+    r"[a-zα-ω](?!'|-?[^\W\d_])"
     # A product of usual ones is, too: 2xy, 3ab
     r"|\0\s?/?\s?(?:[xyz]{2,3}|abc?|bc)(?![^\W\d_])"
 )
