@@ -3,8 +3,8 @@
     python bench/grader.py                    tests/grading_cases.tsv
     python bench/grader.py --golds FILE ...   the golds of data files, in every decimal script
 
-precision  of the cases graded right, the share that is right: what is missing paid for a wrong answer
-recall     of the cases that are right, the share graded right: what is missing paid nothing for work
+precision  of the cases graded right, the share that is right: the rest pays for wrong answers
+recall     of the cases that are right, the share graded right: the rest is work that is not paid
 """
 
 import argparse
@@ -68,9 +68,8 @@ def grade_golds(paths: list[Path]) -> None:
                 rf"\boxed{{{written} thousand}}", gold
             )
             counts["thousandfold"] += is_correct(rf"\boxed{{{written} thousand}}", f"{value}000")
-    print(
-        f"{len(golds)} different golds in {len(ZEROS)} scripts; graded right of {len(golds) * len(ZEROS)}:"
-    )
+    total = len(golds) * len(ZEROS)
+    print(f"{len(golds)} different golds in {len(ZEROS)} scripts; graded right of {total}:")
     for name, count in counts.items():
         print(f"{name:14} {count}")
 

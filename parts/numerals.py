@@ -10,6 +10,12 @@ The shape is that of a parser:
     >>> normalise("፲፰ ብር"), normalise(r"1{,}000.50\text{ shillings}"), normalise("18 or 19")
     ('18', '2001/2', None)
 
+Words of scale count where they stand beside the number. Where they leave it in doubt, and where
+a word changes it in another way, there is no single answer:
+
+    >>> print(*map(normalise, ("18 million", "elfu 18", "18 and a half", "18 squared", "not 18")))
+    18000000 18000 37/2 None None
+
 Everything that means the same becomes one canonical string. What could be read in two ways is read
 in none: a wrong reward teaches worse than a missing one.
 
@@ -76,12 +82,6 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
     >>> show("3½", r"3\frac12", "1.2e3", r"1.2\times10^3", "፲፰", "1.5万")
     7/2 7/2 1200 1200 18 15000
 
-    Words of scale count where they stand beside the number. Where they leave it in doubt, and where
-    a word changes it in another way, there is no single answer:
-
-    >>> show("18 million", "elfu 18", "18 тыс. ₽", "18 and a half", "18 squared", "at least 18")
-    18000000 18000 18000 37/2 None None
-
     Currency, other words, units, the percent sign and all that is left of the last "=" are dropped:
 
     >>> show("18 birr", "18 m/s²", "18%", "(18)", "x = 18")
@@ -97,8 +97,6 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
     whole = plain_text(answer.strip(), as_text=as_text)
     said = _right_side(whole, as_text=as_text)
     numbers, skeleton = _find_numbers(said)
-    if len(numbers) == 1 and "," not in said:  # (1,2) is a pair
-        skeleton = _BRACKETS.sub(r" \1\2\3 ", skeleton)
     if numbers and _is_only_words(skeleton):
         number = numbers[0] if len(numbers) == 1 else None
         scaled = None if number is None else apply_words(number, skeleton)
@@ -161,12 +159,6 @@ _PROSE = re.compile(
     r"|[\s.,;?\"']"  # punctuation
     r"|\0(?:\s?/\s?a+)?"  # the number itself, and what it is divided among: $18/hour
     r"|(?<!\0):|:(?!\0)"  # a colon, but not one between two numbers, a ratio's: 1:2
-)
-
-# Brackets round the only number, which are no function's: (18), [18 birr], \{18\}
-_BRACKETS = re.compile(
-    r"(?<![^\s:])(?:\(([^()]*\0[^()]*)\)|\[([^\[\]]*\0[^\[\]]*)\]|\\\{([^{}]*\0[^{}]*)\\\})"
-    r"(?![^\s.,;?])"
 )
 
 # Letters that belong to a number and make it something else.
@@ -234,10 +226,18 @@ _UNIT_POWER = re.compile(
 )
 
 
+# Brackets round the only number, which are no function's: (18), [18 birr], \{18\}
+_BRACKETS = re.compile(
+    r"(?<![^\s:])(?:\(([^()]*\0[^()]*)\)|\[([^\[\]]*\0[^\[\]]*)\]|\\\{([^{}]*\0[^{}]*)\\\})"
+    r"(?![^\s.,;?])"
+)
+
+
 def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
     r"""Return a plain text's numbers, None for one that cannot be read, and its skeleton.
 
-    The skeleton is the text with a \0 in the place of each number.
+    The skeleton is the text with a \0 in the place of each number, and without brackets round the
+    only one.
     """
     numbers: list[Fraction | None] = []
     has_figures = re.search(r"\d", text)
@@ -250,6 +250,8 @@ def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
         return NUMBER
 
     skeleton = _NUMBER.sub(_fill_slot, _UNIT_POWER.sub(r"\1\2", text))
+    if len(numbers) == 1 and "," not in text:  # (1,2) is a pair
+        skeleton = _BRACKETS.sub(r" \1\2\3 ", skeleton)
     return numbers, skeleton
 
 

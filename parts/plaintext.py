@@ -139,7 +139,11 @@ _REWRITES = [
     )
 ]
 
-# An innermost pair of braces of which only the content counts.
+# What may stand between braces: no others, or pairs that hold none or one more: \frac{\sqrt{2}}{2}
+_FLAT = r"[^{}]*"
+_NESTED = rf"{_FLAT}(?:\{{{_FLAT}(?:\{{{_FLAT}\}}{_FLAT})*\}}{_FLAT})*"
+
+# A pair of braces of which only the content counts.
 _WRAPPER = re.compile(
     # Of a style: \text{18}, \fbox{18}, \num{18} -> 18
     r"(?:\\(?:text(?:bf|it|rm|sf|tt|sc|md|up|sl|normal)?|math(?:rm|bf|it|sf|tt|bb|normal)"
@@ -147,7 +151,7 @@ _WRAPPER = re.compile(
     r"|boxed)\s*"
     # Or of no command: {18} -> 18, but \sqrt{18}, x^{18}, 25_{n} and \{18\} keep theirs
     r"|(?<![\w}^\\]))"
-    r"\{([^{}]*)\}"
+    rf"\{{({_NESTED})\}}"
 )
 
 

@@ -127,7 +127,7 @@ _JOINTS = re.compile("['·-]")
 
 def _words(text: str) -> tuple[str, ...]:
     """Return the words of a text without their accents, and each other mark as a word."""
-    text = _JOINTS.sub(" ", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
+    text = _JOINTS.sub(" ", _ACCENTS.sub("", unicodedata.normalize("NFKD", text)))
     spaced = "".join(
         character if unicodedata.category(character)[0] in "LM" else f" {character} "
         for character in text
@@ -148,7 +148,7 @@ def _phrases_without_spaces() -> list[str]:
     They count wherever they stand: the ล้าน of ล้านบาท.
     """
     phrases = {
-        phrase.replace("0", "").strip()
+        unicodedata.normalize("NFKD", phrase.replace("0", "").strip())
         for language in _LANGUAGES
         for phrase in (
             *itertools.chain(*language.get("times", {}).values()),
