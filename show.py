@@ -76,7 +76,7 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
         [problem],
         [max(setup.student_prompt(problem), setup.teacher_prompt(problem), key=len)],
         console,
-        context=model.config.max_position_embeddings,
+        context=context_length(model.config),
         max_new_tokens=config.max_new_tokens,
     )
     return setup

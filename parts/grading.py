@@ -23,7 +23,8 @@ import sys
 from dataclasses import dataclass
 from subprocess import DEVNULL, PIPE, Popen
 
-from parts.numerals import is_number, last_number, normalise
+from parts.numerals import MAX_ANSWER_CHARS, is_number, last_number, normalise
+from parts.plaintext import plain_text
 
 # math-verify takes a tenth of a second for a usual answer, and hours for 9^(9^9).
 MATH_LIMIT_S = 5.0
@@ -60,7 +61,8 @@ def grade(
 
     To a gold number only a number is equal, and no arithmetic is done: \boxed{9 \times 2} may just
     quote the problem. To any other gold an equal text is equal, and so is what math-verify finds
-    equal: \sqrt{12} to 2\sqrt{3}, "2, 1" to "1, 2".
+    equal: \sqrt{12} to 2\sqrt{3}, "2, 1" to "1, 2". Beside the letter of a choice neither its mark
+    counts nor what it stands for: "(C)" and "C) 18" are C.
     Raises ValueError for a gold without canonical form, OSError when math-verify does not run.
     (ours)
     """
@@ -118,8 +120,9 @@ def _after_thinking(completion: str, think_open: bool) -> str | None:
 # Where a box begins: the \boxed{ of "\boxed{18}" or of "\boxed {18}".
 _BOX_OPENING = re.compile(r"\\boxed\s*\{")
 
-# What counts for nesting. An escaped brace, \{, is matched so that it is skipped.
-_BRACES = re.compile(r"\\[{}]|[{}]")
+# What counts for nesting. An escaped brace, \{, is matched so that it is skipped, and so is \\, the
+# end of a line, which escapes no brace behind it.
+_BRACES = re.compile(r"\\[\\{}]|[{}]")
 
 
 def _last_box(text: str) -> str | None:
@@ -145,6 +148,12 @@ def _last_box(text: str) -> str | None:
 
 # ---- Right or wrong
 
+# A letter of a list of choices, with its mark or with what it stands for: C, (C), C) 18. Not one of
+# two: C) or D)
+_CHOICE = re.compile(
+    r"(?:(?:answer|choice|option):? )?\(?([a-z])(?:[).:](?: (?!.*\b[a-z][).:]).*)?)?"
+)
+
 
 def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str | None, str]:
     """Return the answer's canonical string, None if it has none, and the reason of its grade.
@@ -152,6 +161,10 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     expected  the gold's canonical string
     """
     only_number = is_number(expected)
+    gold_choice = _CHOICE.fullmatch(expected)
+    choice = _CHOICE.fullmatch(plain_text(answer[:MAX_ANSWER_CHARS])) if gold_choice else None
+    if gold_choice and choice:
+        return choice[1], "right" if choice[1] == gold_choice[1] else "wrong"
     canonical = normalise(answer, as_text=not only_number)
     if canonical is None:
         return None, "no single answer"

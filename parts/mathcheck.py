@@ -56,6 +56,9 @@ _WORD_OR_RATIO = re.compile(r"[^\W\d_]{3}|\d\s*:\s*\d")
 # A gold that is a word or a name, with or without \text around it: no, \text{B}, AB
 _ONLY_LETTERS = re.compile(r"(?:\\text\w*|[^\W\d_]|[\s{}])*")
 
+# The base of a figure: the 8 of 25_8 or 25_{8}. math-verify does not look at it.
+_BASE = re.compile(r"\d\s*_\s*\{?\s*(\w+)")
+
 # The = of an equation; those of <=, >= and != are none.
 _EQUALS = re.compile(r"(?<![<>!])=")
 
@@ -89,6 +92,10 @@ def is_same(gold: str, answer: str) -> bool:
     if _LOOSE_SPACE.sub("", gold) == _LOOSE_SPACE.sub("", answer):
         return True
     if _WORD_OR_RATIO.search(_COMMAND.sub("", gold)) or _ONLY_LETTERS.fullmatch(gold):
+        return False
+    gold_bases = set(_BASE.findall(gold))
+    answer_bases = set(_BASE.findall(answer))
+    if gold_bases and answer_bases and gold_bases != answer_bases:
         return False
     *left_sides, right_side = [answer] if _EQUALS.search(gold) else _EQUALS.split(answer)
     values = [side for side in left_sides if not _NAME.fullmatch(side)]

@@ -1,15 +1,23 @@
 r"""Read the number that a text says, in many scripts and spellings, or tell that it says none.
 
-    answer --_plain_text--> plain text --_find_numbers--> its numbers, and what is around them
-           --normalise--> one canonical string for everything that means the same
+The shape is that of a parser:
+
+    answer --plain_text--> without style, currency, degrees (plaintext.py)
+           --_find_numbers--> its numbers, and the skeleton, which is the text with a hole for each
+           --_is_only_words--> whether words, units and punctuation are all that is around them
+           --apply_words--> the number as those words scale it, or none (scales.py)
 
     >>> normalise("፲፰ ብር"), normalise(r"1{,}000.50\text{ shillings}"), normalise("18 or 19")
     ('18', '2001/2', None)
 
-`_plain_text` spells alike what looks alike: digits, dashes, spaces, LaTeX. `_find_numbers` cuts the
-numbers out of that and leaves a skeleton, the text with a hole for each. From the skeleton
-`normalise` judges whether the text is about one number. What could be read in two ways is read in
-none: a wrong reward teaches worse than a missing one.
+Words of scale count where they stand beside the number. Where they leave it in doubt, and where
+a word changes it in another way, there is no single answer:
+
+    >>> print(*map(normalise, ("18 million", "elfu 18", "18 and a half", "18 squared", "not 18")))
+    18000000 18000 37/2 None None
+
+Everything that means the same becomes one canonical string. What could be read in two ways is read
+in none: a wrong reward teaches worse than a missing one.
 
 No text raises. Functions stand in order of use, and each is preceded by the patterns it uses. A
 comment "x -> y" says what becomes of an example.
@@ -18,6 +26,9 @@ comment "x -> y" says what becomes of an example.
 import re
 import unicodedata
 from fractions import Fraction
+
+from parts.plaintext import plain_text
+from parts.scales import NUMBER, apply_words
 
 # A longer answer is an essay or an attack. Python's int() refuses more than 4300 digits, too.
 MAX_ANSWER_CHARS = 400
@@ -63,18 +74,18 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
 
     These are not one number:
 
-    >>> show("10 20", "1,2,3", "1,000,50", "18 or 19", "x = 1, y = 2", "18 million", "1/0", "1e999")
-    None None None None None None None None
+    >>> show("10 20", "1,2,3", "1,000,50", "18 or 19", "x = 1, y = 2", "1/0", "1e999")
+    None None None None None None None
 
     Many forms are read:
 
     >>> show("3½", r"3\frac12", "1.2e3", r"1.2\times10^3", "፲፰", "1.5万")
     7/2 7/2 1200 1200 18 15000
 
-    Currency, words, units, the percent sign and all that is left of the last "=" are dropped:
+    Currency, other words, units, the percent sign and all that is left of the last "=" are dropped:
 
-    >>> show("18 birr", "18 cm²", "18%", "x = 18")
-    18 18 18 18
+    >>> show("18 birr", "18 m/s²", "18%", "(18)", "x = 18")
+    18 18 18 18 18
 
     What is no number is compared as text:
 
@@ -83,13 +94,14 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
     """
     if len(answer.strip()) > MAX_ANSWER_CHARS:
         return None
-    whole = _plain_text(answer.strip())
+    whole = plain_text(answer.strip(), as_text=as_text)
     said = _right_side(whole, as_text=as_text)
     numbers, skeleton = _find_numbers(said)
     if numbers and _is_only_words(skeleton):
         number = numbers[0] if len(numbers) == 1 else None
-        if number is not None and not _CHANGING_WORDS.search(skeleton):
-            return str(number)
+        scaled = None if number is None else apply_words(number, skeleton)
+        if scaled is not None:
+            return str(scaled)
         said = ""  # it is about numbers, but not clearly about one
     canonical = said or (whole if as_text else "")
     return canonical.strip().rstrip(_CLOSING_MARKS) or None
@@ -109,7 +121,7 @@ def last_number(text: str) -> str | None:
     >>> last_number("9 x 2 = 18 birr."), last_number("18 or 1/0")
     ('18', None)
     """
-    numbers, _ = _find_numbers(_plain_text(text.strip()[-MAX_ANSWER_CHARS:]))
+    numbers, _ = _find_numbers(plain_text(text.strip()[-MAX_ANSWER_CHARS:]))
     number = numbers[-1] if numbers else None
     return None if number is None else str(number)
 
@@ -142,10 +154,10 @@ def _right_side(text: str, *, as_text: bool) -> str:
 # What may stand around a number without changing it. It is matched on the skeleton in which every
 # letter and mark has become an "a" and every number a \0.
 _PROSE = re.compile(
-    r"a+(?:[-/]a+)*"  # words, also joined ones: birr, km/h, twenty-one
+    r"a+(?:-a+|\s?[/·]\s?a+)*"  # words, also joined ones: birr, km/h, twenty-one
     r"|\([a\s]*\)"  # a remark in parentheses: 18 (eighteen birr)
     r"|[\s.,;?\"']"  # punctuation
-    r"|\0"  # the number itself
+    r"|\0(?:\s?/\s?a+)?"  # the number itself, and what it is divided among: $18/hour
     r"|(?<!\0):|:(?!\0)"  # a colon, but not one between two numbers, a ratio's: 1:2
 )
 
@@ -154,28 +166,13 @@ _VARIABLE = re.compile(
     # A letter with upper and lower case right before a figure poses as one: the l of "l8", the
     # O of "1O0".
     r"[a-zß-ʯͰ-ԯ]\0"
-    # A single letter after it is a variable: 2x, 2 π. Metre, gram, litre, hour, second and franc
-    # are none (m g l h s f). Neither is the letter of d'accord or of x-axis.
-    r"|\0\s?(?![mglhsf](?!\w))[a-zα-ω](?!'|-?[^\W\d_])"
-)
-
-# Words that multiply or divide the number before them: "18 million" is not 18, so that other words
-# may be dropped and these may not.
-_CHANGING = (
-    r"hundreds? thousands? millions? billions? trillions? dozens? lakhs? crores? half "  # English
-    r"mille milliards? demi "  # French
-    r"mil millones medio "  # Spanish
-    r"tausend millionen milliarden "  # German
-    r"тысяч\w* миллион\w* "  # Russian
-    r"mia elfu laki milioni nusu "  # Swahili
-    r"dubu miliyan rabi "  # Hausa
-    r"ሺህ? ሚሊዮን "  # Amharic
-    r"মিলিয়ন হাজার লক্ষ লাখ কোটি"  # Bengali
-)
-# Thai writes no spaces between words, so its thousand, ten thousand and so on count anywhere.
-_CHANGING_IN_THAI = "พัน หมื่น แสน ล้าน"
-_CHANGING_WORDS = re.compile(
-    rf"(?<!\w)(?:{'|'.join(_CHANGING.split())})(?![^\W\d_])|{'|'.join(_CHANGING_IN_THAI.split())}"
+    # A single letter after it is a variable: 2x, 2 π, 2/x. Metre, gram, litre, hour, second and
+    # franc are none (m g l h s f). Neither is the letter of d'accord or of x-axis, nor the Spanish
+    # "and" of "18 y medio".
+    r"|\0\s?/?\s?(?![mglhsf](?!\w)|y (?:medi[oa]|(?:un |tres )?cuartos?)(?!\w))"
+    r"[a-zα-ω](?!'|-?[^\W\d_])"
+    # A product of usual ones is, too: 2xy, 3ab
+    r"|\0\s?/?\s?(?:[xyz]{2,3}|abc?|bc)(?![^\W\d_])"
 )
 
 
@@ -185,119 +182,6 @@ def _is_only_words(skeleton: str) -> bool:
         "a" if unicodedata.category(character)[0] in "LM" else character for character in skeleton
     )
     return not _PROSE.sub("", shape) and not _VARIABLE.search(skeleton)
-
-
-# ---- Spell alike what looks alike
-
-# Plain characters, and what is taken for each of them.
-_LOOKALIKES = {
-    "-": "−–‐‑‒",  # the minus sign, dashes and hyphens
-    "'": "’‘ʼ′`٬",  # the last is the Arabic thousands separator
-    '"': "“”„«»",
-    "/": "⁄∕",
-    ",": "،",
-    ";": "፣፤、؛",  # Ethiopic, Chinese and Arabic marks that join the items of a list
-    ".": "。።।۔٫",  # full stops; the last is the Arabic decimal separator
-    "?": "؟",
-    "%": "٪",
-    "°": "º",
-    " ": "፡",  # the Ethiopic word space
-    "万": "萬",  # Han numerals in one spelling
-    "億": "亿",
-    "二": "两兩",
-    "〇": "零",
-}
-_SAME_AS = {
-    lookalike: plain for plain, lookalikes in _LOOKALIKES.items() for lookalike in lookalikes
-}
-
-# A run of raised figures, which are an exponent: 10³ -> 10^3
-_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
-
-# Currencies that are written against their number: R18, KSh500. There is no need to list signs such
-# as ₦, which Unicode knows, nor "naira" or "元" after a number, which are words like any other.
-_CURRENCY_PREFIX = (
-    "(?:[rnkm]|br|rs|tk|k?shs?|[tu]sh|fc?|f?cfa|frw|gh[cs]|"  # what people write
-    "usd?|eur|gbp|ngn|etb|kes|tzs|ugx|rwf|zar|zmw|lsl|xaf|xof|jpy|cny|rmb|thb|inr|bdt|"  # ISO 4217
-    "birr|naira|cedis?|rand)"
-)
-
-# An argument of \frac: {12}, or one figure without braces. It has two groups, and one is filled.
-_ARGUMENT = r"\s*(?:\{\s*(-?[\w.,' ]+?)\s*\}|(\d))"
-
-# Patterns and what replaces them. They are applied in this order, since some need what an earlier
-# one wrote.
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        # LaTeX that is not seen: 1,\!000 -> 1,000
-        (r"\\!|\\(?:left|right)(?![a-z])", ""),
-        # LaTeX spaces, and the brackets of a formula: 1\,000 -> 1 000, \(18\) -> 18
-        (r"\\[,;: ()\[\]]|\\q?quad(?![a-z])|~", " "),
-        # A comma in braces, which keep TeX from spacing it: 1{,}000 -> 1,000
-        (r"\{,\}", ","),
-        # The two products: 1.2 \times 10 -> 1.2 × 10
-        (r"\\(?:times|cdot)(?![a-z])", "×"),
-        # A fraction: \frac{1}{2} -> 1/2. Its spaces keep 1\frac12 apart from 11/2.
-        (rf"\\[dt]?frac{_ARGUMENT}{_ARGUMENT}", r" \1\2/\3\4 "),
-        # An exponent in braces: 10^{3} -> 10^3
-        (r"\^\{(-?\d+|\w)\}", r"^\1"),
-        # Currency between a sign and its number: -$18 -> -18
-        (r"(?<=[-+])\s*\\?\$\s*", ""),
-        # Degrees, currency, percent: 18^\circ, 18°C, 18 $, 18\% -> 18
-        (r"\^\s*\{?\s*\\circ\s*\}?|°\s?(?:[cf]\b)?|\\?[$%]", " "),
-        # East African "so many shillings": 500/=, 500/- -> 500
-        (r"(?<=\d)/[=-](?!\s*\d)", " "),
-        # Currency against its number: KSh500 -> 500
-        (rf"(?<!\w){_CURRENCY_PREFIX}(?=\d)", ""),
-        # A sign in words, of English, French, Spanish, Swahili, Chinese, Japanese: minus 18 -> -18
-        (r"(?<!\w)(?:minus|negative|moins|menos|hasi)(?!\w)\s*|[负負]|マイナス", " -"),
-        # A space after a leading sign: - 18 -> -18. The dash of "answer - 18" is no sign.
-        (r"((?:^|[:=])\s*[-+])\s+(?=[\d.])", r"\1"),
-    )
-]
-
-# An innermost pair of braces of which only the content counts.
-_WRAPPER = re.compile(
-    r"(?:\\(?:text(?:bf|it)?|math(?:rm|bf|it)|mbox|underline)\s*"  # of a font: \text{18} -> 18
-    r"|(?<![\w}^\\]))"  # or of no command: {18} -> 18, but \sqrt{18}, x^{18} and \{18\} keep theirs
-    r"\{([^{}]*)\}"
-)
-
-
-def _plain_text(answer: str) -> str:
-    """Return the answer with ASCII digits, and one kind of minus, space and apostrophe.
-
-    LaTeX that only sets type is gone, and so is currency; letters are lower case.
-    """
-    text = _SUPERSCRIPTS.sub(lambda run: "^" + unicodedata.normalize("NFKC", run[0]), answer)
-    text = "".join(_plain_character(character) for character in text)
-    text = unicodedata.normalize("NFC", text.casefold())
-    while True:
-        for pattern, replacement in _REWRITES:
-            text = pattern.sub(replacement, text)
-        text, unwrapped = _WRAPPER.subn(r" \1 ", text)
-        if not unwrapped:  # else a rewrite, or the next pair of braces, may have become possible
-            return " ".join(text.split())
-
-
-def _plain_character(character: str) -> str:
-    """Return the plain spelling of one character, "" for what cannot be seen: a direction mark."""
-    category = unicodedata.category(character)
-    if character.isspace():
-        return " "
-    if category in ("Cc", "Cf", "Cs"):  # control, format, half of a surrogate pair
-        return ""
-    if category == "Nd":  # a decimal digit of any script
-        return str(unicodedata.decimal(character))
-    if category == "Sc":  # a currency sign
-        return "$"
-    folded = unicodedata.normalize("NFKC", _SAME_AS.get(character, character))
-    if category == "No":  # another number
-        # A vulgar fraction gets spaces, since 3½ is not 31/2. Others (², ①, ፲) stay as they are:
-        # NFKC makes "11" of "1①".
-        return f" {folded.replace('⁄', '/')} " if "⁄" in folded else character
-    return "".join(_SAME_AS.get(part, part) for part in folded)
 
 
 # ---- Find the numbers
@@ -314,14 +198,17 @@ _NUMBER = re.compile(
     rf"""
     (?P<sign>(?<![\w)])[-+])?  # "3-5" and "T-18" have no negative number
     (?:
+        # Figures that repeat: 0.1(6)
+        (?P<repeating>\d+[.,]\d*\(\d+\))
         # A power of ten: 1.2×10^3, 1.2e3, 10^3
-        (?:(?P<factor>{_FIGURE})(?:\s?[×x*·]\s?10\^|e)|10\^)(?P<exponent>[-+]?\d+)
+        | (?:(?P<factor>{_FIGURE})(?:\s?[×x*·]\s?10\^|e)|10\^)(?P<exponent>[-+]?\d+)
         # A mixed number: 3 1/2
         | (?P<whole>\d+)\ (?P<part>[1-9]\d*/\d+)
         # A fraction: 7/2
         | (?P<fraction>{_FIGURE}\s?/\s?{_FIGURE})
-        # A numeral without place values or with units: 1.5万, 三千五百, ፲፰
-        | (?P<numeral>\d[\d.,]*{_HAN_UNIT}(?:\d|{_HAN})*|{_HAN}+|[፩-፼]+)
+        # A numeral without place values or with units: 1.5万, 三千五百, ፲፰. With a half behind it
+        # (半) it has no clear value: 一半 is a half, and 18万半 is either of two.
+        | (?P<numeral>(?:\d[\d.,]*\ ?{_HAN_UNIT}(?:\d|{_HAN})*|{_HAN}+)半?|[፩-፼]+)
         # Plain figures: 18
         | (?P<figure>{_FIGURE})
     )
@@ -329,14 +216,28 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 
-# The exponent of a unit of length, whose figure is no number: 18 cm^2 -> 18 cm, 3 m3 -> 3 m
-_UNIT_POWER = re.compile(r"(?<![^\W\d_])([cdkm]?m|ft|in)(?:\s?\^)?[23](?!\w)")
+# The exponent of a unit, whose figure is no number: 18 cm^2 -> 18 cm, 3 m3 -> 3 m. With a "^" the
+# unit may be any word, 18 units^2, but not a product of variables: 18 xy^2.
+_UNIT_POWER = re.compile(
+    r"(?<![^\W\d_])(?:"
+    r"([cdkm]?m|ft|in)(?:\s?\^)?[23]"
+    r"|(?<!\d)([mgs]|(?![abcxyz]+\b)[^\W\d_]{2,})\s?\^-?[1-4]"
+    r")(?!\w)"
+)
+
+
+# Brackets round the only number, which are no function's: (18), [18 birr], \{18\}
+_BRACKETS = re.compile(
+    r"(?<![^\s:])(?:\(([^()]*\0[^()]*)\)|\[([^\[\]]*\0[^\[\]]*)\]|\\\{([^{}]*\0[^{}]*)\\\})"
+    r"(?![^\s.,;?])"
+)
 
 
 def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
     r"""Return a plain text's numbers, None for one that cannot be read, and its skeleton.
 
-    The skeleton is the text with a \0 in the place of each number.
+    The skeleton is the text with a \0 in the place of each number, and without brackets round the
+    only one.
     """
     numbers: list[Fraction | None] = []
     has_figures = re.search(r"\d", text)
@@ -346,9 +247,11 @@ def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
         if has_figures and match["numeral"] and match["numeral"][0] > "፼":
             return match[0]
         numbers.append(_read_number(match))
-        return "\0"
+        return NUMBER
 
-    skeleton = _NUMBER.sub(_fill_slot, _UNIT_POWER.sub(r"\1", text))
+    skeleton = _NUMBER.sub(_fill_slot, _UNIT_POWER.sub(r"\1\2", text))
+    if len(numbers) == 1 and "," not in text:  # (1,2) is a pair
+        skeleton = _BRACKETS.sub(r" \1\2\3 ", skeleton)
     return numbers, skeleton
 
 
@@ -357,7 +260,9 @@ def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
 
 def _read_number(match: re.Match[str]) -> Fraction | None:
     """Read what _NUMBER has found; None where it has no single clear value."""
-    if match["exponent"]:
+    if match["repeating"]:
+        value = _read_repeating(match["repeating"])
+    elif match["exponent"]:
         value = _read_power_of_ten(match["factor"] or "1", int(match["exponent"]))
     elif match["part"]:
         value = _read_mixed_number(int(match["whole"]), match["part"])
@@ -368,6 +273,13 @@ def _read_number(match: re.Match[str]) -> Fraction | None:
     else:
         value = _read_figure(match["figure"])
     return -value if value and match["sign"] == "-" else value
+
+
+def _read_repeating(figure: str) -> Fraction:
+    """Read 0.1(6), which is 1/6: its repeating figures count 9, 99, 999 ... of their last place."""
+    whole, decimals, repeating = re.split(r"[.,(]", figure.rstrip(")"))
+    difference = int(whole + decimals + repeating) - int(whole + decimals)
+    return Fraction(difference, 10 ** len(decimals) * (10 ** len(repeating) - 1))
 
 
 def _read_power_of_ten(factor: str, exponent: int) -> Fraction | None:
@@ -433,6 +345,9 @@ def _read_numeral(numeral: str) -> Fraction | None:
 
     By units a numeral is a count, its largest unit and a rest; a missing count is one: ፻ is 100.
     """
+    numeral = numeral.replace(" ", "")  # 18 万
+    if numeral.endswith("半"):
+        return None
     for unit, count_limit in _COUNT_LIMITS.items():
         # ፼ repeats, and then the last one is the one that the others are counts of.
         before, found, after = numeral.rpartition(unit) if unit == "፼" else numeral.partition(unit)

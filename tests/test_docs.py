@@ -29,6 +29,8 @@ PARTS = (
     "batch",
     "sampler",
     "selfcheck",
+    "plaintext",
+    "scales",
     "numerals",
     "grading",
     "mathcheck",

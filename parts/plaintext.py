@@ -1,0 +1,195 @@
+r"""Plain text: an answer with what only looks different folded away, and what only sets type gone.
+
+    >>> plain_text(r"\textcolor{red}{\boldsymbol{1\,000}}\text{ Birr}"), plain_text("**፲፰ ₦**")
+    ('1 000 birr', '፲፰')
+
+Digits of every script become ASCII; dashes, spaces and apostrophes become one of each; LaTeX and
+Markdown that set a style, currency, degrees and the percent sign are dropped; letters are lower
+case. What the text says is not asked here. Functions stand below the patterns they use. A comment
+"x -> y" says what becomes of an example.
+"""
+
+import re
+import unicodedata
+
+# Plain characters, and what is taken for each of them.
+_LOOKALIKES = {
+    "-": "−–‐‑‒",  # the minus sign, dashes and hyphens
+    "'": "’‘ʼ′`٬",  # the last is the Arabic thousands separator
+    '"': "“”„«»",
+    "/": "⁄∕",
+    ",": "،",
+    ";": "፣፤、؛",  # Ethiopic, Chinese and Arabic marks that join the items of a list
+    ".": "。።।۔٫",  # full stops; the last is the Arabic decimal separator
+    "?": "؟",
+    "%": "٪",
+    "°": "º",
+    " ": "፡",  # the Ethiopic word space
+    "万": "萬",  # Han numerals in one spelling
+    "億": "亿",
+    "二": "两兩",
+    "〇": "零",
+}
+_SAME_AS = {
+    lookalike: plain for plain, lookalikes in _LOOKALIKES.items() for lookalike in lookalikes
+}
+
+# A run of raised figures, which are an exponent: 10³ -> 10^3
+_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+
+# A run of lowered figures behind a figure, which are a base: 18₁₀ -> 18_10. That of x₁ is a name.
+_SUBSCRIPTS = re.compile(r"(?<=\d)[₀-₉]+")
+
+# CLDR's short forms of multiples, right behind a figure: 18k -> 18 thousand
+_SHORT_FORMS = (
+    (re.compile(r"(?<=\d)[Kk](?!\w)"), " thousand "),
+    (re.compile(r"(?<=\d)M(?!\w)"), " million "),
+    (re.compile(r"(?<=\d)B(?!\w)"), " billion "),
+)
+
+# Behind a space or in a font, M may be an ill-spelt metre, and G a gram, so these are two words of
+# doubt. They are looked for before letters become lower case: 18 M -> 18 mega
+_GAP = r"(?<=\d)((?:\s|~|\\[ ,;:]|\\(?:text|math)\w*\s*\{|\{)*)"
+_DOUBTFUL_CAPITALS = (
+    (re.compile(_GAP + r"M(?!\w)"), r"\1 mega "),
+    (re.compile(_GAP + r"G(?!\w)"), r"\1 giga "),
+)
+
+# Currencies that are written against their number: R18, KSh500. There is no need to list signs such
+# as ₦, which Unicode knows, nor "naira" or "元" after a number, which are words like any other.
+_CURRENCY_PREFIX = (
+    "(?:[rnkm]|br|rs|tk|k?shs?|[tu]sh|fc?|f?cfa|frw|gh[cs]|"  # what people write
+    "usd?|eur|gbp|ngn|etb|kes|tzs|ugx|rwf|zar|zmw|lsl|xaf|xof|jpy|cny|rmb|thb|inr|bdt|"  # ISO 4217
+    "birr|naira|cedis?|rand)"
+)
+
+# An argument of \frac: {12}, or one figure without braces. It has two groups, and one is filled.
+_ARGUMENT = r"\s*(?:\{\s*(-?[\w.,' ]+?)\s*\}|(\d))"
+
+# A unit of a quotient: {m}, {s^2}
+_UNIT = r"\s*\{\s*([^\W\d_]{1,9}(?:\s?\^\d)?)\s*\}"
+
+# Patterns and what replaces them. They are applied in this order, since some need what an earlier
+# one wrote.
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # The end of a line, and half of a LaTeX space, at the end: 18 \\ -> 18
+        (r"\\+\s*$", ""),
+        # LaTeX that is not seen: 1,\!000 -> 1,000
+        (r"\\!|\\(?:left|right)(?![a-z])|\\bigg?[lrm]?(?![a-z])", ""),
+        # LaTeX spaces, and the brackets of a formula: 1\,000 -> 1 000, \(18\) -> 18
+        (r"\\[,;: ()\[\]]|\\q?quad(?![a-z])|~", " "),
+        # Sizes and fonts that hold until the next brace: \displaystyle 18 -> 18
+        (
+            r"\\(?:display|text|script)style(?![a-z])|\\(?:large|huge|small|tiny|normalsize)"
+            r"(?![a-z])|\\(?:bf|it|rm|sf|tt)(?:series|family|shape)?(?![a-z])",
+            " ",
+        ),
+        # Colours: \textcolor{red}{18} -> {18}, \color{red} 18 -> 18
+        (r"\\(?:textcolor|colorbox|color)\s*(?:\[\w*\])?\s*\{[\w!, ]*\}", " "),
+        # A number with its unit: \SI{18}{m} -> {18}{m}
+        (r"\\(?:si|qty)(?=\s*\{[^{}]*\}\s*\{)", " "),
+        # Markdown that sets bold or slanted type: **18** -> 18, but not 2**18**2
+        (r"(?<![\w)*])(\*\*?|__)(?=\S)([^*]+?)(?<=\S)\1(?![\w(*])", r" \2 "),
+        # A comma in braces, which keep TeX from spacing it: 1{,}000 -> 1,000
+        (r"\{,\}", ","),
+        # The two products: 1.2 \times 10 -> 1.2 × 10
+        (r"\\(?:times|cdot)(?![a-z])", "×"),
+        # What leads to the last side, like an "=": \approx 18, 6 × 3 \Rightarrow 18 -> 6 × 3 = 18
+        (r"\\(?:approx|simeq|sim|(?:long)?rightarrow|implies|therefore)(?![a-z])|[≈≃⇒→⟹∴]", "="),
+        # A fraction: \frac{1}{2} -> 1/2. Its spaces keep 1\frac12 apart from 11/2.
+        (rf"\\(?:[cdt]?|s|nice)frac{_ARGUMENT}{_ARGUMENT}", r" \1\2/\3\4 "),
+        # Units as a fraction: \frac{m}{s^2} -> m/s^2
+        (rf"\\[cdt]?frac{_UNIT}{_UNIT}", r" \1/\2 "),
+        # Figures that repeat: 0.\overline{3}, 0.\dot3 -> 0.(3)
+        (r"(?<=\d)([.,]\d*)\s*\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1(\2\3)"),
+        # An exponent or a base in braces: 10^{3} -> 10^3, 25_{8} -> 25_8
+        (r"\^\{\s*(-?\d+|\w)\s*\}", r"^\1"),
+        (r"(?<=\d)\s?_\s?\{\s*(\d+)\s*\}", r"_\1"),
+        # The base that is meant anyway: 18_10 -> 18
+        (r"(?<=\d)_10(?!\d)", ""),
+        # Currencies of LaTeX: \pounds 18 -> $ 18
+        (r"\\(?:pounds|euro|yen|textdollar|texteuro|textsterling)(?![a-z])", "$"),
+        # Currency between a sign and its number: -$18 -> -18
+        (r"(?<=[-+])\s*\\?\$\s*", ""),
+        # Degrees: 18^\circ, 18°C, 18\degree, 18^{\circ} \text{C} -> 18
+        (
+            r"(?:\^\s*\{\s*(?:\\circ|°|\\degrees?)\s*[cf]?\s*\}"
+            r"|\^?\s*(?:°|\\degrees?(?![a-z]))|\^\s*\\circ(?![a-z]))"
+            r"(?:\s*\\(?:text|mathrm)\s*\{\s*[cf]\s*\}|\s?[cf]\b)?",
+            " ",
+        ),
+        # Currency, percent: 18 $, 18\% -> 18
+        (r"\\?[$%]", " "),
+        # East African "so many shillings": 500/=, 500/- -> 500
+        (r"(?<=\d)/[=-](?!\s*\d)", " "),
+        # Currency against its number: KSh500 -> 500
+        (rf"(?<!\w){_CURRENCY_PREFIX}(?=\d)", ""),
+        # A sign in words, of English, French, Spanish, Swahili, Chinese, Japanese: minus 18 -> -18.
+        # "au moins 18" and "moins de 18" are bounds.
+        (
+            r"(?<!\w)(?<!\bau )(?<!\bal )(?<!\blo )(?<!\bdo )(?<!\bo )"
+            r"(?:minus|negative|(?:moins|menos)(?!\s+(?:de|que)\b)|hasi)(?!\w)\s*"
+            r"|[负負]|マイナス",
+            " -",
+        ),
+        # A space after a leading sign: - 18 -> -18. The dash of "answer - 18" is no sign.
+        (r"((?:^|[:=])\s*[-+])\s+(?=[\d.])", r"\1"),
+    )
+]
+
+# What may stand between braces: no others, or pairs that hold none or one more: \frac{\sqrt{2}}{2}
+_FLAT = r"[^{}]*"
+_NESTED = rf"{_FLAT}(?:\{{{_FLAT}(?:\{{{_FLAT}\}}{_FLAT})*\}}{_FLAT})*"
+
+# A pair of braces of which only the content counts.
+_WRAPPER = re.compile(
+    # Of a style: \text{18}, \fbox{18}, \num{18} -> 18
+    r"(?:\\(?:text(?:bf|it|rm|sf|tt|sc|md|up|sl|normal)?|math(?:rm|bf|it|sf|tt|bb|normal)"
+    r"|boldsymbol|bm|emph|[fmh]box|u(?:nderline|line)|num|unit|si|ensuremath|operatorname\*?"
+    r"|boxed)\s*"
+    # Or of no command: {18} -> 18, but \sqrt{18}, x^{18}, 25_{n} and \{18\} keep theirs
+    r"|(?<![\w}^\\]))"
+    rf"\{{({_NESTED})\}}"
+)
+
+
+def plain_text(answer: str, *, as_text: bool = False) -> str:
+    """Return the answer with ASCII digits, and one kind of minus, space and apostrophe.
+
+    LaTeX and Markdown that only set type are gone, and so is currency; letters are lower case.
+    as_text  True beside a gold answer that is no number: then 3k may be three times k
+    No text raises. (ours)
+    """
+    text = _SUPERSCRIPTS.sub(lambda run: "^" + unicodedata.normalize("NFKC", run[0]), answer)
+    text = _SUBSCRIPTS.sub(lambda run: "_" + unicodedata.normalize("NFKC", run[0]), text)
+    text = "".join(_plain_character(character) for character in text)
+    for pattern, replacement in (() if as_text else _SHORT_FORMS) + _DOUBTFUL_CAPITALS:
+        text = pattern.sub(replacement, text)
+    text = unicodedata.normalize("NFC", text.casefold())
+    while True:
+        for pattern, replacement in _REWRITES:
+            text = pattern.sub(replacement, text)
+        text, unwrapped = _WRAPPER.subn(r" \1 ", text)
+        if not unwrapped:  # else a rewrite, or the next pair of braces, may have become possible
+            return " ".join(text.split())
+
+
+def _plain_character(character: str) -> str:
+    """Return the plain spelling of one character, "" for what cannot be seen: a direction mark."""
+    category = unicodedata.category(character)
+    if character.isspace():
+        return " "
+    if category in ("Cc", "Cf", "Cs"):  # control, format, half of a surrogate pair
+        return ""
+    if category == "Nd":  # a decimal digit of any script
+        return str(unicodedata.decimal(character))
+    if category == "Sc":  # a currency sign
+        return "$"
+    folded = unicodedata.normalize("NFKC", _SAME_AS.get(character, character))
+    if category == "No":  # another number
+        # A vulgar fraction gets spaces, since 3½ is not 31/2. Others (², ①, ፲) stay as they are:
+        # NFKC makes "11" of "1①".
+        return f" {folded.replace('⁄', '/')} " if "⁄" in folded else character
+    return "".join(_SAME_AS.get(part, part) for part in folded)

@@ -1,0 +1,199 @@
+"""Words that scale a number, and words that change it: of "18 million", "18 and a half", "not 18".
+
+The words stand in scales.json, which says where they come from. They are a closed class in each
+language; every other word is a unit, a currency or a counted noun, and says nothing.
+
+    >>> [apply_words(Fraction(18), words) for words in ("kuma \\0", "\\0 тыс. рублей", "not \\0")]
+    [Fraction(18000, 1), Fraction(18000, 1), None]
+
+The grader does not know which language an answer is in, so a word that two languages read
+differently is certain in neither. Functions stand in order of use.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+# The place of the number among the words.
+NUMBER = "\0"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a phrase of scales.json does to the number beside it.
+
+    kind          "times", "plus", or "changes", which is: nothing certain
+    amount        how many times as large, or how much is added; 0 for "changes"
+    may_precede   whether it does so when it stands before the number
+    may_follow    whether it does so when it stands after the number
+    needs_plural  whether it means something else beside one: "1 billion" may be French
+    """
+
+    kind: str
+    amount: Fraction = Fraction(0)
+    may_precede: bool = False
+    may_follow: bool = True
+    needs_plural: bool = False
+
+
+_CHANGES = Effect("changes")
+
+
+def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
+    r"""Return the number as the words beside it scale it; None: they leave it in doubt.
+
+    skeleton  folded text with one \0 in the place of the number
+
+    Between number and scale word stands nothing else: "18 (million)" is in doubt. What is added
+    stands nearer to the number than what multiplies: 18 and a half million, not 18 million and a
+    half. Multiples grow from left to right, 18 hundred thousand; the other way they are a sum.
+    """
+    parts = _split(skeleton)
+    effects = [part for part in parts if isinstance(part, Effect)]
+    if not effects:
+        return number
+    if _CHANGES in effects:
+        return None
+    place = parts.index(NUMBER)
+    before = [part for part in parts[max(place - 1, 0) : place] if isinstance(part, Effect)]
+    after = [
+        part
+        for part in itertools.takewhile(lambda part: isinstance(part, Effect), parts[place + 1 :])
+        if isinstance(part, Effect)
+    ]
+    if before + after != effects or not _are_certain(number, before, after):
+        return None
+    for effect in before + after:
+        if effect.kind == "times":
+            number *= effect.amount
+        else:
+            number += effect.amount if number >= 0 else -effect.amount
+    return number
+
+
+def _are_certain(number: Fraction, before: list[Effect], after: list[Effect]) -> bool:
+    """Return whether the effects beside a number can be meant in one way only."""
+    beside = before + after
+    terms = [effect for effect in beside if effect.kind == "plus"]
+    factors = [effect.amount for effect in beside if effect.kind == "times"]
+    stand_right = all(effect.may_precede for effect in before) and all(
+        effect.may_follow for effect in after
+    )
+    terms_come_first = all(effect.kind == "plus" for effect in beside[: len(terms)])
+    one_side_multiplies = not after or all(effect.kind == "plus" for effect in before)
+    # Of a whole number alone: 18 and a half, but not 18.5 and a half.
+    terms_fit = not terms or (len(terms) == 1 and number.denominator == 1)
+    has_plural = abs(number) >= 2 or not any(effect.needs_plural for effect in beside)
+    return (
+        stand_right
+        and terms_come_first
+        and one_side_multiplies
+        and terms_fit
+        and has_plural
+        and factors == sorted(factors)
+    )
+
+
+def _split(skeleton: str) -> list[str | Effect]:
+    """Return the skeleton's words and marks in order, with the longest known phrases as effects."""
+    words = _words(skeleton)
+    parts: list[str | Effect] = []
+    start = 0
+    while start < len(words):
+        for length in range(_LONGEST_PHRASE, 0, -1):
+            phrase = words[start : start + length]
+            if phrase in _EFFECTS:
+                parts.append(_EFFECTS[phrase])
+                start += len(phrase)
+                break
+        else:
+            parts.append(words[start])
+            start += 1
+    return parts
+
+
+# Accents and tone marks, which many leave out: millón, ẹgbẹ̀rún. Vowel signs of other scripts are
+# letters, and are no part of this block.
+_ACCENTS = re.compile("[\u0300-\u036f]")
+
+# What joins words, and says nothing here: n'igice, half-dozen
+_JOINTS = re.compile("['·-]")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Return the words of a text without their accents, and each other mark as a word."""
+    text = _JOINTS.sub(" ", _ACCENTS.sub("", unicodedata.normalize("NFKD", text)))
+    spaced = "".join(
+        character if unicodedata.category(character)[0] in "LM" else f" {character} "
+        for character in text
+    )
+    return tuple(_UNSPACED.sub(r" \g<0> ", spaced).split())
+
+
+# ---- The table
+
+_LANGUAGES = json.loads(Path(__file__).with_name("scales.json").read_text(encoding="utf-8"))[
+    "languages"
+].values()
+
+
+def _phrases_without_spaces() -> list[str]:
+    """Return the phrases in scripts that write no spaces between words, the longest first.
+
+    They count wherever they stand: the ล้าน of ล้านบาท.
+    """
+    phrases = {
+        unicodedata.normalize("NFKD", phrase.replace("0", "").strip())
+        for language in _LANGUAGES
+        for phrase in (
+            *itertools.chain(*language.get("times", {}).values()),
+            *itertools.chain(*language.get("plus", {}).values()),
+            *language.get("changes", []),
+        )
+    }
+    thai_kana_or_han = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]")
+    return sorted(filter(thai_kana_or_han.match, phrases), key=len, reverse=True)
+
+
+_UNSPACED = re.compile("|".join(_phrases_without_spaces()))
+
+
+def _read_effects() -> dict[tuple[str, ...], Effect]:
+    """Return the effect of each phrase; "changes" where languages differ."""
+    found: dict[tuple[str, ...], set[Effect]] = {}
+    singular = set()
+    for language in _LANGUAGES:
+        counts_after = language["count"] == "after"
+        for amount, phrases in language.get("times", {}).items():
+            effect = Effect("times", Fraction(amount), may_precede=counts_after)
+            for phrase in phrases:
+                found.setdefault(_phrase(phrase), set()).add(effect)
+        for amount, phrases in language.get("plus", {}).items():
+            for phrase in phrases:
+                precedes = phrase.endswith(" 0")
+                effect = Effect("plus", Fraction(amount), precedes, may_follow=not precedes)
+                found.setdefault(_phrase(phrase.removesuffix(" 0")), set()).add(effect)
+        for phrase in language.get("changes", []):
+            found.setdefault(_phrase(phrase), set()).add(_CHANGES)
+        singular |= {_phrase(phrase) for phrase in language.get("singular", [])}
+    effects = {
+        phrase: readings.pop() if len(readings) == 1 else _CHANGES
+        for phrase, readings in found.items()
+    }
+    for phrase in singular:
+        effects[phrase] = dataclasses.replace(effects[phrase], needs_plural=True)
+    return effects
+
+
+def _phrase(written: str) -> tuple[str, ...]:
+    """Return the words of a phrase of the table, in which a 0 is the number's place."""
+    return _words(written.casefold().replace("0", NUMBER))
+
+
+_EFFECTS = _read_effects()
+_LONGEST_PHRASE = max(len(phrase) for phrase in _EFFECTS)

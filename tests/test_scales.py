@@ -1,0 +1,59 @@
+"""Every word of the table, in both orders: the multiple or no answer, and never the bare number."""
+
+import doctest
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from parts import scales
+from parts.numerals import is_number, normalise
+from parts.scales import apply_words
+
+FOLDER = Path(scales.__file__).parent
+LANGUAGES = json.loads((FOLDER / "scales.json").read_text(encoding="utf-8"))["languages"]
+
+
+def test_docstring_examples():
+    results = doctest.testmod(scales)
+    assert results.attempted >= 1
+    assert results.failed == 0
+
+
+def test_every_language_has_its_words():
+    known = json.loads((FOLDER / "languages.json").read_text(encoding="utf-8"))
+    assert set(LANGUAGES) == set(known)
+    assert [code for code in LANGUAGES if not LANGUAGES[code].get("times")] == ["vai"]
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_a_scaled_number_is_its_multiple_and_never_itself(code):
+    for amount, words in LANGUAGES[code].get("times", {}).items():
+        for word in words:
+            multiple = str(18 * int(amount))
+            in_order = f"{word} 18" if LANGUAGES[code]["count"] == "after" else f"18 {word}"
+            for text in (in_order, f"18 {word}", f"{word} 18", f"{word.upper()} 18"):
+                assert normalise(text) in (multiple, None), text
+            if word not in ("billions", "trillions"):  # French; in sloppy English a thousandth
+                assert normalise(in_order) == multiple, in_order
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_a_word_that_changes_a_number_leaves_no_answer(code):
+    for phrase in LANGUAGES[code].get("changes", []):
+        text = phrase.replace("0", "18") if "0" in phrase else f"18 {phrase}"
+        assert not is_number(normalise(text) or ""), text
+
+
+def test_scripts_without_spaces_are_read_within_a_word():
+    assert normalise("18ダースの卵") == "216"
+    assert normalise("18ล้านบาท") == "18000000"
+    for text in ("18ではない", "18 กำลังสอง", "至少18个"):
+        assert normalise(text) is None, text
+
+
+def test_an_added_part_is_exact():
+    assert apply_words(Fraction(18), "\0 and a half million") == 18_500_000
+    assert apply_words(Fraction(-18), "\0 na robo") == Fraction(-73, 4)
+    assert apply_words(Fraction(18), "\0 birr") == 18
