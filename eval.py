@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from parts import runs
 from parts.adapters import load_adapter
 from parts.benchmarks import BENCHMARKS, find_files, has_language
 from parts.data import keep_fitting, load_problems
-from parts.files import append_rows, read_json, read_rows, write_json
+from parts.files import append_rows, read_json, read_object, read_rows, write_json
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, evaluate
 from parts.metrics import (
@@ -41,6 +42,7 @@ from parts.metrics import (
     paired_tests,
     ratios,
     read_graded,
+    read_summary,
     summarise,
 )
 from parts.metrics import pass_at_k as pass_at_k  # stays importable from here
@@ -265,7 +267,9 @@ def load_weights(
 def read_done(run: runs.Run, problems: list[Problem]) -> list[Graded]:
     """Return what the folder holds of an evaluation; ValueError where it is of other problems."""
     file = run.folder / "problems.jsonl"
-    done = [read_graded(row) for row in read_rows(file)]
+    rows = read_rows(file)
+    with naming(file):
+        done = [read_graded(row) for row in rows]
     if [graded.id for graded in done] != [problem.id for problem in problems[: len(done)]]:
         raise ValueError(f"{file} has other problems; choose another --out")
     return done
@@ -365,20 +369,39 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
     if not files:
         raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
     for file in files:
-        record = read_json(file)
+        record = read_record(file)
+        settings = record["settings"]
         if not (file.parent / "summary.json").is_file():
             raise ValueError(
                 f"{file.parent} is not finished: the command that began it goes on with it"
             )
         rows = read_rows(file.parent / "problems.jsonl")
-        results = [read_graded(row) for row in rows]
-        settings = record["settings"]
-        summary = {
-            metric: Estimate(**estimate)
-            for metric, estimate in read_json(file.parent / "summary.json").items()
-        }
+        with naming(file.parent / "problems.jsonl"):
+            results = [read_graded(row) for row in rows]
+        with naming(file.parent / "summary.json"):
+            summary = read_summary(read_json(file.parent / "summary.json"))
         curve = pass_at_k_curve(results, settings["samples"])
         yield Finished(record, results, Evaluation(name, settings, rows, summary, curve))
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Return an evaluation's settings.json; ValueError where it lacks what a report needs."""
+    record = read_object(file)
+    needed = {"settings": {"lang", "samples", "benchmark"}, "identity": {"data"}}
+    for part, names in needed.items():
+        held = record.get(part)
+        if not isinstance(held, dict) or not names <= held.keys():
+            raise ValueError(f"{file} is damaged: its {part} lack {', '.join(sorted(names))}")
+    return record
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Name the file in a ValueError of the block, which reads what the file holds."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
 
 
 def pass_at_k_curve(results: list[Graded], samples: int) -> dict[int, Estimate]:
