@@ -31,7 +31,13 @@ from rich.console import Console
 import copsd
 from parts import outcome
 from parts.adapters import put_adapter
-from parts.data import hub_training_file, load_problems, split_heldout, write_problems
+from parts.data import (
+    hub_training_file,
+    load_aloud,
+    load_problems,
+    split_heldout,
+    write_problems,
+)
 from parts.files import read_json, write_json
 from parts.measure import Ruler
 from parts.metrics import Graded, ratios
@@ -101,10 +107,11 @@ class Stopped(Exception):
     """A signal stopped the arm that was training; its state is saved."""
 
 
-def make_plan(given: dict[str, Any]) -> Plan:
+def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
     """Return the experiment that the typed flags ask for. ValueError or OSError: bad input.
 
-    Makes the folder and its record, and nothing before all is checked.
+    Makes the folder and its record, and nothing before all is checked. Rows of the data that are
+    left out are counted on the console.
     """
     options = CompareConfig(**given)
     check_settings(options)
@@ -138,11 +145,11 @@ def make_plan(given: dict[str, Any]) -> Plan:
         variants=ablation_arms(main) if options.ablate else METHODS,
         out=Path(options.out or f"runs/{kind}-{Path(main.model).name}-{'-'.join(langs)}"),
     )
-    open_folder(plan)
+    open_folder(plan, console)
     return plan
 
 
-def open_folder(plan: Plan) -> None:
+def open_folder(plan: Plan, console: Console | None) -> None:
     """Make the experiment's folder and record, or find its own; ValueError for another's."""
     root = Run(plan.out)
     if root.record_file.is_file() and read_json(root.record_file)["config"].get("layout") != LAYOUT:
@@ -164,7 +171,7 @@ def open_folder(plan: Plan) -> None:
             settings |= {f"{method} {n}": v for n, v in recipe if n not in ("method", "out")}
     root.check(settings)
     # Broken data of any language is an error before the folder is made.
-    splits = {lang: read_splits(plan, lang) for lang in plan.langs}
+    splits = {lang: read_splits(plan, lang, console) for lang in plan.langs}
     root.create(settings, {})
     for lang in plan.langs:
         write_splits(plan.out / lang, splits[lang])
@@ -202,16 +209,14 @@ def ablation_arms(config: Config) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def read_splits(plan: Plan, lang: str) -> dict[str, list[Problem]]:
+def read_splits(plan: Plan, lang: str, console: Console | None = None) -> dict[str, list[Problem]]:
     """Return the problems of a language in three parts, {} where they are written already."""
     if all((plan.out / lang / f"{name}.jsonl").is_file() for name in ("train", "dev", "test")):
         return {}
     config = plan.configs["copsd", lang]
-    train = load_problems(
-        Path(config.data) if config.data else hub_training_file(lang), language=lang
-    )
+    train = load_aloud(Path(config.data) if config.data else hub_training_file(lang), lang, console)
     if config.eval_data:
-        test = load_problems(Path(config.eval_data), language=lang)[: config.eval_problems]
+        test = load_aloud(Path(config.eval_data), lang, console)[: config.eval_problems]
     else:
         train, test = split_heldout(train, config.eval_problems, 0)
     train, dev = split_heldout(train, plan.options.dev_problems, 0)

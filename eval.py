@@ -29,8 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parts import runs
 from parts.adapters import load_adapter
-from parts.benchmarks import BENCHMARKS, find_files, has_language
-from parts.data import keep_fitting, load_problems
+from parts.benchmarks import BENCHMARKS, default_benchmark, find_files, has_language
+from parts.data import keep_fitting, load_aloud
 from parts.files import append_rows, read_json, read_object, read_rows, write_json
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, evaluate
@@ -121,11 +121,11 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     config = EvalConfig(**given)
     check_settings(config)
     folder = resolve_model(config.model)
-    settings = read_settings(config, folder)
+    settings = read_settings(config, folder, console)
     settings.sampling()  # refuses what is out of range before anything is loaded
     chosen = pick_languages(settings.lang, settings.benchmark)
     loaded = [
-        load_benchmark(settings.benchmark, language, config.revision, settings.limit)
+        load_benchmark(settings.benchmark, language, config.revision, settings.limit, console)
         for language in chosen
     ]
     tokenizer = load_tokenizer(folder)
@@ -162,13 +162,21 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     return Job(settings, model, tokenizer, config.batch_rows, parts, out)
 
 
-def read_settings(config: EvalConfig, folder: Path) -> Settings:
-    """Return what the numbers depend on; the model folder's recipe fills what was not typed."""
+def read_settings(config: EvalConfig, folder: Path, console: Console) -> Settings:
+    """Return what the numbers depend on; the model folder's recipe fills what was not typed.
+
+    Where nothing names a benchmark, it is the languages' own, and the console says which.
+    """
     ks, samples, temperature = sampling_plan(config)
     recipe = read_recipe(folder)
     benchmark = config.benchmark or recipe.get("eval_data")
     if benchmark is None:
-        raise ValueError(f"{folder} has no recipe that names a benchmark; pass --benchmark")
+        if config.lang == "all":
+            raise ValueError("--lang all is all languages of a benchmark: pass --benchmark")
+        chosen = pick_languages(config.lang, "")
+        benchmark = default_benchmark([asdict(language) for language in chosen])
+        names = ", ".join(language.english for language in chosen)
+        say(console, f"benchmark {benchmark}, which has {names}: no --benchmark was given")
     max_new_tokens = config.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = recipe.get("max_new_tokens", 4096)
@@ -191,7 +199,9 @@ def read_settings(config: EvalConfig, folder: Path) -> Settings:
 
 def sampling_plan(config: EvalConfig) -> tuple[list[int], int, float]:
     """Return the ks of pass@k, 1 among them, the completions per problem, and the temperature."""
-    asked = config.pass_at_k or ("1" if config.greedy else "8")
+    # Where only the most likely token can be drawn, every completion of a problem is the same.
+    is_greedy = config.greedy or config.temperature == 0 or config.top_k == 1
+    asked = config.pass_at_k or ("1" if is_greedy else "8")
     samples = config.samples
     temperature = config.temperature
     if config.greedy:
@@ -211,6 +221,11 @@ def sampling_plan(config: EvalConfig) -> tuple[list[int], int, float]:
         raise ValueError(
             f"--pass-at-k is {asked} and --samples {samples}; valid: 1 <= k <= samples"
         )
+    if is_greedy and samples > 1:
+        raise ValueError(
+            f"{samples} completions would be equal at --temperature 0 or --top-k 1; valid: "
+            "--samples 1 and --pass-at-k 1, or a temperature above 0"
+        )
     return sorted({1, *ks}), samples, 1.0 if temperature is None else temperature
 
 
@@ -225,17 +240,21 @@ def pick_languages(lang: str, benchmark: str) -> list[Language]:
 
 
 def load_benchmark(
-    benchmark: str, language: Language, revision: str, limit: int | None
+    benchmark: str,
+    language: Language,
+    revision: str,
+    limit: int | None,
+    console: Console | None = None,
 ) -> tuple[list[Problem], str | None]:
     """Return the first `limit` problems of a benchmark in a language, and the hub data's commit.
 
     A named benchmark must have as many rows as it is known to have; of other files all rows are
-    taken.
+    taken. Rows that are left out are counted on the console.
     """
     files, commit = find_files(benchmark, asdict(language), revision=revision)
     problems = []
     for file in files:
-        rows = load_problems(file, language=language.iso3)
+        rows = load_aloud(file, language.iso3, console)
         if benchmark in BENCHMARKS and len(rows) != BENCHMARKS[benchmark].rows:
             known = BENCHMARKS[benchmark].rows
             raise ValueError(f"{file} has {len(rows)} problems, {benchmark} has {known}")

@@ -251,7 +251,7 @@ def run_comparison(given: Given) -> None:
     import compare
 
     with bad_input():
-        plan = compare.make_plan(given)
+        plan = compare.make_plan(given, console)
     raise typer.Exit(compare.run(plan, console))
 
 

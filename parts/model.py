@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+PROJECT = Path(__file__).resolve().parent.parent
 # Prefixes of bare model names, and who publishes the family on the hub.
 FAMILIES = {
     "Qwen": "Qwen",
@@ -53,7 +54,8 @@ PLAIN_HEAD = {
 def resolve_model(name: str, *, revision: str | None = None) -> Path:
     """Return a model's folder: a local one, or else the hub's snapshot, downloaded or cached.
 
-    name      a folder, "org/name", or a bare name of a known family, such as "Qwen2.5-1.5B"
+    name      a folder, also one beside the program, as "lab/tiny" is; "org/name"; or a bare name of
+              a known family, such as "Qwen2.5-1.5B"
     revision  hub branch, tag or commit (None: main); the name of the snapshot's folder is the
               commit, to be recorded
 
@@ -61,6 +63,8 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     what is not there.
     """
     folder = Path(name)
+    if not folder.is_dir():
+        folder = PROJECT / name
     if not folder.is_dir():
         folder = _snapshot(name, revision)
     for pattern in ("config.json", "*.safetensors"):
@@ -107,6 +111,21 @@ def check_plain_head(config: PretrainedConfig, name: str) -> None:
             )
 
 
+def refuse_quantised(config: PretrainedConfig, name: str) -> None:
+    """Raise ValueError for weights that are not stored as numbers: bitsandbytes, GPTQ, AWQ, ...
+
+    Those need packages of their own, and the adapter's arithmetic is checked on plain weights only.
+    """
+    settings = config.to_dict()
+    parts = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+    for part in parts:
+        if held := part.get("quantization_config"):
+            method = held.get("quant_method", "unnamed") if isinstance(held, dict) else held
+            raise ValueError(
+                f"{name} is quantised ({method}): valid are weights in float32, bfloat16 or float16"
+            )
+
+
 def load_model(
     folder: Path, *, device: str, dtype: torch.dtype, gradient_checkpointing: bool = False
 ) -> PreTrainedModel:
@@ -119,6 +138,7 @@ def load_model(
     matrix (PLAIN_HEAD), and for weights that the files lack.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    refuse_quantised(config, f"model {folder}")
     check_plain_head(config, f"model {folder}")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,

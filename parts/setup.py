@@ -122,7 +122,7 @@ def _load_problems(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, console: Console
 ) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to train on and the held-out ones, without those too long to fit."""
-    train, heldout = read_train_and_heldout(config)
+    train, heldout = read_train_and_heldout(config, console)
     # GRPO's reward is the grader's verdict, so it needs answers to train, too.
     check_answers([*heldout, *(train if config.method == "grpo" else [])])
     must_teach = config.method == "copsd"
