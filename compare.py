@@ -38,7 +38,7 @@ from parts.data import (
     split_heldout,
     write_problems,
 )
-from parts.files import read_json, write_json
+from parts.files import read_object, write_json
 from parts.measure import Ruler
 from parts.metrics import Graded, ratios
 from parts.outcome import Results, accuracy
@@ -152,7 +152,8 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
 def open_folder(plan: Plan, console: Console | None) -> None:
     """Make the experiment's folder and record, or find its own; ValueError for another's."""
     root = Run(plan.out)
-    if root.record_file.is_file() and read_json(root.record_file)["config"].get("layout") != LAYOUT:
+    held = read_object(root.record_file).get("config") if root.record_file.is_file() else None
+    if isinstance(held, dict) and held.get("layout") != LAYOUT:
         raise ValueError(
             f"{plan.out} is of an older version of the comparison; choose another --out"
         )
@@ -370,7 +371,8 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
     """
     path = arm.folder / "results.json"
     if path.is_file():
-        return read_json(path)
+        with commands.bad_input():
+            return read_results(path)
     with commands.bad_input():
         config, model_folder = configure({**arm.settings, "out": str(arm.folder)})
         setup, run = prepare(config, model_folder, Console(quiet=True))
@@ -395,6 +397,15 @@ def refuse_missing_problems(arm: Arm, setup: Setup) -> None:
             f"{arm.folder}: {missing} of {len(asked)} test problems do not fit the model's context "
             "with their prompts; lower --max-new-tokens"
         )
+
+
+def read_results(path: Path) -> Results:
+    """Return an arm's results; ValueError where the file is damaged."""
+    results = read_object(path)
+    final = results.get("final")
+    if not (isinstance(final, dict) and "greedy" in final and "points" in results):
+        raise ValueError(f"{path} is damaged: it holds no results; without it the arm is run again")
+    return results
 
 
 def measure_checkpoints(plan: Plan, arm: Arm, setup: Setup, run: Run) -> list[Results]:

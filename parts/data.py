@@ -150,38 +150,48 @@ def _problem(row: dict[str, Any], number: int, where: str, language: Language) -
 def _answer(row: dict[str, Any], where: str) -> str | None:
     """Return the row's answer, None where it has none; ValueError for what can be no answer."""
     for column in ANSWER_COLUMNS:
-        text = _text(row, column, where)
-        if not text:
+        cell = _cell(row, column, where)
+        if not _clean(cell):
             continue
-        answer = text.rpartition("####")[2].strip()  # GSM8K ends a worked solution so
-        if answer != text and "\n" in answer:
+        _, mark, last = cell.rpartition("####")  # GSM8K ends a worked solution so
+        _refuse_broken(BROKEN_ANSWER, last, column, where)
+        answer = _clean(last)
+        if mark and "\n" in answer:
             raise ValueError(f"{where}: {column} has more than the answer behind its last ####")
         bare = answer.strip("\"'`()[]{}$.+- ").lower()
         says_something = any(unicodedata.category(c)[0] in "LN" or c in "∅∞" for c in bare)
         if bare in NO_ANSWER or not says_something:
             advice = "leave it empty where there is none"
-            raise ValueError(f"{where}: {column} is {text[-80:]!r}, which is no answer; {advice}")
-        _refuse_broken(BROKEN_ANSWER, answer, column, where)
+            raise ValueError(f"{where}: {column} is {cell[-80:]!r}, which is no answer; {advice}")
         return answer
     return None
 
 
 def _text(row: dict[str, Any], column: str, where: str) -> str | None:
     """Return a cell as NFC text without outer blanks, None where it is absent, blank or nan."""
+    return _clean(_cell(row, column, where)) or None
+
+
+def _clean(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def _cell(row: dict[str, Any], column: str, where: str) -> str:
+    """Return a cell as the text that it is, "" where it is absent or nan."""
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal | None):
         kind = type(value).__name__
         raise ValueError(f"{where}: {column} must be text or a number, not a {kind}")
     has_point = isinstance(value, float | Decimal)
     if value is None or (has_point and math.isnan(value)):
-        return None
+        return ""
     if has_point and not math.isfinite(value):
         raise ValueError(f"{where}: {column} is {value}, which is no number")
     text = str(value)
     if has_point and "e" in text.lower():
         text = format(Decimal(text), "f")  # 1e+16 written out, which a grader reads
     _refuse_broken(BROKEN_TEXT, text, column, where)
-    return unicodedata.normalize("NFC", text).strip() or None
+    return text
 
 
 def _refuse_broken(pattern: re.Pattern, text: str, column: str, where: str) -> None:

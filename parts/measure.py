@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -256,6 +257,17 @@ def plain_columns(columns: Columns) -> dict[str, Any]:
         code: {name: asdict(estimate) for name, estimate in summary.items()}
         for code, summary in columns.items()
     }
+
+
+def check_columns(stored: dict[str, Any], path: Path) -> None:
+    """Raise ValueError, with the file, where stored columns are damaged."""
+    try:
+        columns = read_columns(stored)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    lacking = [code for code, summary in columns.items() if GREEDY_NAME not in summary]
+    if lacking:
+        raise ValueError(f"{path} is damaged: it has no {GREEDY_NAME} in {', '.join(lacking)}")
 
 
 def read_columns(stored: dict[str, Any]) -> Columns:

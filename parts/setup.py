@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parts import runs
 from parts.data import keep_fitting, read_train_and_heldout
 from parts.machine import pick_device, pick_dtype
-from parts.measure import check_answers
+from parts.measure import check_answers, check_columns
 from parts.model import Lora, attach_lora, load_model, load_tokenizer, resolve_model
 from parts.prompts import Problem, build_prompt, is_teachable, pose_in_english, template_hash
 from parts.recipe import Config, fill, settle
@@ -82,6 +82,10 @@ def prepare(config: Config, folder: Path, console: Console) -> tuple[Setup, runs
     run = runs.Run(Path(str(config.out)))
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
     run.check(settings)
+    run.check_whole()
+    for when in ("before", "after"):
+        if (stored := run.read_evaluation(when)) is not None:
+            check_columns(stored, run.folder / f"{when}.json")
     setup, identity = load_setup(config, folder, console)
     run.check(settings, identity)
     run.create(settings, identity)
