@@ -41,7 +41,7 @@ Row = tuple[str, Any]  # the words that say where a row stands in its file, and 
 NO_ANSWER = {"nan", "inf", "infinity", "none", "null", "na", "n/a", "n.a", "true", "false"}
 NO_ANSWER |= {"#n/a", "#na", "<na>", "#value!", "#ref!", "#div/0!", "#name?", "#num!", "unknown"}
 
-# JSON reads "\\frac" behind one backslash as a form feed and "rac". The first line has the control
+# JSON reads \frac, behind one backslash, as a form feed and "rac". The first line has the control
 # characters that no text needs, and halves of surrogate pairs. Tabs and line ends are ordinary, but
 # not before what such a command leaves of itself.
 BROKEN_TEXT = re.compile(

@@ -360,8 +360,6 @@ def check_run(config: Config) -> None:
             f"--eval-temperature is 0, so that --eval-samples {config.eval_samples} would be "
             "equal; valid: --eval-samples 1, or a temperature above 0"
         )
-    if config.method == "grpo" and config.top_k == 1:
-        raise ValueError("--top-k is 1, so that a group's completions are equal; valid: 0, or 2 up")
     largest = config.batch_size * config.max_new_tokens
     if config.token_budget is not None and config.token_budget < largest:
         valid = f"{largest} or more, what a step may sample"

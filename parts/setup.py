@@ -14,6 +14,7 @@ from parts.measure import check_answers, check_columns
 from parts.model import Lora, attach_lora, load_model, load_tokenizer, resolve_model
 from parts.prompts import Problem, build_prompt, is_teachable, pose_in_english, template_hash
 from parts.recipe import Config, fill, settle
+from parts.view import say
 
 
 @dataclass(frozen=True)
@@ -148,4 +149,9 @@ def _load_problems(
             max_new_tokens=config.max_new_tokens,
         )
 
-    return _fitting(train, must_teach), _fitting(heldout, False)
+    heldout = _fitting(heldout, False)
+    without = sum(not _can_teach(config, problem) for problem in heldout)
+    if without:
+        said = "lack what the teacher is to read: the KL to the teacher is of the others"
+        say(console, f"{without} of {len(heldout)} held-out problems {said}")
+    return _fitting(train, must_teach), heldout
