@@ -285,7 +285,7 @@ def test_what_the_user_named_is_printed_as_it_was_typed(tmp_path, monkeypatch, n
     assert f"report: {name} report/report.html" in result.stdout and name in result.stdout
     result = run_cli("copsd train", *SMALL, "--out", f"run {name}")
     assert result.exit_code == 0, result.output
-    assert f"run {name}: metrics.jsonl" in result.stdout
+    assert f"into run {name}\n" in result.stdout
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1:strict"])
