@@ -31,7 +31,7 @@ import copsd
 from parts import outcome
 from parts.adapters import put_adapter
 from parts.data import load_problems
-from parts.files import read_json, write_json
+from parts.files import read_object, write_json
 from parts.measure import Ruler
 from parts.metrics import Graded, ratios
 from parts.outcome import Results, accuracy
@@ -203,7 +203,7 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
     path = arm.folder / "results.json"
     with commands.bad_input():
         if path.is_file():
-            return read_json(path)
+            return read_results(path)
         config, model_folder = configure({**arm.settings, "out": str(arm.folder)})
         # The first arm decides what day a template writes, or arms of two days would differ in it.
         day = Run(plan.out / plan.langs[0] / "base").recorded_day()
@@ -229,6 +229,15 @@ def refuse_missing_problems(arm: Arm, setup: Setup) -> None:
             f"{arm.folder}: {missing} of {len(asked)} test problems do not fit the model's context "
             "with their prompts; lower --max-new-tokens"
         )
+
+
+def read_results(path: Path) -> Results:
+    """Return an arm's results; ValueError where the file is damaged."""
+    results = read_object(path)
+    final = results.get("final")
+    if not (isinstance(final, dict) and "greedy" in final and "points" in results):
+        raise ValueError(f"{path} is damaged: it holds no results; without it the arm is run again")
+    return results
 
 
 def measure_checkpoints(plan: Plan, arm: Arm, setup: Setup, run: Run) -> list[Results]:

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parts import runs
 from parts.adapters import load_adapter
-from parts.benchmarks import BENCHMARKS, find_files, has_language
+from parts.benchmarks import BENCHMARKS, default_benchmark, find_files, has_language
 from parts.chat import freeze_date
-from parts.data import keep_fitting, load_problems
+from parts.data import keep_fitting, load_aloud
 from parts.family import context_length
-from parts.files import append_rows, read_json, read_rows, write_json
+from parts.files import append_rows, read_json, read_object, read_rows, write_json
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, evaluate
 from parts.metrics import (
@@ -44,6 +45,7 @@ from parts.metrics import (
     paired_tests,
     ratios,
     read_graded,
+    read_summary,
     summarise,
 )
 from parts.metrics import pass_at_k as pass_at_k  # stays importable from here
@@ -123,11 +125,11 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     config = EvalConfig(**given)
     check_settings(config)
     folder = resolve_model(config.model)
-    settings = read_settings(config, folder)
+    settings = read_settings(config, folder, console)
     settings.sampling()  # refuses what is out of range before anything is loaded
     chosen = pick_languages(settings.lang, settings.benchmark)
     loaded = [
-        load_benchmark(settings.benchmark, language, config.revision, settings.limit)
+        load_benchmark(settings.benchmark, language, config.revision, settings.limit, console)
         for language in chosen
     ]
     out = Path(config.out) if config.out else None
@@ -176,13 +178,21 @@ def kept_runs(out: Path | None, chosen: list[Language]) -> dict[str, runs.Run]:
     return {language.iso3: runs.Run(out / language.iso3, "settings") for language in chosen}
 
 
-def read_settings(config: EvalConfig, folder: Path) -> Settings:
-    """Return what the numbers depend on; the model folder's recipe fills what was not typed."""
+def read_settings(config: EvalConfig, folder: Path, console: Console) -> Settings:
+    """Return what the numbers depend on; the model folder's recipe fills what was not typed.
+
+    Where nothing names a benchmark, it is the languages' own, and the console says which.
+    """
     ks, samples, temperature = sampling_plan(config)
     recipe = read_recipe(folder)
     benchmark = config.benchmark or recipe.get("eval_data")
     if benchmark is None:
-        raise ValueError(f"{folder} has no recipe that names a benchmark; pass --benchmark")
+        if config.lang == "all":
+            raise ValueError("--lang all is all languages of a benchmark: pass --benchmark")
+        chosen = pick_languages(config.lang, "")
+        benchmark = default_benchmark([asdict(language) for language in chosen])
+        names = ", ".join(language.english for language in chosen)
+        say(console, f"benchmark {benchmark}, which has {names}: no --benchmark was given")
     max_new_tokens = config.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = recipe.get("max_new_tokens", 4096)
@@ -205,7 +215,9 @@ def read_settings(config: EvalConfig, folder: Path) -> Settings:
 
 def sampling_plan(config: EvalConfig) -> tuple[list[int], int, float]:
     """Return the ks of pass@k, 1 among them, the completions per problem, and the temperature."""
-    asked = config.pass_at_k or ("1" if config.greedy else "8")
+    # Where only the most likely token can be drawn, every completion of a problem is the same.
+    is_greedy = config.greedy or config.temperature == 0 or config.top_k == 1
+    asked = config.pass_at_k or ("1" if is_greedy else "8")
     samples = config.samples
     temperature = config.temperature
     if config.greedy:
@@ -225,6 +237,11 @@ def sampling_plan(config: EvalConfig) -> tuple[list[int], int, float]:
         raise ValueError(
             f"--pass-at-k is {asked} and --samples {samples}; valid: 1 <= k <= samples"
         )
+    if is_greedy and samples > 1:
+        raise ValueError(
+            f"{samples} completions would be equal at --temperature 0 or --top-k 1; valid: "
+            "--samples 1 and --pass-at-k 1, or a temperature above 0"
+        )
     return sorted({1, *ks}), samples, 1.0 if temperature is None else temperature
 
 
@@ -239,17 +256,21 @@ def pick_languages(lang: str, benchmark: str) -> list[Language]:
 
 
 def load_benchmark(
-    benchmark: str, language: Language, revision: str, limit: int | None
+    benchmark: str,
+    language: Language,
+    revision: str,
+    limit: int | None,
+    console: Console | None = None,
 ) -> tuple[list[Problem], str | None]:
     """Return the first `limit` problems of a benchmark in a language, and the hub data's commit.
 
     A named benchmark must have as many rows as it is known to have; of other files all rows are
-    taken.
+    taken. Rows that are left out are counted on the console.
     """
     files, commit = find_files(benchmark, asdict(language), revision=revision)
     problems = []
     for file in files:
-        rows = load_problems(file, language=language.iso3)
+        rows = load_aloud(file, language.iso3, console)
         if benchmark in BENCHMARKS and len(rows) != BENCHMARKS[benchmark].rows:
             known = BENCHMARKS[benchmark].rows
             raise ValueError(f"{file} has {len(rows)} problems, {benchmark} has {known}")
@@ -282,7 +303,9 @@ def load_weights(
 def read_done(run: runs.Run, problems: list[Problem]) -> list[Graded]:
     """Return what the folder holds of an evaluation; ValueError where it is of other problems."""
     file = run.folder / "problems.jsonl"
-    done = [read_graded(row) for row in read_rows(file)]
+    rows = read_rows(file)
+    with naming(file):
+        done = [read_graded(row) for row in rows]
     if [graded.id for graded in done] != [problem.id for problem in problems[: len(done)]]:
         raise ValueError(f"{file} has other problems; choose another --out")
     return done
@@ -383,7 +406,8 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
     if not files:
         raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
     for file in files:
-        record = read_json(file)
+        record = read_record(file)
+        settings = record["settings"]
         if not (file.parent / "summary.json").is_file():
             raise ValueError(
                 f"{file.parent} is not finished: the command that began it goes on with it"
@@ -391,14 +415,33 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
         rows = read_rows(file.parent / "problems.jsonl")
         if not rows:
             raise ValueError(f"{file.parent} has no problems.jsonl, or an empty one")
-        results = [read_graded(row) for row in rows]
         settings = record["settings"]
-        summary = {
-            metric: Estimate(**estimate)
-            for metric, estimate in read_json(file.parent / "summary.json").items()
-        }
+        with naming(file.parent / "problems.jsonl"):
+            results = [read_graded(row) for row in rows]
+        with naming(file.parent / "summary.json"):
+            summary = read_summary(read_json(file.parent / "summary.json"))
         curve = pass_at_k_curve(results, settings["samples"])
         yield Finished(record, results, Evaluation(name, settings, rows, summary, curve))
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Return an evaluation's settings.json; ValueError where it lacks what a report needs."""
+    record = read_object(file)
+    needed = {"settings": {"lang", "samples", "benchmark"}, "identity": {"data"}}
+    for part, names in needed.items():
+        held = record.get(part)
+        if not isinstance(held, dict) or not names <= held.keys():
+            raise ValueError(f"{file} is damaged: its {part} lack {', '.join(sorted(names))}")
+    return record
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Name the file in a ValueError of the block, which reads what the file holds."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
 
 
 def pass_at_k_curve(results: list[Graded], samples: int) -> dict[int, Estimate]:

@@ -20,6 +20,7 @@ from parts import runs
 from parts.adapters import load_adapter
 from parts.chat import completion_text, freeze_date, prompt_opens_think
 from parts.data import hub_training_file, keep_fitting, load_problems
+from parts.family import context_length
 from parts.grading import grade
 from parts.machine import pick_device, pick_dtype
 from parts.model import attach_lora, eos_ids, head_weight, load_model, load_tokenizer, teacher_view

@@ -15,6 +15,8 @@ from huggingface_hub import snapshot_download
 LAB = Path(__file__).resolve().parent.parent / "lab" / "problems"
 LEVELS = ("low", "medium", "high", "top")  # PolyMath's, easiest first
 
+DEFAULTS = ("afrimgsm", "polymath", "mgsm")  # what a language is evaluated on, in this order
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -56,6 +58,18 @@ BENCHMARKS = {
         "ben deu eng fra jpn rus spa swa tel tha zho",
     ),
 }
+
+
+def default_benchmark(languages: list[Mapping[str, str | None]]) -> str:
+    """Return the benchmark that has the languages, the first of DEFAULTS; ValueError: none has.
+
+    languages  what each is called, as for find_files
+    """
+    for name in DEFAULTS:
+        if all(has_language(name, names) for names in languages):
+            return name
+    called = ", ".join(str(names["english"]) for names in languages)
+    raise ValueError(f"no benchmark has {called}: pass --benchmark")
 
 
 def has_language(benchmark: str, names: Mapping[str, str | None]) -> bool:

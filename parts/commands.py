@@ -6,6 +6,7 @@ its program when it runs.
 """
 
 import inspect
+import io
 import os
 import sys
 import time
@@ -32,6 +33,9 @@ class _OneLineErrors(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:
         """Run the program and exit."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A terminal or a pipe may have no letter such as ƙ: it shows "?", and nothing stops.
+            sys.stdout.reconfigure(errors="replace")
         typed = list(sys.argv[1:] if args is None else args)
         if self.no_args_is_help and not typed:
             typed = ["--help"]
@@ -149,10 +153,15 @@ def start() -> Console:
     from transformers.utils import logging as transformers_logging
 
     from parts.machine import keep_freed_memory
+    from parts.measure import language_detector
+    from parts.view import say
 
     keep_freed_memory()
     transformers_logging.disable_progress_bar()
-    return Console()
+    console = Console()
+    if language_detector() is None:
+        say(console, 'pycld2 is not installed: no metric of the written language, which is "-"')
+    return console
 
 
 def _machine_is_idle(seconds: float = 0.1) -> bool:
@@ -274,7 +283,7 @@ def run_comparison(given: Given) -> None:
     from parts.plan import make_plan
 
     with bad_input():
-        plan = make_plan(given)
+        plan = make_plan(given, console)
     raise typer.Exit(compare.run(plan, console))
 
 

@@ -7,28 +7,59 @@ a problem is and how it becomes a prompt.
 import csv
 import io
 import json
+import math
 import random
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from fnmatch import fnmatchcase
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from huggingface_hub import snapshot_download
 from pyarrow import parquet
 from rich.console import Console
+from rich.text import Text
 
 from parts.files import json_lines, write_text
-from parts.prompts import Language, Problem, find_language, languages
+from parts.prompts import Language, Problem, find_language, named_language
 from parts.prompts import build_prompt as build_prompt  # stays importable from here
 from parts.recipe import Config
 
 # In order of preference; m_query and response are MSVAMP's.
 PROBLEM_COLUMNS = ("problem_translated", "problem", "question", "m_query")
 ANSWER_COLUMNS = ("answer_number", "answer", "response")  # the first that is not empty
+LANGUAGE_COLUMNS = ("language_short", "language", "language_code", "lang")
 Row = tuple[str, Any]  # the words that say where a row stands in its file, and its content
+
+# What Python, JSON, pandas and spreadsheets write where there is no number, in lower case.
+NO_ANSWER = {"nan", "inf", "infinity", "none", "null", "na", "n/a", "n.a", "true", "false"}
+NO_ANSWER |= {"#n/a", "#na", "<na>", "#value!", "#ref!", "#div/0!", "#name?", "#num!", "unknown"}
+
+# JSON reads \frac, behind one backslash, as a form feed and "rac". The first line has the control
+# characters that no text needs, and halves of surrogate pairs. Tabs and line ends are ordinary, but
+# not before what such a command leaves of itself.
+BROKEN_TEXT = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
+    r"|\t(?=ext[a-z]*\{|(?:imes|heta|riangle|d?frac|ilde|herefore|binom)(?![a-z]))"
+    r"|\r(?=(?:ight|ho|angle|ceil|floor)(?![a-z])|m\b|ightarrow)"
+    r"|\n(?=(?:eq|otin|abla|earrow|otag)(?![a-z]))"
+)
+BROKEN_ANSWER = re.compile(rf"{BROKEN_TEXT.pattern}|[\t\r](?=[A-Za-z])|\n(?=[eu](?![A-Za-z]))")
+ESCAPES = {"\b": r"\b", "\f": r"\f", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The problems of a data file, and how many of its rows were left out, by the reason."""
+
+    problems: list[Problem]
+    left_out: dict[str, int]
 
 
 def load_problems(path: Path, *, language: str | None = None) -> list[Problem]:
@@ -37,32 +68,49 @@ def load_problems(path: Path, *, language: str | None = None) -> list[Problem]:
     Two layouts are told apart by their columns, in any case:
     training  problem_translated, and in English problem and solution, as COPSD's hub sets have them
     plain     another of PROBLEM_COLUMNS, in `language`; there is no English side
-    Both have one of ANSWER_COLUMNS. An id is the row's number from 0 where there is none. Rows that
-    name another language than `language`, by language_short or language, are left out. Text becomes
-    NFC. A ValueError names the file and the line or row.
+    Both have one of ANSWER_COLUMNS; of a worked solution, as GSM8K has them, the answer is what
+    follows "####". An id is the row's number from 0 where there is none. Rows that name another
+    language than `language`, in one of LANGUAGE_COLUMNS, are left out: read_problems counts them.
+    Text becomes NFC. A ValueError names the file and the line or row.
     """
+    return read_problems(path, language=language).problems
+
+
+def load_aloud(path: Path, language: str, console: Console | None) -> list[Problem]:
+    """Return load_problems' problems; say how many rows were left out, by reason."""
+    loaded = read_problems(path, language=language)
+    if console and loaded.left_out:
+        count = sum(loaded.left_out.values())
+        reasons = ", ".join(f"{rows} {reason}" for reason, rows in loaded.left_out.items())
+        said = f"{path}: left out {count} of {count + len(loaded.problems)} rows: {reasons}"
+        console.print(Text(said), soft_wrap=True)
+    return loaded.problems
+
+
+def read_problems(path: Path, *, language: str | None = None) -> Loaded:
+    """Return what load_problems returns, and what it leaves out."""
     if not path.is_file():
         raise FileNotFoundError(f"no data file {path}")
     try:
         return _read_problems(path, language)
-    except (ValueError, csv.Error) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_problems(path: Path, language: str | None) -> list[Problem]:
+def _read_problems(path: Path, language: str | None) -> Loaded:
     """Return the problems of a file that is there; a ValueError does not name it yet."""
     wanted = find_language(language) if language else None
-    by_name = {name: known for known in languages().values() for name in known.names}
     problems: dict[tuple[str, str], Problem] = {}
-    others: set[str] = set()
+    others: Counter[str] = Counter()  # rows by the language that they name
     for number, (where, cells) in enumerate(_rows(path)):
         if not isinstance(cells, dict):
             raise ValueError(f"{where}: must be an object, not a {type(cells).__name__}")
         row = {name.lower(): value for name, value in cells.items()}
-        named = _text(row, "language_short", where) or _text(row, "language", where)
-        spoken = by_name.get(named.lower()) if named else wanted
+        names = (_text(row, column, where) for column in LANGUAGE_COLUMNS)
+        named = next((name for name in names if name), None)
+        spoken = named_language(named) if named else wanted
         if wanted and spoken != wanted:
-            others.add(str(named))
+            others[str(named)] += 1
             continue
         if not spoken:
             what = f"unknown language {named!r}" if named else "no language named"
@@ -73,7 +121,8 @@ def _read_problems(path: Path, language: str | None) -> list[Problem]:
     if not problems:
         wish = f" in {language}" if language else ""
         raise ValueError(f"no problems{wish}; languages: {sorted(others)}")
-    return list(problems.values())
+    left_out = {f"in {name}, not {language}": rows for name, rows in sorted(others.items())}
+    return Loaded(list(problems.values()), left_out)
 
 
 def _problem(row: dict[str, Any], number: int, where: str, language: Language) -> Problem:
@@ -88,26 +137,74 @@ def _problem(row: dict[str, Any], number: int, where: str, language: Language) -
     # Beside problem_translated, the column "problem" is English; alone it is the problem itself.
     english_column = "problem" if column == "problem_translated" else column
     has_english = column != english_column or language.iso3 == "eng"
-    answers = (_text(row, name, where) for name in ANSWER_COLUMNS)
     return Problem(
         id=_text(row, "id", where) or str(number),
         problem=text,
         problem_en=_text(row, english_column, where) if has_english else None,
         solution_en=_text(row, "solution", where) if has_english else None,
-        answer=next((answer for answer in answers if answer), None),
+        answer=_answer(row, where),
         language=language.iso3,
     )
 
 
+def _answer(row: dict[str, Any], where: str) -> str | None:
+    """Return the row's answer, None where it has none; ValueError for what can be no answer."""
+    for column in ANSWER_COLUMNS:
+        cell = _cell(row, column, where)
+        if not _clean(cell):
+            continue
+        _, mark, last = cell.rpartition("####")  # GSM8K ends a worked solution so
+        _refuse_broken(BROKEN_ANSWER, last, column, where)
+        answer = _clean(last)
+        if mark and "\n" in answer:
+            raise ValueError(f"{where}: {column} has more than the answer behind its last ####")
+        bare = answer.strip("\"'`()[]{}$.+- ").lower()
+        says_something = any(unicodedata.category(c)[0] in "LN" or c in "∅∞" for c in bare)
+        if bare in NO_ANSWER or not says_something:
+            advice = "leave it empty where there is none"
+            raise ValueError(f"{where}: {column} is {cell[-80:]!r}, which is no answer; {advice}")
+        return answer
+    return None
+
+
 def _text(row: dict[str, Any], column: str, where: str) -> str | None:
-    """Return a cell as NFC text without outer blanks, None where it is absent or blank."""
+    """Return a cell as NFC text without outer blanks, None where it is absent, blank or nan."""
+    return _clean(_cell(row, column, where)) or None
+
+
+def _clean(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def _cell(row: dict[str, Any], column: str, where: str) -> str:
+    """Return a cell as the text that it is, "" where it is absent or nan."""
     value = row.get(column)
-    if value is None:
-        return None
-    if not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal | None):
         kind = type(value).__name__
         raise ValueError(f"{where}: {column} must be text or a number, not a {kind}")
-    return unicodedata.normalize("NFC", str(value)).strip() or None
+    has_point = isinstance(value, float | Decimal)
+    if value is None or (has_point and math.isnan(value)):
+        return ""
+    if has_point and not math.isfinite(value):
+        raise ValueError(f"{where}: {column} is {value}, which is no number")
+    text = str(value)
+    if has_point and "e" in text.lower():
+        text = format(Decimal(text), "f")  # 1e+16 written out, which a grader reads
+    _refuse_broken(BROKEN_TEXT, text, column, where)
+    return text
+
+
+def _refuse_broken(pattern: re.Pattern, text: str, column: str, where: str) -> None:
+    """Raise ValueError where text holds a control character, and say what was probably meant."""
+    found = pattern.search(text)
+    if not found:
+        return
+    said = f"{where}: {column} holds the control character U+{ord(found[0]):04X}"
+    rest = re.match(r"\S{0,20}", text[found.end() :])
+    if found[0] in ESCAPES and rest and rest[0]:
+        meant = ESCAPES[found[0]] + rest[0]
+        said += f"; probably {meant} was meant: JSON takes two backslashes for one"
+    raise ValueError(said)
 
 
 def write_problems(path: Path, problems: list[Problem]) -> None:
@@ -142,15 +239,27 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    for number, row in enumerate(parquet.read_table(path).to_pylist()):
-        yield f"row {number}", row
+    """Yield the rows; a number of 16 or 32 bits has the digits that tell it from its neighbours.
+
+    0.1 in 32 bits is 0.1, and not 0.10000000149011612, which is the same in 64.
+    """
+    table = parquet.read_table(path)
+    kinds = {pa.float16(): np.float16, pa.float32(): np.float32}
+    short = {field.name: kinds[field.type] for field in table.schema if field.type in kinds}
+    for number, row in enumerate(table.to_pylist()):
+        numbers = {name: kind(row[name]) for name, kind in short.items() if row[name] is not None}
+        yield f"row {number}", row | {name: float(str(x)) for name, x in numbers.items()}
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of one JSON list, or of a line of JSON a row, as MSVAMP's .json files are."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        for number, row in enumerate(json.loads(text)):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error}{_escape_advice(error)}") from error
+        for number, row in enumerate(rows):
             yield f"row {number}", row
         return
     for number, line in enumerate(text.split("\n"), start=1):
@@ -160,16 +269,35 @@ def _json_rows(path: Path) -> Iterator[Row]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             place = f"line {number}, column {error.colno}"
-            raise ValueError(f"{place}: {error.msg}") from error
+            raise ValueError(f"{place}: {error.msg}{_escape_advice(error)}") from error
         yield f"line {number}", row
 
 
+def _escape_advice(error: json.JSONDecodeError) -> str:
+    return "; JSON takes two backslashes for one" if "escape" in error.msg else ""
+
+
 def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")))
-    header = next(reader, [])
-    for fields in reader:
+    (_, header), *lines = _table_lines(path) or [(0, [])]
+    for number, fields in lines:
         if fields:
-            yield _table_row(f"line {reader.line_num}", header, fields)
+            yield _table_row(f"line {number}", header, fields)
+
+
+def _table_lines(path: Path, **options: Any) -> list[tuple[int, list[str]]]:
+    """Return a table's rows, header and all: the number of the line where each ends, its fields.
+
+    options  csv.reader's
+    """
+    reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), **options)
+    # By default csv refuses fields of more than 131,072 characters, be they read or not.
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        return [(reader.line_num, fields) for fields in reader]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _tsv_rows(path: Path) -> Iterator[Row]:
@@ -179,21 +307,20 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
     no header: where a table of two fields starts with a number in the second, they are question and
     answer.
     """
-    text = io.StringIO(path.read_text(encoding="utf-8-sig"))
-    reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
-    lines: Iterator[list[str]] = reader
-    header = next(reader, [])
+    table = _table_lines(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+    header = table[0][1] if table else []
     if len(header) == 2 and header[1].strip("- ").replace(",", "").isdecimal():
-        lines = chain([header], reader)
         header = ["question", "answer"]
-    for fields in lines:
+    else:
+        table = table[1:]
+    lines = iter(table)
+    for number, fields in lines:
         if not fields:
             continue
-        where = f"line {reader.line_num}"
-        while len(fields) < len(header) and (more := next(reader, None)) is not None:
-            broken_field = "\n".join([fields[-1], *more[:1]])
-            fields = [*fields[:-1], broken_field, *more[1:]]
-        yield _table_row(where, header, fields)
+        while len(fields) < len(header) and (more := next(lines, None)) is not None:
+            broken_field = "\n".join([fields[-1], *more[1][:1]])
+            fields = [*fields[:-1], broken_field, *more[1][1:]]
+        yield _table_row(f"line {number}", header, fields)
 
 
 def _table_row(where: str, header: list[str], fields: list[str]) -> Row:
@@ -248,14 +375,19 @@ def split_heldout(
     return train, heldout
 
 
-def read_train_and_heldout(config: Config) -> tuple[list[Problem], list[Problem]]:
-    """Return the problems that a run trains on and those that it is evaluated on."""
+def read_train_and_heldout(
+    config: Config, console: Console | None = None
+) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems that a run trains on and those that it is evaluated on.
+
+    Rows of their files that are left out are counted on the console.
+    """
     lang = config.lang
     source = Path(config.data) if config.data else hub_training_file(lang)
-    train = load_problems(source, language=lang)
+    train = load_aloud(source, lang, console)
     heldout: list[Problem] = []
     if config.eval_data:
-        heldout = load_problems(Path(config.eval_data), language=lang)[: config.eval_problems]
+        heldout = load_aloud(Path(config.eval_data), lang, console)[: config.eval_problems]
     elif config.eval_problems:
         train, heldout = split_heldout(train, config.eval_problems, config.seed)
     if config.swap_solutions:
@@ -289,11 +421,11 @@ def keep_fitting(
             f"no problem fits the model's context of {context} tokens: lower --max-new-tokens"
         )
     if len(kept) < len(problems):
-        console.print(
+        said = (
             f"skipped {len(problems) - len(kept)} of {len(problems)} problems: their prompts and "
-            f"{max_new_tokens} new tokens exceed the model's context of {context}",
-            soft_wrap=True,
+            f"{max_new_tokens} new tokens exceed the model's context of {context}"
         )
+        console.print(Text(said), soft_wrap=True)
     return kept
 
 

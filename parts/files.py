@@ -2,9 +2,13 @@
 
 A run can be killed at any moment. A file that is replaced is therefore written beside its place
 first, and a file that grows is a file of lines, whose last line may be torn.
+
+JSON has no word for a number that is not finite. Here it is written as null, which every reader of
+JSON takes, and stands for "no value"; who reads a number back takes null for nan.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,9 +36,29 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def json_text(content: Any, *, indent: int | None = None) -> str:
+    """Return content as JSON, letters as they are, and null for a number that is not finite.
+
+    >>> json_text({"loss": math.nan, "ratios": [1.5, math.inf]})
+    '{"loss": null, "ratios": [1.5, null]}'
+    """
+    return json.dumps(_without_nan(content), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _without_nan(content: Any) -> Any:
+    """Return a copy of content with None in place of nan and of infinities."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return content
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON, whole or not at all."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    write_text(path, json_text(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -44,11 +68,21 @@ def read_json(path: Path) -> Any:
     except json.JSONDecodeError as error:
         place = f"{path}, line {error.lineno}, column {error.colno}"
         raise ValueError(f"{place}: broken JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; a ValueError names a file that holds anything else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return content
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return a line of JSON for each row; JSON escapes line feeds, so no row spans two lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json_text(row) + "\n" for row in rows)
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -73,6 +107,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     *lines, _ = path.read_bytes().split(b"\n")
     try:
-        return [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in lines]
     except ValueError as error:  # broken JSON, or bytes that are no UTF-8
         raise ValueError(f"{path} is broken before its last line: {error}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} is damaged: it holds a line that is no JSON object")
+    return rows

@@ -8,16 +8,17 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-import pycld2
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parts.chat import completion_text, prompt_opens_think
 from parts.grading import grade
-from parts.metrics import LEVEL_WEIGHTS, Attempt, Estimate, Graded, summarise
+from parts.metrics import LEVEL_WEIGHTS, Attempt, Estimate, Graded, read_summary, summarise
 from parts.model import eos_ids, valid_ids
 from parts.prompts import (
     Problem,
@@ -175,7 +176,7 @@ def text_language(text: str) -> str:
     An ISO 639 code, 639-3 for the languages of languages.json. CLD2 decides, where it calls itself
     reliable: it knows all of languages.json but Ewe and Vai, and Twi as Akan. Vai is told by its
     script, and Ewe by its letters where CLD2 is not sure. Of several languages the largest part
-    counts.
+    counts. Without CLD2 all but Vai is unknown.
 
     >>> text_language("Jibu ni mayai kumi na nane."), text_language("18 + 1 = 19")
     ('swa', 'unknown')
@@ -185,8 +186,11 @@ def text_language(text: str) -> str:
     plain = re.sub(r"\\(?!boxed)[A-Za-z]+", " ", text)
     if len(re.findall("[\ua500-\ua63f]", plain)) > len(plain) / 3:
         return "vai"
+    detect = language_detector()
+    if detect is None:
+        return "unknown"
     printable = "".join(c if c.isprintable() else " " for c in plain)
-    reliable, _, found = pycld2.detect(printable)
+    reliable, _, found = detect(printable)
     if not reliable:
         return "ewe" if re.search("[ƒʋ]", plain) else "unknown"
     code = str(found[0][1]).partition("-")[0]
@@ -194,6 +198,16 @@ def text_language(text: str) -> str:
         return "twi"
     known = [language.iso3 for language in languages().values() if language.iso1 == code]
     return known[0] if known else code
+
+
+@cache
+def language_detector() -> Any:
+    """Return CLD2's function; None where it is not installed, for Linux on ARM has no build."""
+    try:
+        from pycld2 import detect
+    except ImportError:
+        return None
+    return detect
 
 
 def measure_languages(
@@ -246,9 +260,17 @@ def plain_columns(columns: Columns) -> dict[str, Any]:
     }
 
 
+def check_columns(stored: dict[str, Any], path: Path) -> None:
+    """Raise ValueError, with the file, where stored columns are damaged."""
+    try:
+        columns = read_columns(stored)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    lacking = [code for code, summary in columns.items() if GREEDY_NAME not in summary]
+    if lacking:
+        raise ValueError(f"{path} is damaged: it has no {GREEDY_NAME} in {', '.join(lacking)}")
+
+
 def read_columns(stored: dict[str, Any]) -> Columns:
-    """Return what plain_columns returned, read again."""
-    return {
-        code: {name: Estimate(**estimate) for name, estimate in summary.items()}
-        for code, summary in stored.items()
-    }
+    """Return what plain_columns returned, read again; ValueError where it is damaged."""
+    return {code: read_summary(summary) for code, summary in stored.items()}

@@ -4,7 +4,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,8 +175,31 @@ def mcnemar(first: list[bool], second: list[bool]) -> float:
 
 
 def read_graded(row: dict[str, Any]) -> Graded:
-    """Return a line of problems.jsonl as it was."""
-    return Graded(**{**row, "attempts": [Attempt(**attempt) for attempt in row["attempts"]]})
+    """Return a line of problems.jsonl as it was; ValueError where it is none."""
+    try:
+        return Graded(**{**row, "attempts": [Attempt(**attempt) for attempt in row["attempts"]]})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"a line is no graded problem: {error}") from error
+
+
+def read_summary(stored: Any) -> dict[str, Estimate]:
+    """Return estimates by metric as they were before JSON, which has null for nan.
+
+    ValueError where it holds anything else.
+
+    >>> read_summary({"pass@1": {"value": 0.5, "low": None, "high": None}})
+    {'pass@1': Estimate(value=0.5, low=nan, high=nan)}
+    """
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"no estimates by metric: {stored!r}")
+    found = {}
+    for metric, numbers in stored.items():
+        try:
+            ends = {name: math.nan if x is None else float(x) for name, x in numbers.items()}
+            found[metric] = Estimate(**ends)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{metric} is no estimate: {numbers!r}") from error
+    return found
 
 
 def harness_correct(completion: str, gold: str) -> bool:
@@ -217,7 +240,8 @@ def ratios(results: list[Graded], ks: list[int]) -> dict[str, Ratio]:
     extraction failures           a complete box, and no single answer in it
     lenient accuracy              another ruler: without an answer, any box or the last number is it
     lm-eval exact match           another ruler, the harness's: see `harness_correct`
-    in the problem's language     by text_language; an unknown language does not count here
+    in the problem's language     by text_language; an unknown language does not count here. Where
+                                  all are unknown nothing was found out: the denominators are 0
     in English                    likewise
     """
     each = [result.attempts for result in results]
@@ -251,8 +275,9 @@ def ratios(results: list[Graded], ks: list[int]) -> dict[str, Ratio]:
     ]
     found["lm-eval exact match"] = matches, ones
     inside = [sum(a.language == r.language for a in r.attempts) / len(r.attempts) for r in results]
-    found["in the problem's language"] = inside, ones
-    found["in English"] = _share(lambda a: a.language == "eng")
+    known = any(a.language != "unknown" for attempts in each for a in attempts)
+    found["in the problem's language"] = inside, ones if known else [0.0] * len(results)
+    found["in English"] = _share(lambda a: a.language == "eng")[0], [float(known)] * len(results)
     found["cut at the length limit"] = _share(lambda a: a.finish_reason == "length")
     lengths = [sum(a.tokens for a in attempts) / len(attempts) for attempts in each]
     found["mean tokens"] = lengths, ones

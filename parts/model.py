@@ -41,6 +41,7 @@ from parts.family import (
     train_without_noise,
 )
 
+PROJECT = Path(__file__).resolve().parent.parent
 # Prefixes of bare model names, and who publishes the family on the hub.
 FAMILIES = {
     "Qwen": "Qwen",
@@ -53,7 +54,8 @@ FAMILIES = {
 def resolve_model(name: str, *, revision: str | None = None) -> Path:
     """Return a model's folder: a local one, or else the hub's snapshot, downloaded or cached.
 
-    name      a folder, "org/name", or a bare name of a known family, such as "Qwen2.5-1.5B"
+    name      a folder, also one beside the program, as "lab/tiny" is; "org/name"; or a bare name of
+              a known family, such as "Qwen2.5-1.5B"
     revision  hub branch, tag or commit (None: main); the name of the snapshot's folder is the
               commit, to be recorded
 
@@ -61,6 +63,8 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     what is not there.
     """
     folder = Path(name)
+    if not folder.is_dir():
+        folder = PROJECT / name
     if not folder.is_dir():
         folder = _snapshot(name, revision)
     for pattern in ("config.json", "*.safetensors"):

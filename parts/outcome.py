@@ -74,6 +74,12 @@ def share(measured: Measured, metric: str) -> float:
 
 def ratio_of(measured: Measured, metric: str) -> Ratio:
     """Return a metric's numerators and denominators, one pair a problem."""
+    above, below = _stored_ratio(measured, metric)
+    # A file of results has null for nan, such as the KL of a model whose logits overflowed.
+    return [math.nan if number is None else number for number in above], below
+
+
+def _stored_ratio(measured: Measured, metric: str) -> Ratio:
     if metric == "greedy accuracy":
         return measured["greedy"]["pass@1"]
     if metric == "English greedy accuracy":

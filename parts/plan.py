@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from parts.data import hub_training_file, load_problems, split_heldout, write_problems
-from parts.files import read_json
+from rich.console import Console
+
+from parts.data import hub_training_file, load_aloud, split_heldout, write_problems
+from parts.files import read_object
 from parts.machine import pick_device, pick_dtype
 from parts.prompts import Problem, find_language
 from parts.recipe import CompareConfig, Config, check_settings
@@ -56,10 +58,11 @@ class Plan:
         return self.configs["copsd", self.langs[0]]
 
 
-def make_plan(given: dict[str, Any]) -> Plan:
+def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
     """Return the experiment that the typed flags ask for. ValueError or OSError: bad input.
 
-    Makes the folder and its record, and nothing before all is checked.
+    Makes the folder and its record, and nothing before all is checked. Rows of the data that are
+    left out are counted on the console.
     """
     options = CompareConfig(**given)
     check_settings(options)
@@ -99,15 +102,15 @@ def make_plan(given: dict[str, Any]) -> Plan:
         variants=ablation_arms(main) if options.ablate else ARMS,
         out=Path(options.out or f"runs/{kind}-{Path(main.model).name}-{'-'.join(langs)}"),
     )
-    open_folder(plan)
+    open_folder(plan, console)
     return plan
 
 
-def open_folder(plan: Plan) -> None:
+def open_folder(plan: Plan, console: Console | None) -> None:
     """Make the experiment's folder and record, or find its own; ValueError for another's."""
     root = Run(plan.out)
     if root.record_file.is_file():
-        held = read_json(root.record_file).get("config", {})
+        held = read_object(root.record_file).get("config", {})
         if "seeds" in held and held.get("layout") != LAYOUT:
             raise ValueError(
                 f"{plan.out} is of an older version of the comparison; choose another --out"
@@ -127,7 +130,7 @@ def open_folder(plan: Plan) -> None:
             settings |= {f"{method} {n}": v for n, v in recipe if n not in ("method", "out")}
     root.check(settings)
     # Broken data of any language is an error before the folder is made.
-    splits = {lang: read_splits(plan, lang) for lang in plan.langs}
+    splits = {lang: read_splits(plan, lang, console) for lang in plan.langs}
     root.create(settings, {})
     for lang in plan.langs:
         write_splits(plan.out / lang, splits[lang])
@@ -165,16 +168,15 @@ def ablation_arms(config: Config) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def read_splits(plan: Plan, lang: str) -> dict[str, list[Problem]]:
+def read_splits(plan: Plan, lang: str, console: Console | None = None) -> dict[str, list[Problem]]:
     """Return the problems of a language in three parts, {} where they are written already."""
     if all((plan.out / lang / f"{name}.jsonl").is_file() for name in ("train", "dev", "test")):
         return {}
     config = plan.configs["copsd", lang]
-    train = load_problems(
-        Path(config.data) if config.data else hub_training_file(lang), language=lang
-    )
+    source = Path(config.data) if config.data else hub_training_file(lang)
+    train = load_aloud(source, lang, console)
     if config.eval_data:
-        test = load_problems(Path(config.eval_data), language=lang)[: config.eval_problems]
+        test = load_aloud(Path(config.eval_data), lang, console)[: config.eval_problems]
     else:
         train, test = split_heldout(train, config.eval_problems, 0)
     train, dev = split_heldout(train, plan.options.dev_problems, 0)

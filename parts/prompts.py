@@ -14,6 +14,7 @@ that names it in its own script.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ROLES = ("student", "teacher")
+# Other codes of ISO 639 by which data sets tag these languages: swh and gaz are FLORES-200's, cmn
+# is Mandarin, and the last three are the second codes of ISO 639-2.
+SAME_LANGUAGE = {
+    "swh": "swa",
+    "gaz": "orm",
+    "cmn": "zho",
+    "chi": "zho",
+    "ger": "deu",
+    "fre": "fra",
+}
 
 
 @dataclass(frozen=True)
@@ -79,15 +90,36 @@ def languages() -> dict[str, Language]:
 
 
 def find_language(code: str) -> Language:
-    """Return the language of an ISO 639-1 or 639-3 code in any case, or raise ValueError."""
+    """Return the language of an ISO 639-1 or 639-3 code in any case, or raise ValueError.
+
+    What a tag says after the code, a country or a script, makes no other language: sw-KE, swh_Latn.
+    """
+    first = re.split("[-_]", code.lower(), maxsplit=1)[0]
+    first = SAME_LANGUAGE.get(first, first)
     for language in languages().values():
-        if code.lower() in (language.iso3, language.iso1):
+        if first in (language.iso3, language.iso1):
             return language
     valid = ", ".join(
         f"{known.iso3} ({known.iso1})" if known.iso1 else known.iso3
         for known in languages().values()
     )
     raise ValueError(f"unknown language {code!r}; valid codes: {valid}")
+
+
+@cache
+def named_language(name: str) -> Language | None:
+    """Return the language that a data file means by a name, a code or a tag; None: unknown.
+
+    >>> [named_language(name).iso3 for name in ("Kiswahili", "sw", "sw-KE", "swh_Latn")]
+    ['swa', 'swa', 'swa', 'swa']
+    """
+    for language in languages().values():
+        if name.lower() in language.names:
+            return language
+    try:
+        return find_language(name)
+    except ValueError:
+        return None
 
 
 def pose_in_english(problems: list[Problem], share: float) -> list[Problem]:

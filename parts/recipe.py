@@ -279,7 +279,8 @@ class EvalConfig:
     """The settings of an evaluation."""
 
     pass_at_k: str | None = asked(
-        None, "The k of pass@k, or several: 1,4,8,12. 1 is always reported. Without it: 8."
+        None,
+        "The k of pass@k, or several: 1,4,8,12. 1 is always reported. Without it: 8, greedy 1.",
     )
     model: str = asked(
         "lab/tiny", "A local folder, org/name on the hub, or a bare name such as Qwen2.5-1.5B."
@@ -291,7 +292,8 @@ class EvalConfig:
     benchmark: str | None = asked(
         None,
         "One of afrimgsm, mgsm, msvamp, polymath and lab, or a folder, or a file. "
-        "Without it: what the model's recipe names.",
+        "Without it: what the model's recipe names, else the first of afrimgsm, polymath and mgsm "
+        "that has the language.",
     )
     revision: str = asked("main", "A branch, tag or commit of a benchmark on the hub.")
     limit: int | None = asked(None, "Evaluate the first so many problems only.", least=1)
@@ -351,6 +353,12 @@ def check_run(config: Config) -> None:
     if config.method == "grpo" and config.batch_size % config.group_size:
         valid = f"a multiple of --group-size {config.group_size}"
         raise ValueError(f"--batch-size is {config.batch_size}; valid: {valid}")
+    # Where only the most likely token can be drawn, every completion of a problem is the same.
+    if config.eval_temperature == 0 and config.eval_samples > 1:
+        raise ValueError(
+            f"--eval-temperature is 0, so that --eval-samples {config.eval_samples} would be "
+            "equal; valid: --eval-samples 1, or a temperature above 0"
+        )
     largest = config.batch_size * config.max_new_tokens
     if config.token_budget is not None and config.token_budget < largest:
         valid = f"{largest} or more, what a step may sample"

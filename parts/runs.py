@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,7 +33,7 @@ from parts.files import (
     PARTIAL,
     append_rows,
     json_lines,
-    read_json,
+    read_object,
     read_rows,
     whole_file,
     write_json,
@@ -42,6 +42,7 @@ from parts.files import (
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 LOGS = ("metrics.jsonl", "completions.jsonl")
+LENGTHS = {"steps", "token_budget"}  # settings that say where a run ends
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,26 @@ class Run:
                 f"{self.folder} exists and is not a run folder (no {self.record_file.name}); "
                 "choose another --out"
             )
-        stored = read_json(self.record_file)
+        stored = read_object(self.record_file)
         for name, wanted in ((self.record, config), ("identity", identity or {})):
-            held = stored.get(name, {})
+            held = stored.get(name)
+            if not isinstance(held, dict):
+                raise ValueError(f"{self.record_file} is damaged: it has no {name}")
             differing = [key for key, value in wanted.items() if held.get(key) != value]
-            if differing:
-                raise ValueError(
-                    f"{self.folder} holds a run that differs in {', '.join(differing)}; "
-                    "choose another --out"
-                )
+            if not differing:
+                continue
+            said = f"{self.folder} holds a run that differs in {', '.join(differing)}; "
+            if set(differing) <= LENGTHS:
+                # A longer run is another run from its first step on.
+                said += "the learning rate falls to 0 at a run's end, so a run cannot be extended; "
+                said += "to train for longer, start anew: "
+            raise ValueError(f"{said}choose another --out")
 
     def create(self, config: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
         """Make the folder and write its record, unless a run of this config already has."""
+        record = {self.record: config, "identity": identity, **provenance()}
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.record_file.is_file():
-            record = {self.record: config, "identity": identity, **provenance()}
             write_json(self.record_file, record)
 
     def recorded_day(self) -> str | None:
@@ -97,7 +103,7 @@ class Run:
         """
         if not self.record_file.is_file():
             return None
-        return read_json(self.record_file).get("identity", {}).get("template_date")
+        return read_object(self.record_file).get("identity", {}).get("template_date")
 
     def log(self, metrics: Mapping[str, Any], completions: list[dict[str, Any]]) -> None:
         """Add a step's metrics and completions."""
@@ -133,30 +139,32 @@ class Run:
         path = self.folder / "resume.safetensors"
         if not path.is_file():
             return 0, 0, {}
-        with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-        sampled = {row["step"]: row["sampled_tokens"] for row in self.metrics()}
-        if step not in sampled:
-            raise ValueError(
-                f"{self.folder}: metrics.jsonl lacks step {step}, at which the state was saved; "
-                "choose another --out"
-            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                saved = (file.metadata() or {}).get("step", "")
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        sampled = {row.get("step"): row.get("sampled_tokens") for row in self.metrics()}
+        step = int(saved) if saved.isdecimal() else None
+        if step is None or sampled.get(step) is None:
+            log = self.folder / "metrics.jsonl"
+            raise ValueError(f"{path} or {log} is damaged: they do not agree on the last step")
         return step, sampled[step], tensors
 
-    def check_state(self) -> None:
-        """Raise ValueError or SafetensorError where a run cannot go on from its folder."""
+    def check_whole(self) -> None:
+        """Raise ValueError for a damaged file, which it names; before a run goes on with it."""
         self.load_state()
         for name in LOGS:
-            read_rows(self.folder / name)
-        for when in ("before", "after"):
-            self.read_evaluation(when)
+            path = self.folder / name
+            if not all(isinstance(row.get("step"), int) for row in read_rows(path)):
+                raise ValueError(f"{path} is damaged: a line has no step")
 
     def read_evaluation(self, when: str) -> Any | None:
         """Return the evaluation "before" or "after" training, None where it was not made yet."""
         path = self.folder / f"{when}.json"
-        return read_json(path) if path.is_file() else None
+        return read_object(path) if path.is_file() else None
 
     def write_evaluation(self, when: str, content: Any) -> None:
         """Keep the evaluation "before" or "after" training."""
@@ -186,7 +194,7 @@ def folder_fingerprint(folder: Path) -> str:
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if not (folder / files[0]).is_file():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        files = sorted(set(read_object(index)["weight_map"].values()))
     with ExitStack() as stack:
         places = {}
         for name in files:
@@ -209,7 +217,7 @@ def _tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def provenance() -> dict[str, Any]:
     """Return what a result may depend on beside its settings: versions, platform, git commit.
 
-    The commit is None outside a clone.
+    What git says is None outside a clone, and where there is no git.
     """
     commit = _git("rev-parse", "--verify", "--quiet", "HEAD")
     changes = _git("status", "--porcelain")
@@ -220,15 +228,18 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "git_commit": commit or None,
-        "git_uncommitted_changes": bool(changes),
+        "git_uncommitted_changes": bool(changes) if commit else None,
     }
 
 
 def _git(*arguments: str) -> str:
-    """Return what git says of the project's folder, "" outside a clone."""
+    """Return what git says of the project's folder, "" outside a clone or without git."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.decode(errors="replace").strip()
 
 
 def last_adapter_folder(path: Path) -> Path:
@@ -259,7 +270,7 @@ def recorded_fingerprint(path: Path) -> str | None:
     """
     for folder in (path, path.parent.parent):
         if (folder / "config.json").is_file():
-            return read_json(folder / "config.json").get("identity", {}).get("base_weights")
+            return read_object(folder / "config.json").get("identity", {}).get("base_weights")
     return None
 
 

@@ -12,11 +12,12 @@ from parts.chat import freeze_date
 from parts.data import keep_fitting, read_train_and_heldout
 from parts.family import context_length
 from parts.machine import pick_device, pick_dtype
-from parts.measure import check_answers
+from parts.measure import check_answers, check_columns
 from parts.model import Lora, attach_lora, load_model, load_tokenizer, resolve_model
 from parts.prompts import Problem, build_prompt, is_teachable, pose_in_english, template_hash
 from parts.recipe import Config, fill, settle
 from parts.selfcheck import check_model
+from parts.view import say
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,12 @@ def prepare(
     run = runs.Run(Path(str(config.out)))
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
     run.check(settings)
+    run.check_whole()
+    for when in ("before", "after"):
+        if (stored := run.read_evaluation(when)) is not None:
+            check_columns(stored, run.folder / f"{when}.json")
     setup, identity = load_setup(config, folder, console, run.recorded_day() or day)
     run.check(settings, identity)
-    run.check_state()
     run.create(settings, identity)
     return setup, run
 
@@ -136,7 +140,7 @@ def _load_problems(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, console: Console
 ) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to train on and the held-out ones, without those too long to fit."""
-    train, heldout = read_train_and_heldout(config)
+    train, heldout = read_train_and_heldout(config, console)
     # GRPO's reward is the grader's verdict, so it needs answers to train, too.
     check_answers([*heldout, *(train if config.method == "grpo" else [])])
     must_teach = config.method == "copsd"
@@ -158,4 +162,9 @@ def _load_problems(
             max_new_tokens=config.max_new_tokens,
         )
 
-    return _fitting(train, must_teach), _fitting(heldout, False)
+    heldout = _fitting(heldout, False)
+    without = sum(not _can_teach(config, problem) for problem in heldout)
+    if without:
+        said = "lack what the teacher is to read: the KL to the teacher is of the others"
+        say(console, f"{without} of {len(heldout)} held-out problems {said}")
+    return _fitting(train, must_teach), heldout

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from eval import load_benchmark
-from parts.benchmarks import BENCHMARKS, LEVELS, find_files, has_language
+from parts.benchmarks import BENCHMARKS, LEVELS, default_benchmark, find_files, has_language
 from parts.metrics import LEVEL_WEIGHTS
 from parts.prompts import find_language, languages
 
@@ -181,3 +181,13 @@ def test_the_real_files_have_their_rows(folder, codes):
     for code in codes.split():
         problems, _ = load_benchmark(str(SHARED / folder), find_language(code), "main", None)
         assert len(problems) == BENCHMARKS[folder].rows
+
+
+def test_a_language_has_the_first_benchmark_of_three_that_has_it():
+    found = {code: default_benchmark([names(code)]) for code in languages()}
+    polymath = ["ben", "deu", "jpn", "rus", "spa", "tel", "tha", "zho"]
+    assert [code for code in found if found[code] == "polymath"] == polymath
+    assert set(found.values()) == {"afrimgsm", "polymath"}
+    assert default_benchmark([names("swa"), names("deu")]) == "polymath"
+    with pytest.raises(ValueError, match="no benchmark has Hausa, German: pass --benchmark"):
+        default_benchmark([names("hau"), names("deu")])

@@ -273,3 +273,40 @@ def test_paths_of_the_user_are_not_read_as_markup(tmp_path):
     write_json(folder / "other.json", {})
     result = run_cli("eval", "--limit", "1", "--out", str(folder))
     assert result.exit_code == 2 and "[red]x exists and is not a run folder" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["ev[hau-0]", "ev[/x]", "ev[bold]:smile:"])
+def test_what_the_user_named_is_printed_as_it_was_typed(tmp_path, monkeypatch, name):
+    # In a folder without lab/tiny, too: the default model stands beside the program.
+    monkeypatch.chdir(tmp_path)
+    result = run_cli("eval", "--greedy", "--limit", "1", "--out", name)
+    assert result.exit_code == 0, result.output
+    assert f"completions, verdicts and settings: {name}\n" in result.stdout
+    result = run_cli("eval report", name, "--out", f"{name} report")
+    assert result.exit_code == 0, result.output
+    assert f"report: {name} report/report.html" in result.stdout and name in result.stdout
+    result = run_cli("copsd train", *SMALL, "--out", f"run {name}")
+    assert result.exit_code == 0, result.output
+    assert f"into run {name}\n" in result.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1:strict"])
+def test_a_terminal_without_the_letters_shows_marks_and_nothing_stops(encoding):
+    result = subprocess.run(
+        [sys.executable, "copsd.py", "languages"],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "300"},
+    )
+    assert result.returncode == 0 and result.stderr == b""
+    lines = result.stdout.splitlines()
+    assert len(lines) == 1 + len(languages()) and b"Amharic" in lines[1] and b"????" in lines[1]
+
+
+def test_without_the_detector_of_languages_one_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("parts.measure.language_detector", lambda: None)
+    commands.start()
+    assert capsys.readouterr().out.count("pycld2 is not installed") == 1
+    monkeypatch.undo()
+    commands.start()
+    assert capsys.readouterr().out == ""

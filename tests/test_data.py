@@ -1,13 +1,17 @@
 """parts/data.py: files and hub sets become problems; what is held out; the order of the rest."""
 
+import csv
 import doctest
 import io
 import json
+import math
 import random
 import unicodedata
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -161,7 +165,6 @@ def test_a_csv_field_may_be_quoted_and_text_becomes_nfc(tmp_path):
         ("a.tsv", "question\tanswer\nx\t1\ny\n", "line 3: 1 fields where the header has 2"),
         ("a.tsv", "question\tanswer\n\t1\n", "line 2: empty question"),
         ("a.csv", "question,answer\nx,1\ny\n", "line 3: 1 fields where the header has 2"),
-        ("a.csv", f"question\n{'x' * 140_000}\n", "field larger than field limit"),
         ("a.csv", "", "no problems"),
         ("a.parquet", "not parquet at all", ".*not a parquet file"),
         ("a.txt", "x", "unknown extension '.txt'; valid: .jsonl, .json, .tsv, .csv, .parquet"),
@@ -172,6 +175,167 @@ def test_a_bad_file_is_one_line_that_names_the_file_and_the_place(tmp_path, name
     with pytest.raises(ValueError, match=f"{name}: {message}") as error:
         load_problems(path, language="ha")
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("She has 16 - 3 = 13.\nSo 9 * 2 = <<9*2=18>>18.\n#### 18", "18"),
+        ("#### 18", "18"),
+        ("####1,800 ", "1,800"),
+        ("a #### 1\nb\n#### -7/2\n", "-7/2"),
+        ("18 # 4", "18 # 4"),
+        (r"\frac12", r"\frac12"),
+        (r"-\infty", r"-\infty"),
+        ("∅", "∅"),
+        ("½", "½"),
+        ("None of them", "None of them"),
+        (1e16, "10000000000000000"),
+        (5e-7, "0.0000005"),
+        (0.1, "0.1"),
+        (8.0, "8.0"),
+        (10**30, "1" + "0" * 30),
+    ],
+)
+def test_an_answer_is_what_stands_behind_a_worked_solution_or_alone(tmp_path, answer, expected):
+    for column in data.ANSWER_COLUMNS:
+        path = jsonl(tmp_path, {"question": "Nawa?", column: answer})
+        assert load_problems(path, language="ha")[0].answer == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "inf",
+        "-Infinity",
+        "NaN",
+        "None",
+        "null",
+        "N/A",
+        "n/a",
+        "NA",
+        "<NA>",
+        "#N/A",
+        "#DIV/0!",
+        "-",
+        "—",
+        "?",
+        "...",
+        "$-$",
+        "True",
+        "false",
+        "[None]",
+        "#### -",
+        "So.\n####",
+        "####",
+    ],
+)
+def test_what_can_be_no_answer_is_an_error_with_its_line(tmp_path, answer):
+    path = jsonl(tmp_path, {"question": "a", "answer": 1}, {"question": "b", "answer": answer})
+    with pytest.raises(ValueError, match=r"rows.jsonl: line 2: answer is .*, which is no answer"):
+        load_problems(path, language="ha")
+
+
+def test_true_and_infinity_as_json_has_them_are_errors_with_their_line(tmp_path):
+    for value, said in ((True, "not a bool"), (math.inf, "answer is inf, which is no number")):
+        with pytest.raises(ValueError, match=rf"line 1: .*{said}"):
+            load_problems(jsonl(tmp_path, {"question": "a", "answer": value}), language="ha")
+    with pytest.raises(ValueError, match=r"line 1: answer has more than the answer behind"):
+        load_problems(jsonl(tmp_path, {"question": "a", "answer": "#### 1\nb"}), language="ha")
+
+
+def test_nan_is_missing_wherever_it_stands(tmp_path):
+    row = {"problem_translated": "Nawa?", "problem": math.nan, "solution": math.nan}
+    table = [row | {"answer_number": math.nan, "answer": "#### 4", "id": math.nan}]
+    parquet.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
+    for path in (jsonl(tmp_path, *table), tmp_path / "rows.parquet"):
+        assert load_problems(path, language="ha") == [Problem("0", "Nawa?", None, None, "4", "hau")]
+    assert load_problems(jsonl(tmp_path, row), language="ha")[0].answer is None
+    with pytest.raises(ValueError, match=r"line 1: empty problem_translated"):
+        load_problems(jsonl(tmp_path, {"problem_translated": math.nan}), language="ha")
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64(), pa.decimal128(3, 1)])
+def test_a_tenth_is_a_tenth_in_every_width(tmp_path, kind):
+    numbers = [Decimal("0.1")] if pa.types.is_decimal(kind) else np.array([0.1], np.float64)
+    if pa.types.is_floating(kind):
+        numbers = np.array([0.1], kind.to_pandas_dtype())
+    table = pa.table({"question": ["Nawa?"], "answer": pa.array(numbers, kind)})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert load_problems(tmp_path / "rows.parquet", language="ha")[0].answer == "0.1"
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "said"),
+    [
+        ("answer", "\frac12", r"U+000C; probably \frac12 was meant"),
+        ("answer", "\boxed{18}", r"U+0008; probably \boxed{18} was meant"),
+        ("answer", "18\text{ m}", r"U+0009; probably \text{ was meant"),
+        ("answer", "2\right", r"U+000D; probably \right was meant"),
+        ("answer", "x\neq 3", r"U+000A; probably \neq was meant"),
+        ("answer", "\tan 3", r"U+0009; probably \tan was meant"),
+        ("answer", "\nu", r"U+000A; probably \nu was meant"),
+        ("question", "Find $2\times 3$.", r"U+0009; probably \times was meant"),
+        ("question", "a \frac{1}{2}", r"U+000C; probably \frac{1}{2} was meant"),
+        ("question", "a\0b", "U+0000"),
+        ("question", "a\ud83d", "U+D83D"),
+    ],
+)
+def test_what_json_made_of_a_lost_backslash_is_an_error_that_says_what(
+    tmp_path, column, text, said
+):
+    # Python's own escapes are JSON's: "\f" above is a form feed in the file, too.
+    row = {"question": "a", "answer": "1"} | {column: text}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "a", "answer": 1}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError) as error:
+        load_problems(path, language="ha")
+    assert f"rows.jsonl: line 2: {column} holds the control character" in str(error.value)
+    assert said in str(error.value)
+
+
+def test_an_escape_that_json_does_not_have_says_how_a_backslash_is_written(tmp_path):
+    for name in ("rows.jsonl", "rows.json"):
+        text = r'{"question": "\alpha"}'
+        path = write(tmp_path, name, f"[{text}]" if name == "rows.json" else text)
+        with pytest.raises(ValueError, match=r"line 1.*two backslashes for one"):
+            load_problems(path, language="ha")
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\t", "\n", "\r\n", "\u200f"])
+def test_line_separators_and_tabs_are_ordinary_text_and_come_back(tmp_path, mark):
+    text = f"Nawa{mark}ne 2{mark}+ 3?"
+    problems = load_problems(jsonl(tmp_path, {"question": text, "answer": 5}), language="ha")
+    assert [row.problem for row in problems] == [text]
+    data.write_problems(tmp_path / "again.jsonl", problems)
+    assert load_problems(tmp_path / "again.jsonl") == problems
+
+
+def test_fields_of_any_length_load_and_the_limit_of_others_stays(tmp_path):
+    limit = csv.field_size_limit()
+    for name, tab in (("rows.csv", ","), ("rows.tsv", "\t")):
+        lines = [tab.join(["question", "note", "answer"]), tab.join(["a", "x" * 140_000, "1"])]
+        path = write(tmp_path, name, "\n".join(lines) + "\n")
+        assert [row.answer for row in load_problems(path, language="ha")] == ["1"]
+    assert csv.field_size_limit() == limit
+
+
+def test_every_tag_of_a_language_is_it_and_what_is_left_out_is_counted_aloud(tmp_path):
+    tags = ["sw", "sw-KE", "swh_Latn", "SWA", "Kiswahili", "hau_Latn", "Klingon", "swc"]
+    for column in data.LANGUAGE_COLUMNS:
+        path = jsonl(tmp_path, *({"question": "a", column: tag} for tag in tags))
+        assert len(load_problems(path, language="sw")) == 5
+        loaded = data.read_problems(path, language="sw")
+        others = ["Klingon", "hau_Latn", "swc"]
+        assert loaded.left_out == {f"in {tag}, not sw": 1 for tag in others}
+    stream = io.StringIO()
+    console = Console(file=stream, width=30)
+    assert data.load_aloud(path, "sw", console) == loaded.problems
+    said = ", ".join(f"1 in {tag}, not sw" for tag in others)
+    assert stream.getvalue() == f"{path}: left out 3 of 8 rows: {said}\n"
+    whole = jsonl(tmp_path, {"question": "a"})
+    data.load_aloud(whole, "sw", console)
+    assert stream.getvalue().count("\n") == 1
 
 
 def test_a_file_that_is_missing_or_not_utf8_is_named(tmp_path):

@@ -1,11 +1,13 @@
 """eval.py: one result for one seed, a stop costs nothing finished, bad input is one line."""
 
+import io
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -16,6 +18,7 @@ from parts.chat import freeze_date
 from parts.files import read_json, read_rows, write_json
 from parts.model import attach_lora, load_model, load_tokenizer
 from parts.prompts import template_hash
+from parts.recipe import EvalConfig
 from parts.view import cell
 
 
@@ -40,6 +43,9 @@ def lines(folder: Path) -> list[dict]:
         (["--greedy", "--samples", "4"], "--greedy is one completion"),
         (["--greedy", "--pass-at-k", "4"], "--pass-at-k is 4 and --samples 1"),
         (["--greedy", "--temperature", "0.7"], "--greedy is one completion"),
+        (["--temperature", "0", "--pass-at-k", "4"], "4 completions would be equal"),
+        (["--temperature", "0", "--samples", "2"], "2 completions would be equal"),
+        (["--top-k", "1", "--pass-at-k", "8"], "8 completions would be equal"),
         (["--lang", "xyz"], "unknown language 'xyz'; valid codes"),
         (["--lang", "hau,xyz"], "unknown language 'xyz'; valid codes"),
         (["--lang", "fra"], "no benchmark lab/problems/fra/test.jsonl"),
@@ -347,3 +353,50 @@ def test_without_out_nothing_is_written(tmp_path, monkeypatch):
     result = run_cli("--greedy", "--limit", "2", "--model", model)
     assert result.exit_code == 0 and "pass@1" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_where_every_token_is_the_likeliest_one_completion_is_asked_for():
+    for asked in ({"temperature": 0.0}, {"top_k": 1}, {"greedy": True}):
+        ks, samples, _ = evaluator.sampling_plan(EvalConfig(**asked))
+        assert (ks, samples) == ([1], 1)
+    assert evaluator.sampling_plan(EvalConfig())[:2] == ([1, 8], 8)
+
+
+def test_without_a_benchmark_it_is_the_languages_own_and_is_said(tmp_path):
+    for lang, benchmark in {"hau": "afrimgsm", "zh": "polymath", "ha,yo": "afrimgsm"}.items():
+        stream = io.StringIO()
+        console = Console(file=stream, width=20)
+        settings = evaluator.read_settings(EvalConfig(lang=lang), tmp_path, console)
+        assert settings.benchmark == benchmark
+        assert stream.getvalue().startswith(f"benchmark {benchmark}, which has ")
+        assert stream.getvalue().count("\n") == 1
+    refused = {"all": "pass --benchmark", "hau,zho": "no benchmark has Hausa, Chinese"}
+    for lang, said in refused.items():
+        with pytest.raises(ValueError, match=said):
+            evaluator.read_settings(EvalConfig(lang=lang), tmp_path, Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("settings.json", "{"),
+        ("settings.json", "[]"),
+        ("settings.json", '{"settings": {"lang": "hau"}, "identity": {}}'),
+        ("summary.json", "3"),
+        ("summary.json", '{"pass@1": {"value": 1}}'),
+        ("summary.json", '{"pass@1": 0.5}'),
+        ("problems.jsonl", '{"id": "0"}\n'),
+        ("problems.jsonl", "7\n"),
+    ],
+)
+def test_a_damaged_evaluation_is_one_line_that_names_the_file(tmp_path, name, content):
+    out = tmp_path / "base"
+    assert run_cli("--greedy", "--limit", "1", "--out", str(out)).exit_code == 0
+    (out / name).write_text(content)
+    commands_to_try = [["report", str(out), "--out", str(tmp_path / "report")]]
+    if name == "problems.jsonl":  # the others are written anew, or belong to another evaluation
+        commands_to_try.append(["--greedy", "--limit", "1", "--out", str(out)])
+    for arguments in commands_to_try:
+        result = run_cli(*arguments)
+        assert result.exit_code == 2 and name in result.stderr, result.output
+        assert result.stderr.count("\n") == 1

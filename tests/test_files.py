@@ -1,13 +1,17 @@
 """parts/files.py: what is replaced is replaced whole, and a torn last line costs no other line."""
 
+import doctest
 import json
+import math
 
 import pytest
 
+from parts import files
 from parts.files import (
     append_rows,
     json_lines,
     read_json,
+    read_object,
     read_rows,
     whole_file,
     write_json,
@@ -60,6 +64,41 @@ def test_json_comes_back_and_keeps_its_letters_readable(tmp_path):
     write_json(tmp_path / "x.json", content)
     assert read_json(tmp_path / "x.json") == content
     assert "ƙ".encode() in (tmp_path / "x.json").read_bytes()
+
+
+def test_doctests():
+    result = doctest.testmod(files)
+    assert result.failed == 0 and result.attempted >= 1
+
+
+def refuse_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_a_number_that_is_not_finite_is_written_as_null(tmp_path):
+    row = {"a": math.nan, "b": [math.inf, (1.5, -math.inf)], "c": {"d": math.nan, "e": 2}}
+    expected = {"a": None, "b": [None, [1.5, None]], "c": {"d": None, "e": 2}}
+    write_json(tmp_path / "x.json", row)
+    append_rows(tmp_path / "x.jsonl", [row, row])
+    texts = [(tmp_path / "x.json").read_text(), *(tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [json.loads(text, parse_constant=refuse_constant) for text in texts] == [expected] * 3
+    assert math.isnan(row["c"]["d"])  # what is given stays as it is
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '"x"', "3"])
+def test_a_file_that_should_hold_an_object_and_does_not_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config.json is damaged: it holds no JSON object"):
+        read_object(tmp_path / "config.json")
+    (tmp_path / "rows.jsonl").write_text(f"{{}}\n{content}\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl is damaged: it holds a line that is no JSON"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_bytes_that_are_no_utf8_name_the_file(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match=r"config.json is no UTF-8"):
+        read_json(tmp_path / "config.json")
 
 
 def test_broken_json_names_file_line_and_column(tmp_path):

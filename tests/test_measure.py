@@ -3,8 +3,10 @@
 import doctest
 import io
 import json
+import math
 import random
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from rich.console import Console
 
 from parts import measure
 from parts.data import load_problems
+from parts.files import read_json, write_json
 from parts.grading import grade
 from parts.measure import Ruler, check_answers, evaluate, measure_languages, text_language
 from parts.metrics import Estimate, Graded, summarise
@@ -228,3 +231,35 @@ def test_before_and_after_stand_side_by_side_in_a_table_a_language():
     assert said.index("Hausa") < said.index("English")
     row = next(line for line in said.splitlines() if "pass@1" in line)
     assert row.index("0.250 [0.200, 0.300]") < row.index("0.750 [0.700, 0.800]")
+
+
+def test_without_the_detector_the_language_is_unknown_and_its_metrics_have_no_value(monkeypatch):
+    monkeypatch.setattr(measure, "language_detector", lambda: None)
+    assert measure.text_language("Jibu ni mayai kumi na nane.") == "unknown"
+    problem = Problem("0", "?", None, None, "1", "swa")
+    found = _right(problem, 2)
+    unknown = replace(found, attempts=[replace(a, language="unknown") for a in found.attempts])
+    known = replace(found, attempts=[replace(a, language="swa") for a in found.attempts])
+    for results, value in (([known], 1.0), ([unknown], math.nan), ([known, unknown], 0.5)):
+        summary = summarise(results, [1])
+        assert summary["in the problem's language"].value == pytest.approx(value, nan_ok=True)
+        english = math.nan if math.isnan(value) else 0.0
+        assert summary["in English"].value == pytest.approx(english, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [{"hau": 3}, {"hau": {}}, {"hau": {measure.GREEDY_NAME: {"value": 1.0}}}, {"hau": {"x": None}}],
+)
+def test_a_damaged_table_is_refused_with_its_file(stored):
+    with pytest.raises(ValueError, match=r"before.json is damaged"):
+        measure.check_columns(stored, Path("before.json"))
+
+
+def test_a_table_with_a_value_that_is_nan_comes_back_from_its_file(tmp_path):
+    columns = {"hau": {measure.GREEDY_NAME: Estimate(0.5, math.nan, math.nan)}}
+    write_json(tmp_path / "before.json", measure.plain_columns(columns))
+    stored = read_json(tmp_path / "before.json")
+    measure.check_columns(stored, tmp_path / "before.json")
+    found = measure.read_columns(stored)["hau"][measure.GREEDY_NAME]
+    assert found.value == 0.5 and math.isnan(found.low) and math.isnan(found.high)

@@ -1,6 +1,7 @@
 """parts/model.py: finding and loading models, the adapter, and the teacher's view of it."""
 
 import copy
+import json
 from pathlib import Path
 
 import huggingface_hub.constants as hub_constants
@@ -214,6 +215,33 @@ def test_heads_that_are_more_than_a_matrix_are_refused(tmp_path, family, setting
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=refusal):
         ours.load_model(tmp_path, **CPU)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "a method of tomorrow"},
+    ],
+)
+def test_quantised_weights_are_refused_by_their_method(tmp_path, tiny_model, settings):
+    tiny_model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"quantization_config": settings}))
+    said = rf"is quantised \({settings['quant_method']}\): valid are weights in float32"
+    with pytest.raises(ValueError, match=said):
+        ours.load_model(tmp_path, **CPU)
+
+
+def test_a_folder_beside_the_program_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ours.resolve_model("lab/tiny") == ours.PROJECT / "lab" / "tiny"
+    (tmp_path / "lab" / "tiny").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):  # one that is here goes first
+        ours.resolve_model("lab/tiny")
 
 
 def save_tokenizer(folder: Path, template: str | None) -> Path:

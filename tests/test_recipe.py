@@ -264,3 +264,9 @@ def test_sections_stand_together_in_the_file():
         sections = [f.metadata["section"] for f in fields(config)]
         runs = [name for i, name in enumerate(sections) if i == 0 or sections[i - 1] != name]
         assert len(runs) == len(set(runs))
+
+
+def test_completions_that_would_be_equal_are_refused():
+    with pytest.raises(ValueError, match="--eval-temperature is 0, so that --eval-samples 8"):
+        check_run(Config(eval_temperature=0.0))
+    check_run(Config(eval_temperature=0.0, eval_samples=1))

@@ -219,6 +219,71 @@ def test_provenance_names_versions_and_commit():
     assert found["git_commit"] is None or len(found["git_commit"]) == 40
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_without_git_the_commit_is_null_and_the_run_goes_on(tmp_path, monkeypatch, error):
+    def absent(*arguments, **options):
+        raise error("git")
+
+    monkeypatch.setattr("parts.runs.subprocess.run", absent)
+    run = Run(tmp_path / "run")
+    run.create({"lr": 1}, {})
+    record = read_json(run.record_file)
+    assert record["git_commit"] is None and record["git_uncommitted_changes"] is None
+
+
+def test_a_record_that_cannot_be_made_leaves_no_folder(tmp_path, monkeypatch):
+    def broken():
+        raise OSError("no versions")
+
+    monkeypatch.setattr("parts.runs.provenance", broken)
+    with pytest.raises(OSError, match="no versions"):
+        Run(tmp_path / "run").create({"lr": 1}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_longer_run_says_why_a_finished_one_is_not_extended(tmp_path):
+    run = Run(tmp_path / "run")
+    run.create({"steps": 2, "lr": 1}, {})
+    with pytest.raises(ValueError, match=r"differs in steps; the learning rate falls to 0 at"):
+        run.check({"steps": 4, "lr": 1})
+    with pytest.raises(ValueError, match=r"differs in steps, lr; choose another --out"):
+        run.check({"steps": 4, "lr": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b""),
+        ("config.json", b"[]"),
+        ("config.json", b"\xff{}"),
+        ("config.json", b'{"config": null}'),
+        ("config.json", b'{"identity": {}}'),
+        ("resume.safetensors", b""),
+        ("resume.safetensors", b"half of a state"),
+        ("metrics.jsonl", b""),
+        ("metrics.jsonl", b'{"step": 1}\n'),
+        ("metrics.jsonl", b"{\n{}\n"),
+        ("metrics.jsonl", b"5\n"),
+        ("completions.jsonl", b"[]\n"),
+        ("completions.jsonl", b'{"id": 1}\n'),
+        ("before.json", b"{"),
+        ("before.json", b"3"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line_that_names_it(tmp_path, name, content):
+    run = Run(tmp_path / "run")
+    run.create({"lr": 1}, {})
+    run.log({"step": 1, "sampled_tokens": 10}, [{"step": 1}])
+    run.save_state(1, {"a": torch.ones(2)})
+    run.check({"lr": 1}, {})
+    run.check_whole()
+    (run.folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        run.check({"lr": 1}, {})
+        run.check_whole()
+        run.read_evaluation("before")
+
+
 def test_rows_that_were_appended_apart_are_one_log(tmp_path):
     append_rows(tmp_path / "metrics.jsonl", [{"step": 1}])
     run = Run(tmp_path)
