@@ -566,9 +566,8 @@ def save(
     A run that was stopped in between so leaves no adapter that an unstopped one lacks.
     """
     if is_due(setup.config, step, done):
-        base_model, revision = published_name(Path(setup.model.name_or_path))
-        folder = run.adapter_folder(step)
-        save_adapter(setup.lora, folder, base_model=base_model, revision=revision)
+        name, revision = published_name(Path(str(setup.model.name_or_path)))
+        save_adapter(setup.lora, run.adapter_folder(step), base_model=name, revision=revision)
     adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
     run.save_state(step, {**adapter, **runs.optimizer_tensors(optimizer)})
 
@@ -580,13 +579,12 @@ def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
     Per problem: its sum over the rollout's tokens, in nats, and how many tokens they are. Problems
     without an English side are left out, as the teacher cannot read them.
     """
-    config = setup.config
     problems = [problem for problem in problems if setup.can_teach(problem)]
     teacher_prompts = [setup.teacher_prompt(problem) for problem in problems]
     rollouts = roll_out(setup, problems, seed=seed)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     kl_sums = [0.0] * len(rollouts)
-    for rows in micro_batches(rollouts, config.micro_batch):
+    for rows in micro_batches(rollouts, setup.config.micro_batch):
         batch = [rollouts[row] for row in rows]
         _, stats = copsd_loss(setup, [teacher_prompts[row] for row in rows], batch)
         by_row = stats["kl_N"].split([lengths[row] for row in rows])

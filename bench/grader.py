@@ -56,7 +56,7 @@ def grade_cases(path: Path) -> None:
 
 def grade_golds(paths: list[Path]) -> None:
     """Print how often golds, their successors and their thousandfolds are graded right."""
-    golds = sorted({problem.answer for path in paths for problem in load_problems(path)})
+    golds = sorted({str(problem.answer) for path in paths for problem in load_problems(path)})
     counts = {"gold": 0, "gold + 1": 0, "gold thousand": 0, "thousandfold": 0}
     for gold in golds:
         value = int(gold.replace(",", ""))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
@@ -186,7 +186,8 @@ def turn_end_ids(tokenizer: "Tokenizer") -> set[int]:
     """
     as_parts = read_template(tokenizer).as_parts
     turns = [("user", ASKED), ("assistant", ANSWERED)]
-    ends = set(tokenizer.added_tokens_decoder)  # not a word of the template's text
+    added = tokenizer.added_tokens_decoder
+    ends = set(added)  # not a word of the template's text
     rendered = 0
     # What follows an answer closes it only if it does so at the end and before another turn alike.
     for conversation in (turns, [*turns, ("user", ASKED_NEXT)]):
@@ -199,7 +200,7 @@ def turn_end_ids(tokenizer: "Tokenizer") -> set[int]:
         starts = TAG.findall(before.partition(ASKED)[0])[-1:]
         after = after if before else ""  # the answer was dropped or changed
         ends &= set(tokenizer.encode(after.strip(), add_special_tokens=False)[:1])
-        ends -= set(tokenizer.convert_tokens_to_ids(starts))
+        ends -= {token_id for token_id, token in added.items() if token.content in starts}
     return ends if rendered else set()
 
 
@@ -234,7 +235,8 @@ def completion_text(completion_ids: list[int], tokenizer: "Tokenizer", end_ids: 
     Where these are tokens, only the tokens count: a tag that is spelled in ordinary ones gets a
     blank, "</think >", so that nobody takes it for the end of a thought.
     """
-    kept = [token for token in completion_ids if token not in {*end_ids, tokenizer.pad_token_id}]
+    dropped = end_ids | {cast(int, tokenizer.pad_token_id)}
+    kept = [token for token in completion_ids if token not in dropped]
     tags = _think_ids(tokenizer)
     text = ""
     for tag, run in groupby(kept, key=tags.get):

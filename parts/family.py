@@ -44,8 +44,11 @@ def check_family(config: PretrainedConfig, name: str) -> None:
     if config.is_encoder_decoder or config.model_type in _encoder_decoders():
         raise ValueError(f"{called} is of an encoder-decoder family: valid are decoders only")
     # Quantised layers are not nn.Linear, and their products are not those of a weight.
-    if config.to_dict().get("quantization_config"):
-        raise ValueError(f"{called} is quantised: valid are weights in floating point")
+    for held in (config.to_dict().get("quantization_config"), settings.get("quantization_config")):
+        if held:
+            method = held.get("quant_method", "unnamed") if isinstance(held, dict) else held
+            valid = "weights in float32, bfloat16 or float16"
+            raise ValueError(f"{called} is quantised ({method}): valid are {valid}")
     kinds = _cache_kinds(config)
     if kinds != {"full_attention"}:
         raise ValueError(

@@ -217,6 +217,11 @@ def final_hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     return model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
 
 
+def token_count(model: PreTrainedModel) -> int:
+    """Return the rows of the embedding: valid ids are 0 to one less."""
+    return len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+
+
 def head_weight(model: PreTrainedModel) -> Tensor:
     """Return head_VD, frozen, in the model's dtype: logits_NV = hidden_ND @ head_VD.T."""
     return cast(nn.Linear, model.get_output_embeddings()).weight

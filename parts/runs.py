@@ -146,12 +146,12 @@ class Run:
                 tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        sampled = {row.get("step"): row.get("sampled_tokens") for row in self.metrics()}
-        step = int(saved) if saved.isdecimal() else None
-        if step is None or sampled.get(step) is None:
+        sampled = {str(row.get("step")): row.get("sampled_tokens") for row in self.metrics()}
+        tokens = sampled.get(saved)
+        if not saved.isdecimal() or not isinstance(tokens, int):
             log = self.folder / "metrics.jsonl"
             raise ValueError(f"{path} or {log} is damaged: they do not agree on the last step")
-        return step, sampled[step], tensors
+        return int(saved), tokens, tensors
 
     def check_whole(self) -> None:
         """Raise ValueError for a damaged file, which it names; before a run goes on with it."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from parts.batch import Batch, Row
 from parts.family import check_family, check_modules, context_length
+from parts.model import token_count
 
 # Multiplications in a layer from which oneDNN saves more than the two copies around it cost.
 ONEDNN_PRODUCTS = 2**22
@@ -142,7 +143,7 @@ def _check(model: PreTrainedModel, prompts: list[list[int]], params: SamplingPar
         "unknown attention implementation",
         "sdpa, eager",
     )
-    last_id = model.get_input_embeddings().weight.shape[0] - 1
+    last_id = token_count(model) - 1
     limit = context_length(model.config)
     for index, ids in enumerate(prompts):
         _require(len(ids) > 0, f"prompt {index} is empty", "at least one id")

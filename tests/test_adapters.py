@@ -203,7 +203,7 @@ def make_with_peft(model, folder, **settings):
         {"exclude_modules": ["q_proj", "layers.1.mlp.up_proj"]},
         {"exclude_modules": r".*\.layers\.0\..*"},
         {"target_modules": r".*\.(q|v)_proj"},
-        {"target_modules": r"model\.layers\.1\.mlp\..*"},
+        {"target_modules": r"model\.layers\.1\.mlp\..*_proj"},
         {"target_modules": "all-linear"},
         {"target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"]},
         {"target_modules": ["mlp.up_proj", "k_proj"]},
@@ -265,8 +265,8 @@ def test_an_adapter_that_is_more_than_plain_lora_is_refused_by_the_fields_name(
 
 
 def test_an_untrained_pissa_adapter_of_peft_is_refused(tiny_model, tmp_path):
-    settings = {"init_lora_weights": "pissa", "target_modules": "all-linear"}
-    with_peft = get_peft_model(copy.deepcopy(tiny_model), LoraConfig(r=4, **settings))
+    config = LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear")
+    with_peft = get_peft_model(copy.deepcopy(tiny_model), config)
     with_peft.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
         load_adapter(tiny_model, tmp_path)

@@ -570,4 +570,4 @@ def test_a_run_goes_on_tomorrow_with_the_date_that_its_template_wrote_today(tmp_
     again, _ = prepare(config, folder, QUIET)  # on another day
     problem = setup.train[0]
     assert again.student_prompt(problem) == setup.student_prompt(problem)
-    assert again.tokenizer.decode(again.teacher_prompt(problem)).startswith("09 Jan 2025")
+    assert str(again.tokenizer.decode(again.teacher_prompt(problem))).startswith("09 Jan 2025")

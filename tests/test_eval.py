@@ -356,8 +356,8 @@ def test_without_out_nothing_is_written(tmp_path, monkeypatch):
 
 
 def test_where_every_token_is_the_likeliest_one_completion_is_asked_for():
-    for asked in ({"temperature": 0.0}, {"top_k": 1}, {"greedy": True}):
-        ks, samples, _ = evaluator.sampling_plan(EvalConfig(**asked))
+    for asked in (EvalConfig(temperature=0.0), EvalConfig(top_k=1), EvalConfig(greedy=True)):
+        ks, samples, _ = evaluator.sampling_plan(asked)
         assert (ks, samples) == ([1], 1)
     assert evaluator.sampling_plan(EvalConfig())[:2] == ([1, 8], 8)
 

@@ -281,7 +281,7 @@ def test_a_reward_counts_the_answer_after_the_token_that_ends_a_thought(tmp_path
     tokenizer.chat_template = f"{setup.tokenizer.chat_template}<think>\n"
     setup = replace(setup, tokenizer=tokenizer)
     problem = setup.train[0]
-    close, end = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
+    close, end = (tokenizer.get_vocab()[token] for token in ("</think>", "<|im_end|>"))
     wrong, right = (
         tokenizer.encode(f"\\boxed{{{answer}}}", add_special_tokens=False)
         for answer in ("-1", problem.answer)

@@ -1,7 +1,10 @@
 """parts/selfcheck.py: a model that would be sampled or scored wrongly is refused, with figures."""
 
+from typing import cast
+
 import pytest
 import torch
+from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from parts.selfcheck import check_model
@@ -23,7 +26,7 @@ class Scaled(Qwen2ForCausalLM):
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
-        output.logits = output.logits * 1.1
+        output.logits = cast(Tensor, output.logits) * 1.1
         return output
 
 
