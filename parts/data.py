@@ -40,6 +40,7 @@ Row = tuple[str, Any]  # the words that say where a row stands in its file, and 
 # What Python, JSON, pandas and spreadsheets write where there is no number, in lower case.
 NO_ANSWER = {"nan", "inf", "infinity", "none", "null", "na", "n/a", "n.a", "true", "false"}
 NO_ANSWER |= {"#n/a", "#na", "<na>", "#value!", "#ref!", "#div/0!", "#name?", "#num!", "unknown"}
+NO_ANSWER |= {"nil", "undefined", "missing", "no answer", "not available", "todo", "tbd"}
 
 # JSON reads \frac, behind one backslash, as a form feed and "rac". The first line has the control
 # characters that no text needs, and halves of surrogate pairs. Tabs and line ends are ordinary, but
