@@ -134,7 +134,10 @@ def copsd_loss(
     # The teacher is the same model. By default it is seen with its adapter switched off, as it was
     # before training; `teacher_view` puts everything back afterwards.
     with teacher_view(setup.lora, config.teacher):
-        teacher_ND = completion_hidden(setup.model, teacher_prompts, completions)
+        read = completion_hidden
+        if config.teacher == "fixed":  # its view of a prompt never changes, so that is kept
+            read = setup.kept_prompts.completion_hidden
+        teacher_ND = read(setup.model, teacher_prompts, completions)
     loss_N, stats = chunked_divergence(  # Eq. (1), D
         student_ND,
         teacher_ND,

@@ -6,8 +6,6 @@
         32 rows, 128 new tokens, both samplers in turn
     python bench/sampler.py --samples 8
         the same rows as 8 samples of 4 prompts; ours reads each of these prompts once
-    python bench/sampler.py --generate-onednn
-        generate's linear layers by oneDNN, too, as ours has them on a CPU
 
 Both get the same prompts, of mixed lengths, and the same temperature, top-k and top-p. No id counts
 as EOS on either side, so both generate exactly rows * new-tokens ids. The time to read the prompts
@@ -30,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # The project is run from its folder, not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from parts.sampler import OneDNN, SamplingParams, sample
+from parts.sampler import SamplingParams, sample
 
 SENTENCES = (
     "Amina sells mangoes at the market and wants to plan her week.",
@@ -111,17 +109,6 @@ def run_generate(model: Any, prompts: list[list[int]], samples: int, params: Sam
     return output_BT[:, longest:].numel()
 
 
-def run_generate_onednn(
-    model: Any, prompts: list[list[int]], samples: int, params: SamplingParams
-) -> int:
-    """Sample with generate on our linear layers.
-
-    What ours is still faster by is then not the matrix products.
-    """
-    with OneDNN():
-        return run_generate(model, prompts, samples, params)
-
-
 def run_ours(model: Any, prompts: list[list[int]], samples: int, params: SamplingParams) -> int:
     """Sample with parts.sampler; return the number of new tokens."""
     groups = sample(model, prompts, params, eos_ids=set(), samples_per_prompt=samples)
@@ -152,9 +139,6 @@ def main(
     top_p: Annotated[float, typer.Option(help="in (0, 1], 1 is off")] = 0.95,
     top_k: Annotated[int, typer.Option(help="0 is off")] = 20,
     repeats: Annotated[int, typer.Option(help="timed runs of each sampler")] = 3,
-    generate_onednn: Annotated[
-        bool, typer.Option(help="oneDNN for generate too; cpu, float32")
-    ] = False,
 ) -> None:
     """Time both samplers in turn and print tokens per second: median (lowest to highest)."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -168,8 +152,7 @@ def main(
     prompts = chat_prompts(tokenizer, rows // samples, prompt_tokens)
     lengths = sorted(len(ids) for ids in prompts)
     params = SamplingParams(new_tokens, temperature, top_p, top_k)
-    generate = run_generate_onednn if generate_onednn else run_generate
-    samplers = {"generate": generate, "ours": run_ours}
+    samplers = {"generate": run_generate, "ours": run_ours}
     for run in samplers.values():
         run(network, prompts, samples, SamplingParams(4, temperature, top_p, top_k))  # warm-up
     speeds: dict[str, list[float]] = {name: [] for name in samplers}

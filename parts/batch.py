@@ -11,12 +11,20 @@ A batch of three rows with prompts (p) of 4, 2 and 3 tokens after two steps (c);
 All rows end at one column, so a step writes one column. Keys carry their true rotary position
 wherever they stand.
 
+The memory is allocated before it is needed, a step writes into it in place, and attention sees a
+whole bucket of columns, of which those to come are masked. So the shapes and addresses of one step
+are those of the next, and a GPU can replay a step as one recorded graph. Launching its thousand
+small kernels one by one takes several times as long as running them.
+
 Read Batch (its exchange brings rows in and takes them out, its step appends a token to each), then
-_GrowingLayer (where the columns lie in memory). What is appended, parts.sampler chooses.
+WrittenLayer (where the columns lie in memory), then Recorder (what a GPU replays). What is
+appended, parts.sampler chooses.
 """
 
 import random
+import warnings
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +35,13 @@ from transformers.cache_utils import DynamicLayer
 
 # A cache has room for at most so many columns to come. When they are full, it is copied once.
 GROWTH_COLUMNS = 256
+# Attention sees a multiple of so many columns. A graph is recorded for each, so that on a GPU they
+# are to be few; on a CPU nothing is recorded, and masked columns are only work.
+BUCKET_COLUMNS = {"cuda": 256}
+SMALL_BUCKET = 4
+# Steps of a bucket that run as they are before one is recorded: libraries set themselves up in the
+# first, and a bucket that is left at once is not worth it.
+PLAIN_STEPS = 2
 # Padded prompt tokens in one prefill forward: bounds its memory, and the padding as well.
 PREFILL_TOKENS = 512
 
@@ -46,38 +61,59 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
 
-    def append(self, token: int, logprob: float, eos_ids: set[int], max_new_tokens: int) -> None:
-        """Add a token, and see whether it is the last."""
-        self.completion_ids.append(token)
-        self.logprobs.append(logprob)
-        if token in eos_ids:
-            self.finish_reason = "stop"
-        elif len(self.completion_ids) == max_new_tokens:
-            self.finish_reason = "length"
+    def extend(
+        self, ids: list[int], logprobs: list[float], eos_ids: set[int], max_new_tokens: int
+    ) -> int:
+        """Add tokens up to the one that ends the row; return how many were added."""
+        before = len(self.completion_ids)
+        for token, logprob in zip(ids, logprobs, strict=True):
+            if self.finish_reason:
+                break
+            self.completion_ids.append(token)
+            self.logprobs.append(logprob)
+            if token in eos_ids:
+                self.finish_reason = "stop"
+            elif len(self.completion_ids) == max_new_tokens:
+                self.finish_reason = "length"
+        return len(self.completion_ids) - before
 
 
 @dataclass
-class _History:
-    """What a row needs to go on: where its keys and values lie, and its last hidden state.
+class _Prompt:
+    """A prompt that is prefilled.
 
     layers    transformers' cache layers: keys and values are [rows, heads, columns, head size]
     row       the row of them that is meant
-    columns   the columns of it that are no padding
+    length    the columns of it that are no padding, from the first on
     hidden_D  the final hidden state of the last id
     """
 
     layers: list[Any]
     row: int
-    columns: slice
+    length: int
     hidden_D: Tensor
 
     def keys(self, layer: int) -> Tensor:
-        """Return a layer's keys as [heads, length, head size]."""
-        return self.layers[layer].keys[self.row, :, self.columns]
+        """Return a layer's keys as [1, heads, length, head size]."""
+        return self.layers[layer].keys[self.row, None, :, : self.length]
 
     def values(self, layer: int) -> Tensor:
-        """Return a layer's values as [heads, length, head size]."""
-        return self.layers[layer].values[self.row, :, self.columns]
+        """Return a layer's values as [1, heads, length, head size]."""
+        return self.layers[layer].values[self.row, None, :, : self.length]
+
+
+@dataclass
+class Cursor:
+    """Where the next columns of a cache go; all of its layers share one.
+
+    column_C  their indices, on the device: a recorded step reads them there
+    filled    columns that have been written
+    shown     columns that attention sees; a mask hides those that are not filled
+    """
+
+    column_C: Tensor
+    filled: int
+    shown: int
 
 
 class Batch:
@@ -95,19 +131,29 @@ class Batch:
         self.decoder = model.get_decoder()
         self.head: Any = model.get_output_embeddings()
         self.max_new_tokens = max_new_tokens
-        layers = model.config.get_text_config().num_hidden_layers
-        self.cache = Cache(layers=[DynamicLayer() for _ in range(layers)])
+        self.model_layers = model.config.get_text_config().num_hidden_layers
+        self.layers: list[Any] = []  # of WrittenLayer, once rows are there
+        self.cache = Cache(layers=[])
         self.rows: list[Row] = []
         self.starts: list[int] = []  # each row's first column; those before it are masked
-        self.position_B1 = torch.empty(0)  # of the id that the next step appends
-        self.mask_B11T: Tensor | None = None  # what is added to attention scores; None: no padding
         self.hidden_BD = torch.empty(0)
+        # What a step reads, on the device and at fixed addresses between two exchanges.
+        self.ids_B1 = torch.empty(0)  # what it appends
+        self.position_B1 = torch.empty(0)  # of these ids
+        self.mask_B11T = torch.empty(0)  # is added to attention scores
+        self.cursor = Cursor(torch.empty(0), 0, 0)
+        self.recorder = Recorder(self.decoder.device)
         # Prompts that are prefilled, and still needed by a waiting row.
-        self.prompts: dict[tuple[int, ...], _History] = {}
+        self.prompts: dict[tuple[int, ...], _Prompt] = {}
 
     def unfinished(self) -> int:
         """Return how many rows still generate."""
         return sum(not row.finish_reason for row in self.rows)
+
+    def tokens_left(self) -> int:
+        """Return how many tokens every row that still generates may append."""
+        lengths = [len(row.completion_ids) for row in self.rows if not row.finish_reason]
+        return self.max_new_tokens - max(lengths)
 
     def exchange(self, waiting: deque[Row], max_rows: int) -> None:
         """Drop finished rows, take rows from the left of waiting, right-align all in one cache.
@@ -120,43 +166,54 @@ class Batch:
         distinct = dict.fromkeys(row.prompt_ids for row in admitted)
         self._prefill([ids for ids in distinct if ids not in self.prompts])
 
-        layers = self.cache.layers
-        column = self.cache.get_seq_length()
-        histories = [
-            _History(layers, row, slice(self.starts[row], column), self.hidden_BD[row])
-            for row in kept
-        ]
-        histories += [self.prompts[row.prompt_ids] for row in admitted]
+        prompts = [self.prompts[row.prompt_ids] for row in admitted]
+        column = self.cursor.filled
+        lengths = [column - self.starts[row] for row in kept]
+        old = slice(column - max(lengths, default=0), column)  # what is kept, with pads before it
+        lengths += [prompt.length for prompt in prompts]
         self.rows = [self.rows[index] for index in kept] + admitted
 
         # The last token of a completion is never fed back, so it needs no column.
         steps = self.max_new_tokens - 1 - min(len(row.completion_ids) for row in self.rows)
-        for index in range(len(layers)):
+        room = min(steps, GROWTH_COLUMNS)
+        self._align(lengths, capacity=max(lengths) + room)
+        for index in range(self.model_layers):
             # One layer after the other, since a whole second cache would double the peak memory.
-            layers[index] = _GrowingLayer(
-                [old.keys(index) for old in histories],
-                [old.values(index) for old in histories],
-                room=min(steps, GROWTH_COLUMNS),
-            )
-        self.hidden_BD = torch.stack([old.hidden_D for old in histories])
-        lengths = [old.columns.stop - old.columns.start for old in histories]
-        self._align(lengths, columns=max(lengths) + steps)
+            keys = [prompt.keys(index) for prompt in prompts]
+            values = [prompt.values(index) for prompt in prompts]
+            if kept:
+                layer = self.layers[index]
+                keys.insert(0, layer.keys[kept, :, old])
+                values.insert(0, layer.values[kept, :, old])
+            new = WrittenLayer(right_aligned(keys, room), right_aligned(values, room), self.cursor)
+            self.layers[index : index + 1] = [new]
+        self.cache = Cache(layers=self.layers)
+        hidden = [self.hidden_BD[kept]] if kept else []
+        self.hidden_BD = torch.cat([*hidden, *(prompt.hidden_D[None] for prompt in prompts)])
         still_needed = {row.prompt_ids for row in waiting}
-        self.prompts = {ids: old for ids, old in self.prompts.items() if ids in still_needed}
+        self.prompts = {ids: read for ids, read in self.prompts.items() if ids in still_needed}
 
-    def _align(self, lengths: list[int], columns: int) -> None:
-        """Set each row's start and position, and the mask for so many columns."""
-        self.starts = [max(lengths) - length for length in lengths]
-        self.position_B1 = torch.tensor(lengths, device=self.hidden_BD.device)[:, None]
-        self.mask_B11T = None
-        if any(self.starts):
-            start_B111 = torch.tensor(self.starts, device=self.hidden_BD.device)[
-                :, None, None, None
-            ]
-            padding_B11T = torch.arange(columns, device=self.hidden_BD.device) < start_B111
-            # Additive, as eager attention adds a mask: True and False would count as 1 and 0.
-            dtype = self.hidden_BD.dtype
-            self.mask_B11T = torch.finfo(dtype).min * padding_B11T.to(dtype)
+    def _align(self, lengths: list[int], capacity: int) -> None:
+        """Set each row's start, what a step reads, and the columns that there are."""
+        device = self.decoder.device
+        filled = max(lengths)
+        self.starts = [filled - length for length in lengths]
+        self.ids_B1 = torch.zeros(len(lengths), 1, dtype=torch.long, device=device)
+        self.position_B1 = torch.tensor(lengths, device=device)[:, None]
+        self.cursor = Cursor(torch.tensor([filled], device=device), filled, shown=0)
+        self._show(capacity)
+
+    def _show(self, capacity: int) -> None:
+        """Let attention see the next bucket of columns, those to come masked; forget old graphs."""
+        device = self.decoder.device
+        size = BUCKET_COLUMNS.get(device.type, SMALL_BUCKET)
+        cursor = self.cursor
+        cursor.shown = min(capacity, (cursor.filled // size + 1) * size)
+        column_T = torch.arange(cursor.shown, device=device)
+        start_B111 = torch.tensor(self.starts, device=device)[:, None, None, None]
+        hidden_B11T = (column_T < start_B111) | (column_T >= cursor.filled)
+        self.mask_B11T = additive_mask(hidden_B11T, self.decoder.dtype)
+        self.recorder.forget()
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> None:
         """Compute each prompt's keys, values and last hidden state; prompts come longest first."""
@@ -175,70 +232,135 @@ class Batch:
             for index, ids in enumerate(group):
                 # A view would keep all of hidden_BPD alive.
                 last_D = hidden_BPD[index, len(ids) - 1].clone()
-                self.prompts[ids] = _History(cache.layers, index, slice(0, len(ids)), last_D)
+                self.prompts[ids] = _Prompt(cache.layers, index, len(ids), last_D)
 
     def step(self, ids_B: Tensor) -> None:
         """Append one id to every row's columns and compute the hidden states that follow."""
-        columns = self.cache.get_seq_length() + 1
-        mask_B11T = self.mask_B11T
-        if mask_B11T is not None:
-            # Contiguous: attention on a GPU refuses some strides.
-            mask_B11T = mask_B11T[..., :columns].contiguous()
+        cursor = self.cursor
+        if cursor.filled == cursor.shown:
+            if cursor.filled == self.layers[0].keys.shape[2]:
+                for layer in self.layers:
+                    layer.grow(GROWTH_COLUMNS)
+            self._show(self.layers[0].keys.shape[2])
+        self.ids_B1.copy_(ids_B[:, None])
+        self.hidden_BD = self.recorder.run(self._append)
+        cursor.filled += 1
+
+    def _append(self) -> Tensor:
+        """Be the step on the device: no shape, address or number of it changes within a bucket."""
+        cursor = self.cursor
+        self.mask_B11T.index_fill_(3, cursor.column_C, 0.0)
         output = self.decoder(
-            input_ids=ids_B[:, None],
+            input_ids=self.ids_B1,
             position_ids=self.position_B1,
-            attention_mask=mask_B11T,
+            attention_mask=self.mask_B11T,
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.hidden_BD = output.last_hidden_state[:, 0]
-        self.position_B1 = self.position_B1 + 1
+        self.position_B1 += 1
+        cursor.column_C += 1
+        return output.last_hidden_state[:, 0]
 
 
-class _GrowingLayer(DynamicLayer):
-    """One layer's keys and values, with room for the columns to come.
+class WrittenLayer(DynamicLayer):
+    """One layer's keys and values, written in place where the cursor stands.
 
-    transformers' DynamicLayer copies the whole cache for every token; this one writes the new
-    column in place.
+    transformers' DynamicLayer copies the whole cache for every token, and its StaticLayer counts
+    columns by itself, which a recorded step cannot.
 
-    keys, values  a tensor a row, [heads, length, head size]
-    room          columns that are allocated behind them
+    keys, values  [rows, heads, capacity, head size]; columns to come are zeros, since a masked one
+                  has weight 0, but 0 times a stray NaN would be NaN
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], *, room: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, cursor: Cursor) -> None:
         super().__init__()
-        self.keys: Tensor = _right_aligned(keys, room)
-        self.values: Tensor = _right_aligned(values, room)
-        self.filled = self.keys.shape[2] - room
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.cursor = cursor
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Write the new columns; return, as views, all that are filled."""
-        column = self.filled
-        self.filled = column + key_states.shape[2]
-        if self.filled > self.keys.shape[2]:
-            self.keys = _right_aligned(list(self.keys), GROWTH_COLUMNS)
-            self.values = _right_aligned(list(self.values), GROWTH_COLUMNS)
-        self.keys[:, :, column : self.filled] = key_states
-        self.values[:, :, column : self.filled] = value_states
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        """Write the new columns; return, as views, all that attention sees."""
+        self.keys.index_copy_(2, self.cursor.column_C, key_states)
+        self.values.index_copy_(2, self.cursor.column_C, value_states)
+        return self.keys[:, :, : self.cursor.shown], self.values[:, :, : self.cursor.shown]
+
+    def grow(self, columns: int) -> None:
+        """Allocate so many more columns."""
+        self.keys = right_aligned([self.keys], columns)
+        self.values = right_aligned([self.values], columns)
 
     def get_seq_length(self) -> int:
         """Return the filled columns, not the allocated ones."""
-        return self.filled
+        return self.cursor.filled
 
 
-def _right_aligned(parts: list[Tensor], room: int) -> Tensor:
-    """Return [rows, heads, columns, head size]: zeros, a row's part, then `room` empty columns."""
-    lengths = [part.shape[1] for part in parts]
-    longest = max(lengths)
-    heads, _, head_size = parts[0].shape
-    aligned = parts[0].new_empty(len(parts), heads, longest + room, head_size)
-    # A masked column has weight 0, but 0 times a stray NaN would be NaN. The room holds whatever
-    # was in memory: nothing reads a column of it before it is written.
-    aligned[:, :, : longest - min(lengths)] = 0
-    for row, part in enumerate(parts):
-        aligned[row, :, longest - lengths[row] : longest] = part
+class Recorder:
+    """Runs a step: on a CPU as it is; on a GPU of CUDA as one graph, recorded when it pays.
+
+    A graph is every kernel of a step with its addresses and numbers, replayed by one launch. It is
+    kept while they hold, which is until the next exchange or bucket, so it never sees old weights.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.records = device.type == "cuda"
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the graph: what it reads and writes is about to be something else."""
+        self.steps = 0
+        self.replay: Callable[[], Tensor] | None = None
+
+    def run(self, step: Callable[[], Tensor]) -> Tensor:
+        """Return what step() returns; the next run may overwrite it."""
+        self.steps += 1
+        if self.records and self.replay is None and self.steps > PLAIN_STEPS:
+            try:
+                self.replay = self.record(step)
+            # Such as a module that asks the device for a number, or too little memory.
+            except RuntimeError as error:
+                self.records = False
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
+        return self.replay() if self.replay else step()
+
+    def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return the replay of a step, which is recorded and not run."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = step()
+
+        def _replay() -> Tensor:
+            graph.replay()
+            return output
+
+        return _replay
+
+
+def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what hides columns when it is added to attention scores; eager attention adds a mask.
+
+    hidden  bool, True where a column is not to be seen
+    """
+    return torch.finfo(dtype).min * hidden.to(dtype)
+
+
+def right_aligned(parts: list[Tensor], room: int) -> Tensor:
+    """Return [rows, heads, columns, head size]: zeros, a row's part, `room` more zeros.
+
+    parts  [some rows, heads, length, head size], rows one below the other
+    """
+    longest = max(part.shape[2] for part in parts)
+    rows = sum(len(part) for part in parts)
+    _, heads, _, head_size = parts[0].shape
+    aligned = parts[0].new_empty(rows, heads, longest + room, head_size)
+    # A masked column has weight 0, but 0 times a stray NaN would be NaN.
+    aligned[:, :, : longest - min(part.shape[2] for part in parts)] = 0
+    aligned[:, :, longest:] = 0
+    row = 0
+    for part in parts:
+        aligned[row : row + len(part), :, longest - part.shape[2] : longest] = part
+        row += len(part)
     return aligned

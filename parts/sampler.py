@@ -10,20 +10,20 @@ never touched.
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from parts.batch import Batch, Row
 from parts.family import check_family, check_modules, context_length
-from parts.model import token_count
+from parts.model import merged_adapter, token_count
 
-# Multiplications in a layer from which oneDNN saves more than the two copies around it cost.
-ONEDNN_PRODUCTS = 2**22
+# Steps from one look at what was chosen to the next; 1 where it is not said. A look waits for the
+# device, and what a row generates past its end is thrown away.
+LOOK_EVERY = {"cuda": 8}
 # Candidates that are tried before a sort of the whole vocabulary.
 FIRST_WIDTH = 256
 
@@ -99,7 +99,8 @@ def sample(
                  None: all at once
     valid_ids    ids that may be sampled: a count n for 0 to n - 1 (a head wider than its tokenizer)
                  or ids; None: all
-    on_progress  called after every step with (finished rows, all rows, tokens generated so far)
+    on_progress  called after each look at the rows, which on a CPU is each step, with (finished
+                 rows, all rows, tokens generated so far)
 
     A row depends on the seed, its prompt's index (from first_index on) and its sample's, not on the
     rows beside it, up to float rounding. No gradient; each module's own mode is put back.
@@ -120,7 +121,7 @@ def sample(
         for index, ids in enumerate(prompts, start=first_index)
         for number in range(samples_per_prompt)
     ]
-    with _eval_mode(model), _fast_products(model):
+    with _eval_mode(model), merged_adapter(model):
         steps = _decode(batch, rows, params, eos_ids, allowed_V, max_rows or len(rows))
         for finished, generated in steps:
             if on_progress is not None:
@@ -196,19 +197,6 @@ def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = True  # train() would also reach children that were in eval mode
 
 
-def _fast_products(model: PreTrainedModel) -> AbstractContextManager:
-    """Return what a large fp32 model on a CPU samples within: OneDNN. Otherwise, nothing."""
-    fits = (
-        torch.backends.mkldnn.is_available()
-        and model.device.type == "cpu"
-        and model.dtype == torch.float32
-    )
-    # The mode is asked at every operation, which would slow a small model.
-    if fits and model.num_parameters() >= ONEDNN_PRODUCTS:
-        return OneDNN()
-    return nullcontext()
-
-
 @torch.no_grad()
 def _decode(
     batch: Batch,
@@ -218,7 +206,8 @@ def _decode(
     allowed_V: Tensor | None,
     max_rows: int,
 ) -> Iterator[tuple[int, int]]:
-    """Complete the rows in place; yield (finished rows, generated tokens) after each step."""
+    """Complete the rows in place; yield (finished rows, generated tokens) after each look."""
+    look_every = LOOK_EVERY.get(batch.decoder.device.type, 1)
     # Longest first: neighbours need little padding and a lack of memory shows at once. Equal
     # prompts become neighbours.
     waiting = deque(sorted(rows, key=lambda row: (-len(row.prompt_ids), row.prompt_ids)))
@@ -229,43 +218,42 @@ def _decode(
         # have finished.
         if 8 * unfinished <= 7 * len(batch.rows):
             batch.exchange(waiting, max_rows)
-        logits_BV = batch.head(batch.hidden_BD).float()
-        uniforms = [row.stream.random() for row in batch.rows]
+        steps = min(look_every, batch.tokens_left())
+        ids_BS, logprob_BS = _choose(batch, steps, params, allowed_V)
+        looked_at = zip(batch.rows, ids_BS.tolist(), logprob_BS.tolist(), strict=True)
+        for row, ids, logprobs in looked_at:
+            generated += row.extend(ids, logprobs, eos_ids, params.max_new_tokens)
+        unfinished = batch.unfinished()
+        yield len(rows) - len(waiting) - unfinished, generated
+        if unfinished:
+            batch.step(ids_BS[:, -1])
+
+
+def _choose(
+    batch: Batch, steps: int, params: SamplingParams, allowed_V: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Choose so many ids for every row and append all but the last; return (ids_BS, logprob_BS).
+
+    Nothing is looked at in between, so a GPU is not waited for and always has work ahead of it.
+    """
+    uniforms = [[row.stream.random() for _ in range(steps)] for row in batch.rows]
+    uniform_BS = torch.tensor(uniforms, dtype=torch.float64).to(batch.hidden_BD.device)
+    ids: list[Tensor] = []
+    logprobs: list[Tensor] = []
+    for number in range(steps):
+        if ids:
+            batch.step(ids[-1])
         ids_B, logprob_B = choose_tokens(
-            logits_BV,
-            torch.tensor(uniforms, dtype=torch.float64).to(logits_BV.device),
+            batch.head(batch.hidden_BD).float(),
+            uniform_BS[:, number],
             allowed_V,
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
         )
-        for row, token, logprob in zip(batch.rows, ids_B.tolist(), logprob_B.tolist(), strict=True):
-            if not row.finish_reason:
-                row.append(token, logprob, eos_ids, params.max_new_tokens)
-                generated += 1
-        unfinished = batch.unfinished()
-        yield len(rows) - len(waiting) - unfinished, generated
-        if unfinished:
-            batch.step(ids_B)
-
-
-class OneDNN(TorchFunctionMode):
-    """Within it, large linear layers are oneDNN's: `with OneDNN(): model(...)`.
-
-    MKL, which torch takes for fp32, is half as fast on AMD's CPUs. Layers of fewer than
-    ONEDNN_PRODUCTS multiplications stay as they are. Neither device nor dtype is asked for: sample
-    takes it for fp32 models on a CPU only.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        large = (
-            func is nn.functional.linear
-            and not kwargs
-            and args[0].numel() * len(args[1]) >= ONEDNN_PRODUCTS
-        )
-        if large:  # linear goes by its input's layout
-            return func(args[0].to_mkldnn(), *args[1:]).to_dense()
-        return func(*args, **(kwargs or {}))
+        ids.append(ids_B)
+        logprobs.append(logprob_B)
+    return torch.stack(ids, dim=1), torch.stack(logprobs, dim=1)
 
 
 def choose_tokens(

@@ -1,6 +1,6 @@
 """All that a training run works with: loaded from its settings, checked, then given a folder."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from parts.family import context_length
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
 from parts.model import Lora, attach_lora, load_model, load_tokenizer, resolve_model
+from parts.prefixes import KeptPrompts
 from parts.prompts import Problem, build_prompt, is_teachable, pose_in_english, template_hash
 from parts.recipe import Config, fill, settle
 from parts.selfcheck import check_model
@@ -30,6 +31,7 @@ class Setup:
     lora: Lora  # the adapter: the small matrices that are trained
     train: list[Problem]
     heldout: list[Problem]
+    kept_prompts: KeptPrompts = field(default_factory=KeptPrompts)  # as the fixed teacher read them
 
     def student_prompt(self, problem: Problem) -> list[int]:
         """Return the ids of x, before a rollout: what evaluation asks, too."""

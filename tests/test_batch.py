@@ -3,8 +3,10 @@
 import pytest
 import torch
 from test_sampler import PLAIN, full_logprobs, ids_of, random_prompts, watch
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from parts import batch
+from parts import batch, sampler
+from parts.model import attach_lora
 from parts.sampler import SamplingParams, sample
 
 
@@ -23,13 +25,14 @@ def test_the_cache_is_right_past_its_growth(tiny_model, monkeypatch, attention):
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *sizes: empty(*sizes).fill_(float("nan")))
     grown: list[int] = []
-    update = batch._GrowingLayer.update
+    grow = batch.WrittenLayer.grow
 
-    def watched(layer, key_states, value_states, *args, **kwargs):
-        grown.append(layer.filled == layer.keys.shape[2])
-        return update(layer, key_states, value_states, *args, **kwargs)
+    def watched(layer, columns):
+        assert layer.cursor.filled == layer.keys.shape[2]
+        grown.append(columns)
+        return grow(layer, columns)
 
-    monkeypatch.setattr(batch._GrowingLayer, "update", watched)
+    monkeypatch.setattr(batch.WrittenLayer, "grow", watched)
     tiny_model.set_attn_implementation(attention)
     params = SamplingParams(20, temperature=1.1)
     eos_ids = set(range(0, 290, 60))
@@ -46,15 +49,144 @@ def test_the_cache_is_right_past_its_growth(tiny_model, monkeypatch, attention):
 
 def test_the_room_for_all_columns_is_allocated_at_once(tiny_model, monkeypatch):
     made: list[list[int]] = []
-    join = batch._right_aligned
+    join = batch.right_aligned
 
     def watched(parts, room):
-        made.append([part.shape[1] for part in parts] + [room])
+        made.append([part.shape[2] for part in parts] + [room])
         return join(parts, room)
 
-    monkeypatch.setattr(batch, "_right_aligned", watched)
+    monkeypatch.setattr(batch, "right_aligned", watched)
     sample(tiny_model, random_prompts(6, 2), PLAIN, eos_ids=set())
     assert made == [[6, 2, 11]] * 4  # keys and values of two layers; the twelfth token needs none
+
+
+def test_parts_end_at_one_column_with_zeros_around_them():
+    one, two = torch.ones(1, 1, 1, 1), torch.full((2, 1, 3, 1), 2.0)
+    aligned = batch.right_aligned([one, two], room=1)
+    assert aligned[:, 0, :, 0].tolist() == [[0, 0, 1, 0], [2, 2, 2, 0], [2, 2, 2, 0]]
+
+
+EOS = set(range(0, 290, 20))
+
+
+def ragged(model) -> list:
+    """Sample rows of several lengths, of which some wait for others to end."""
+    prompts = random_prompts(6, 2, 9, 4)
+    return sample(model, prompts, PLAIN, eos_ids=EOS, samples_per_prompt=3, max_rows=5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_what_attention_sees_of_the_columns_to_come_changes_no_result(
+    tiny_model, monkeypatch, size
+):
+    expected = ids_of(ragged(tiny_model))
+    monkeypatch.setattr(batch, "SMALL_BUCKET", size)
+    assert ids_of(ragged(tiny_model)) == expected
+
+
+@pytest.mark.parametrize("every", [3, 8, 99])
+def test_rows_that_are_looked_at_every_few_steps_are_those_of_a_look_at_each(
+    tiny_model, monkeypatch, every
+):
+    expected, seen, shapes = ragged(tiny_model), [], []
+    monkeypatch.setattr(sampler, "LOOK_EVERY", {"cpu": every})
+    watch(tiny_model.model, shapes)
+    found = sample(
+        tiny_model,
+        random_prompts(6, 2, 9, 4),
+        PLAIN,
+        eos_ids=EOS,
+        samples_per_prompt=3,
+        max_rows=5,
+        on_progress=lambda *counts: seen.append(counts),
+    )
+    assert ids_of(found) == ids_of(expected)
+    for group, other in zip(found, expected, strict=True):
+        for rollout, row in zip(group, other, strict=True):
+            assert rollout.finish_reason == row.finish_reason
+            assert rollout.logprobs == pytest.approx(row.logprobs, abs=1e-4)
+    # What rows generate past their ends counts for nothing, and there are fewer looks than steps.
+    assert seen[-1] == (12, 12, sum(len(ids) for group in ids_of(expected) for ids in group))
+    assert len(seen) < sum(columns == 1 for _, columns in shapes)
+
+
+def addresses(rows: batch.Batch) -> list[int]:
+    """Return where all tensors lie that a step of the batch reads or writes."""
+    tensors = [rows.ids_B1, rows.position_B1, rows.mask_B11T, rows.cursor.column_C]
+    tensors += [tensor for layer in rows.layers for tensor in (layer.keys, layer.values)]
+    return [tensor.data_ptr() for tensor in [*tensors, *rows.decoder.parameters()]]
+
+
+def let_it_record(monkeypatch) -> None:
+    """Let steps on a CPU be recorded, by a Recorder.record that the test puts in place."""
+    start = batch.Recorder.__init__
+
+    def records(recorder, device):
+        start(recorder, device)
+        recorder.records = True
+
+    monkeypatch.setattr(batch.Recorder, "__init__", records)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_recorded_step_holds_for_the_steps_after_it(tiny_model, monkeypatch, attention):
+    """Replay one step's operations, with every number and address of that step, for the next ones.
+
+    That is what a CUDA graph does. A column, position or length that Python reads at each step
+    would be that of the recorded one.
+    """
+    tiny_model.set_attn_implementation(attention)
+    adapter = attach_lora(tiny_model, rank=2, alpha=4.0, targets=("q_proj", "down_proj"), seed=0)
+    torch.nn.init.normal_(adapter.parameters()[1], std=0.3)
+    expected, counts, places = ragged(tiny_model), [], []
+
+    def record(recorder, step):
+        rows = step.__self__
+        held = [rows.position_B1, rows.mask_B11T, rows.cursor.column_C]
+        held += [tensor for layer in rows.layers for tensor in (layer.keys, layer.values)]
+        before = [tensor.clone() for tensor in held]
+        traced = make_fx(lambda unused: step())(held[0])  # runs it; recording a graph does not
+        for tensor, content in zip(held, before, strict=True):
+            tensor.copy_(content)
+        place = addresses(rows)
+        counts.append(0)
+
+        def replay():
+            counts[-1] += 1
+            places.append(addresses(rows) == place)
+            return traced(held[0])
+
+        return replay
+
+    monkeypatch.setattr(batch, "BUCKET_COLUMNS", {"cpu": 8})
+    monkeypatch.setattr(batch.Recorder, "record", record)
+    let_it_record(monkeypatch)
+    assert ids_of(ragged(tiny_model)) == ids_of(expected)
+    assert len(counts) > 1 and max(counts) > 1 and all(places)
+
+
+def test_a_step_that_cannot_be_recorded_is_run_and_said_once(tiny_model, monkeypatch):
+    expected = ids_of(ragged(tiny_model))
+    let_it_record(monkeypatch)
+
+    def record(recorder, step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(batch.Recorder, "record", record)
+    with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted") as said:
+        assert ids_of(ragged(tiny_model)) == expected
+    assert len(said) == 1
+
+
+def test_what_is_sampled_after_an_update_is_of_the_new_weights(tiny_model):
+    adapter = attach_lora(tiny_model, rank=2, alpha=4.0, targets=("q_proj", "down_proj"), seed=0)
+    for _ in range(2):
+        for tensor in adapter.parameters():
+            torch.nn.init.normal_(tensor, std=0.3)
+        for group in ragged(tiny_model):
+            for rollout in group:
+                full = full_logprobs(tiny_model, rollout, 1.1)
+                assert rollout.logprobs == pytest.approx(full, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ PARTS = (
     "model",
     "adapters",
     "batch",
+    "prefixes",
     "sampler",
     "selfcheck",
     "plaintext",

@@ -5,7 +5,6 @@ They are an uncached loop, a full-sequence forward, and a truncation written in 
 
 import math
 import random
-from collections import Counter
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from transformers import (
 )
 
 from parts import sampler
-from parts.model import attach_lora
 from parts.sampler import Rollout, SamplingParams, choose_tokens, sample
 
 PLAIN = SamplingParams(12, temperature=1.1)
@@ -125,53 +123,6 @@ def test_max_rows_bounds_the_batch_and_changes_no_result(tiny_model, max_rows):
     assert finished == sorted(finished)
     assert finished[0] <= max_rows and finished[-1] == 12  # waiting rows are not finished ones
     assert max(rows for rows, columns in shapes if columns == 1) <= max_rows
-
-
-def operations(run) -> Counter:
-    """Run it; return how often it called each of torch's operations."""
-    with torch.profiler.profile() as record:
-        run()
-    return Counter({event.key: event.count for event in record.key_averages()})
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-def test_onednn_takes_every_layer_adapters_too_and_changes_no_result(tiny_model, monkeypatch):
-    adapter = attach_lora(tiny_model, rank=2, alpha=4.0, targets=("q_proj", "down_proj"), seed=0)
-    for tensor in [*adapter.parameters(), tiny_model.model.layers[0].self_attn.k_proj.bias]:
-        torch.nn.init.normal_(tensor, std=0.3)
-    prompts, fast = random_prompts(6, 2, 9), []
-    with monkeypatch.context() as patch:
-        # Not called: in so small a model it would only cost.
-        patch.setattr(sampler, "OneDNN", None)
-        plain = sample(tiny_model, prompts, PLAIN, eos_ids={3})
-    monkeypatch.setattr(sampler, "ONEDNN_PRODUCTS", 0)
-    counts = operations(lambda: fast.extend(sample(tiny_model, prompts, PLAIN, eos_ids={3})))
-    assert counts["aten::mkldnn_linear"] and not counts["aten::mm"] + counts["aten::addmm"]
-    assert ids_of(fast) == ids_of(plain)
-    for (rollout,) in fast:
-        assert rollout.logprobs == pytest.approx(full_logprobs(tiny_model, rollout, 1.1), abs=1e-4)
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-def test_onednn_takes_large_fp32_layers_only_and_inside_sample_only(tiny_model, monkeypatch):
-    # Two rows: the head multiplies 2 * 32 * 300 times, the largest layer 2 * 32 * 64 a decode step,
-    # 4 * 32 * 64 before.
-    monkeypatch.setattr(sampler, "ONEDNN_PRODUCTS", 2 * 32 * 300)
-    counts = operations(lambda: sample(tiny_model, random_prompts(2, 2), PLAIN, eos_ids=set()))
-    assert counts["aten::mkldnn_linear"] == 12  # once a token
-
-    def fail(*_):
-        raise RuntimeError("stop here")
-
-    with pytest.raises(RuntimeError, match="stop here"):
-        sample(tiny_model, random_prompts(2, 2), PLAIN, eos_ids=set(), on_progress=fail)
-    assert not operations(lambda: tiny_model(input_ids=torch.ones(9, 9, dtype=torch.long)))[
-        "aten::mkldnn_linear"
-    ]
-    model = tiny_model.bfloat16()
-    assert not operations(lambda: sample(model, random_prompts(9, 9), PLAIN, eos_ids=set()))[
-        "aten::mkldnn_linear"
-    ]
 
 
 def test_seed_and_indices_fix_the_draws_and_the_global_random_state_is_untouched(tiny_model):
