@@ -433,3 +433,50 @@ def test_fingerprint_sees_names_shapes_dtypes_and_bytes_but_not_order():
     ]
     fingerprints = {runs.weights_fingerprint(tensors) for tensors in [*variants, {"a": a, "c": b}]}
     assert len(fingerprints) == 5 and all(len(fingerprint) == 16 for fingerprint in fingerprints)
+
+
+def trained_lora(model) -> ours.Lora:
+    lora = ours.attach_lora(model, rank=2, alpha=4.0, targets=("q_proj", "down_proj"), seed=0)
+    for index, tensor in enumerate(lora.parameters()):
+        torch.nn.init.normal_(tensor, std=0.1, generator=torch.Generator().manual_seed(index))
+    return lora
+
+
+def test_a_merged_adapter_is_the_adapter_to_rounding_and_leaves_no_trace(tiny_model):
+    lora = trained_lora(tiny_model)
+    ids_BT = torch.arange(12).view(2, 6)
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    plain = ours.final_hidden(tiny_model, ids_BT)
+    with ours.merged_adapter(tiny_model):
+        merged = ours.final_hidden(tiny_model, ids_BT)
+        assert all(layer.merged is not None for layer in lora.layers.values())
+    torch.testing.assert_close(merged, plain.detach(), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(merged, plain)
+    assert torch.equal(ours.final_hidden(tiny_model, ids_BT), plain)
+    for name, tensor in tiny_model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    with pytest.raises(RuntimeError, match="inside"), ours.merged_adapter(tiny_model):
+        raise RuntimeError("inside")
+    assert all(layer.merged is None for layer in lora.layers.values())
+
+
+def test_an_adapter_is_merged_in_fp32_only_where_it_is_on_and_where_the_copies_fit(
+    tiny_model, monkeypatch
+):
+    lora = trained_lora(tiny_model)
+
+    def merged() -> list[bool]:
+        with ours.merged_adapter(tiny_model):
+            return [layer.merged is not None for layer in lora.layers.values()]
+
+    assert merged() == [True] * 4
+    with ours.teacher_view(lora, "fixed"):  # the base
+        assert merged() == [False] * 4
+    copies = sum(layer.weight.nbytes for layer in lora.layers.values())
+    monkeypatch.setattr(ours, "MERGED_BYTES", copies - 1)
+    assert merged() == [False] * 4
+    monkeypatch.setattr(ours, "MERGED_BYTES", copies)
+    assert merged() == [True] * 4
+    for layer in lora.layers.values():
+        layer.weight.data = layer.weight.data.bfloat16()
+    assert merged() == [False] * 4
