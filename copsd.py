@@ -129,14 +129,11 @@ def copsd_loss(
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
-    student_prompts = [rollout.prompt_ids for rollout in rollouts]
-    student_ND = completion_hidden(setup.model, student_prompts, completions)
+    student_ND = completion_hidden(setup.model, [r.prompt_ids for r in rollouts], completions)
     # The teacher is the same model. By default it is seen with its adapter switched off, as it was
-    # before training; `teacher_view` puts everything back afterwards.
+    # before training. What it makes of a prompt then never changes and is kept for the next epoch.
+    read = setup.kept_prompts.completion_hidden if config.teacher == "fixed" else completion_hidden
     with teacher_view(setup.lora, config.teacher):
-        read = completion_hidden
-        if config.teacher == "fixed":  # its view of a prompt never changes, so that is kept
-            read = setup.kept_prompts.completion_hidden
         teacher_ND = read(setup.model, teacher_prompts, completions)
     loss_N, stats = chunked_divergence(  # Eq. (1), D
         student_ND,

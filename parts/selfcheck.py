@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from parts.model import final_hidden, head_weight, token_count
+from parts.prefixes import KeptPrompts
 from parts.sampler import SamplingParams, sample
 
 # Lengths of the two prompts, and tokens after each: enough for padding, and for a cache that grows.
@@ -26,9 +27,10 @@ def check_model(model: PreTrainedModel, name: str) -> None:
 
     name  what the message calls the model
 
-    Three comparisons: hidden states times the head are the model's own logits; two prompts of
+    Four comparisons: hidden states times the head are the model's own logits; two prompts of
     different lengths through the sampler, alone and beside each other, have the log-probs of a
-    plain forward pass; and two passes in training mode agree. About ten passes over a dozen tokens.
+    plain forward pass; so has a completion behind a kept prompt; and two passes in training mode
+    agree. About a dozen passes over a dozen tokens.
     The global random state stays as it was, and so do the modes of the modules.
     """
     called = f"{name} ({model.config.model_type})"
@@ -82,6 +84,15 @@ def _differences(model: PreTrainedModel) -> Iterator[tuple[str, float, float]]:
         yield "log-probs of a sampled row and of a plain pass", apart, spread
         apart = _apart(model, beside[row], own)
         yield "log-probs of a row sampled beside another and of a plain pass", apart, spread
+
+    behind_ND = KeptPrompts().completion_hidden(model, prompts, [[token] * NEW_TOKENS] * 2)
+    behind_NV = nn.functional.linear(behind_ND, head_weight(model)).float()
+    own_NV = torch.cat([row[length - 1 : -1] for row, length in zip(logits, LENGTHS, strict=True)])
+    yield (
+        "logits behind a kept prompt and of a plain pass",
+        _apart(model, behind_NV, own_NV),
+        spread,
+    )
 
 
 def _apart(model: PreTrainedModel, ours: Tensor, own: Tensor) -> float:
