@@ -65,7 +65,8 @@ from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Setup
 from parts.steplog import Tally, count_tokens
-from parts.view import StepView, Watcher, say
+from parts.view import Watcher, say
+from parts.watch import Watching, is_look_due, look
 
 ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
 MAX_DRAWS = 4  # of --resample-dead-groups, for one step
@@ -151,7 +152,7 @@ def copsd_loss(
 
 
 def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
-    """Train from the last saved step to the end; return False if a signal stopped it early."""
+    """Train from the last saved step to the end; return False if it was ended early."""
     config = setup.config
     optimizer, step, sampled_tokens = begin(setup, run)
     skipped = 0
@@ -217,11 +218,12 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             }
             scores = {"kl_nats_per_token": tally.row_means("kl_N")}
             decode = setup.tokenizer.decode
+            metrics = look(setup, run, rollouts, metrics)
             run.log(metrics, steplog.completion_rows(step, problems, rollouts, scores, decode))
-            view.show(metrics)
-            if is_due(config, step, done) or stopped:
+            ending = view.show(metrics) or stopped
+            if is_due(config, step, done) or ending:
                 save(run, setup, optimizer, step, done)
-            if stopped and done < 1:
+            if ending and done < 1:
                 return False
     return True
 
@@ -365,7 +367,7 @@ def loss_mean(config: Config, tokens: int, rows: int) -> tuple[str, int]:
 
 
 def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
-    """Train from the last saved step to the end; return False if a signal stopped it early."""
+    """Train from the last saved step to the end; return False if it was ended early."""
     config = setup.config
     optimizer, step, sampled_tokens = begin(setup, run)
     skipped = 0
@@ -392,8 +394,8 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             reward_BG = torch.tensor([group.rewards for group in groups])
             advantage_B = advantages(reward_BG, config.scale_rewards).flatten()
             kept = rows_in_the_loss(config, rollouts)
-            kept_tokens = count_tokens([rollouts[row] for row in kept])
-            reduction, denominator = loss_mean(config, kept_tokens, len(kept))
+            counted = [rollouts[row] for row in kept]
+            reduction, denominator = loss_mean(config, count_tokens(counted), len(kept))
 
             # Updates on this batch. The log-probs before the first are the old ones for them all.
             tally = Tally()
@@ -426,8 +428,7 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                 watch.lap("update")
 
             # Log and save.
-            student_tokens = count_tokens([rollouts[row] for row in kept], prompts=True)
-            updated_tokens = config.inner_epochs * student_tokens
+            updated_tokens = config.inner_epochs * count_tokens(counted, prompts=True)
             drawn_rewards = [group.rewards for group in drawn]
             done = share_done(config, step, sampled_tokens)
             metrics = {
@@ -447,11 +448,12 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             asked = [group.problem for group in groups for _ in group.rollouts]
             scores = {"reward": reward_BG.flatten().tolist(), "advantage": advantage_B.tolist()}
             decode = setup.tokenizer.decode
+            metrics = look(setup, run, rollouts, metrics)
             run.log(metrics, steplog.completion_rows(step, asked, rollouts, scores, decode))
-            view.show(metrics)
-            if is_due(config, step, done) or stopped:
+            ending = view.show(metrics) or stopped
+            if is_due(config, step, done) or ending:
                 save(run, setup, optimizer, step, done)
-            if stopped and done < 1:
+            if ending and done < 1:
                 return False
     return True
 
@@ -554,8 +556,8 @@ def begin(setup: Setup, run: runs.Run) -> tuple[torch.optim.AdamW, int, int]:
 
 
 def is_due(config: Config, step: int, done: float) -> bool:
-    """Say whether the adapter after `step` is one that is kept."""
-    return step % config.save_every == 0 or done >= 1
+    """Say whether the adapter after `step` is one that is kept: as asked for, or as looked at."""
+    return step % config.save_every == 0 or done >= 1 or is_look_due(config, step, done)
 
 
 def save(
@@ -596,10 +598,10 @@ def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
 # The program.
 
 
-def train(setup: Setup, run: runs.Run, console: Console) -> int:
+def train(setup: Setup, run: runs.Run, console: Console, watching: Watching | None = None) -> int:
     """Train, show what it changed, and return the exit code. What the folder holds is not redone.
 
-    0: finished; 1: the gradient was not finite too often; 130: stopped by a signal.
+    0: finished; 1: the gradient was not finite too often, or collapse; 130: stopped by a signal.
     """
     config = setup.config
     started = time.monotonic()
@@ -611,21 +613,18 @@ def train(setup: Setup, run: runs.Run, console: Console) -> int:
     )
     before = measure_once(setup, run, console, "before")
     try:
-        with StepView(console, None if config.token_budget else config.steps) as view:
+        with (watching or Watching()).start(setup, run, console) as view:
             finished = LOOPS[config.method](setup, run, view)
     except FloatingPointError as error:
         say(console, f"error: {error}; {run.folder} keeps the last save")
         return 1
+    for line in view.summary():
+        say(console, line)
     if not finished:
         say(console, f"stopped and saved; the same command goes on in {run.folder}")
-        return 130
+        return 1 if view.collapsed else 130
     after = measure_once(setup, run, console, "after")
-    for table in measure.change_tables(before, after):
-        console.print(table)
-    for code in before:
-        ends = [found[code][measure.GREEDY_NAME].value for found in (before, after)]
-        accuracy = "greedy accuracy {:.3f} before, {:.3f} after".format(*ends)
-        say(console, f"{find_language(code).english}: {accuracy}")
+    measure.print_change(before, after, console)
     seconds = time.monotonic() - started
     say(console, f"done in {seconds:.0f} s; logs, completions and adapters: {run.folder}")
     command = f"python eval.py --pass-at-k 8 --model {config.model} --lang {config.lang}"

@@ -205,7 +205,19 @@ def bad_input() -> Iterator[None]:
 
 @copsd.command("train")
 @flags_of(Config)
-def train_command(given: Given) -> None:
+def train_command(
+    given: Given,
+    track: Annotated[
+        str | None,
+        typer.Option(help="A tracker that takes the metrics, too: tensorboard, trackio, wandb."),
+    ] = None,
+    show_rollout: Annotated[
+        bool, typer.Option("--show-rollout", help="Show the newest rollout below the steps.")
+    ] = False,
+    stop_on_collapse: Annotated[
+        bool, typer.Option("--stop-on-collapse", help="Save and stop at the first alarm.")
+    ] = False,
+) -> None:
     """Train with COPSD or GRPO and show what it changed.
 
     The same command goes on with a run that was stopped. A flag that is not given comes from the
@@ -214,10 +226,14 @@ def train_command(given: Given) -> None:
     console = start()
     import copsd as method
     from parts.setup import configure, prepare
+    from parts.track import check_tracker
+    from parts.watch import Watching
 
     with bad_input():
+        check_tracker(track)
         setup, run = prepare(*configure(given), console)
-    raise typer.Exit(method.train(setup, run, console))
+    watching = Watching(track, show_rollout, stop_on_collapse)
+    raise typer.Exit(method.train(setup, run, console, watching))
 
 
 @copsd.command("show")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from parts.data import hub_training_file, load_aloud, split_heldout, write_problems
+from parts.data import DEV_SEED, hub_training_file, load_aloud, split_heldout, write_problems
 from parts.files import read_object
 from parts.machine import pick_device, pick_dtype
 from parts.prompts import Problem, find_language
@@ -35,6 +35,7 @@ OWN_SETTINGS = {  # flags of a run that an experiment sets by itself
     "method": "it trains with several",
     "seed": "--seeds says which",
     "save_every": "an arm is measured at 6 checkpoints",
+    "eval_every": "an arm is measured at 6 checkpoints",
 }
 Value = TypeVar("Value")
 
@@ -70,7 +71,8 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
         if name in given:
             raise ValueError(f"--{name.replace('_', '-')} is not for a comparison: {why}")
     own = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(Config)}
-    shared = {n: value for n, value in given.items() if n not in own | {"lang", "out"}}
+    own |= {"lang", "out", "dev_problems"}
+    shared = {name: value for name, value in given.items() if name not in own}
     langs = parse_list(options.lang, "lang", lambda code: find_language(code).iso3)
     factors = parse_list(options.sweep, "sweep", float)
     if not all(0 < factor < math.inf for factor in factors):
@@ -179,7 +181,7 @@ def read_splits(plan: Plan, lang: str, console: Console | None = None) -> dict[s
         test = load_aloud(Path(config.eval_data), lang, console)[: config.eval_problems]
     else:
         train, test = split_heldout(train, config.eval_problems, 0)
-    train, dev = split_heldout(train, plan.options.dev_problems, 0)
+    train, dev = split_heldout(train, plan.options.dev_problems, DEV_SEED)
     return {"train": train, "dev": dev, "test": test}
 
 

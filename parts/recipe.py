@@ -57,7 +57,9 @@ rollouts = partial(setting, section="Rollouts: what the student writes in traini
 optimiser = partial(setting, section="Optimiser")
 adapter = partial(setting, section="Adapter (LoRA): the few weights that are trained")
 machine = partial(setting, section="Machine: speed and memory, not results", source="ours")
-evaluation = partial(setting, section="Evaluation before and after training", source="ours")
+evaluation = partial(
+    setting, section="Evaluation: before and after training, and on the way", source="ours"
+)
 comparison = partial(setting, section="Comparison", source="ours")
 asked = partial(setting, section="What to evaluate", source="ours")
 attempts = partial(setting, section="Attempts: how completions are sampled")
@@ -253,6 +255,16 @@ class Config:
     )
     eval_top_p: float = evaluation(
         0.95, "The top-p of those completions.", source="paper", above=0, most=1
+    )
+    eval_every: int = evaluation(
+        0,
+        "Steps between looks at development problems; the best adapter by them is named. 0 is off.",
+        least=0,
+    )
+    dev_problems: int = evaluation(
+        32,
+        "Training problems set aside for --eval-every. They are neither trained on nor reported.",
+        least=1,
     )
 
 

@@ -6,6 +6,7 @@ completions.jsonl  some rollouts of every step, whole
 adapters/step_N/   adapter_model.safetensors and adapter_config.json, as peft writes them
 resume.safetensors adapter, moving average and optimiser state of the last save
 before.json, after.json   the evaluations at both ends
+best.json          which adapter was the best on development problems, with --eval-every
 
 An evaluation's folder is one, too; its record is settings.json. Whatever is replaced is replaced
 whole.

@@ -1,6 +1,6 @@
 """All that a training run works with: loaded from its settings, checked, then given a folder."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parts import runs
 from parts.chat import freeze_date
-from parts.data import keep_fitting, read_train_and_heldout
+from parts.data import keep_fitting, read_problem_sets
 from parts.family import context_length
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
@@ -30,6 +30,7 @@ class Setup:
     lora: Lora  # the adapter: the small matrices that are trained
     train: list[Problem]
     heldout: list[Problem]
+    dev: list[Problem] = field(default_factory=list)  # watched on the way, never trained on
 
     def student_prompt(self, problem: Problem) -> list[int]:
         """Return the ids of x, before a rollout: what evaluation asks, too."""
@@ -66,7 +67,7 @@ def load_setup(
     )
     check_model(model, f"model {config.model}")
     context = context_length(model.config)
-    train, heldout = _load_problems(config, tokenizer, context, console)
+    train, dev, heldout = _load_problems(config, tokenizer, context, console)
     identity = {
         "base_weights": runs.folder_fingerprint(folder),
         "prompt_template": template_hash(tokenizer, config.lang, config.thinking),
@@ -83,7 +84,7 @@ def load_setup(
         seed=config.seed,
         ema=config.teacher == "ema",
     )
-    return Setup(config, model, tokenizer, lora, train, heldout), identity
+    return Setup(config, model, tokenizer, lora, train, heldout, dev), identity
 
 
 def prepare(
@@ -138,11 +139,11 @@ def _can_teach(config: Config, problem: Problem) -> bool:
 
 def _load_problems(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, console: Console
-) -> tuple[list[Problem], list[Problem]]:
-    """Return the problems to train on and the held-out ones, without those too long to fit."""
-    train, heldout = read_train_and_heldout(config, console)
+) -> tuple[list[Problem], list[Problem], list[Problem]]:
+    """Return read_problem_sets' three, without the problems too long to fit."""
+    train, dev, heldout = read_problem_sets(config, console)
     # GRPO's reward is the grader's verdict, so it needs answers to train, too.
-    check_answers([*heldout, *(train if config.method == "grpo" else [])])
+    check_answers([*heldout, *dev, *(train if config.method == "grpo" else [])])
     must_teach = config.method == "copsd"
 
     def _fitting(problems: list[Problem], needs_teacher: bool) -> list[Problem]:
@@ -167,4 +168,4 @@ def _load_problems(
     if without:
         said = "lack what the teacher is to read: the KL to the teacher is of the others"
         say(console, f"{without} of {len(heldout)} held-out problems {said}")
-    return _fitting(train, must_teach), heldout
+    return _fitting(train, must_teach), _fitting(dev, False), heldout

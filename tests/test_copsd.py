@@ -390,6 +390,9 @@ ELSEWHERE = {
     "eval_samples",
     "eval_temperature",
     "eval_top_p",
+    # In test_watch.py
+    "eval_every",
+    "dev_problems",
     # GRPO's, in test_grpo.py
     "method",
     "group_size",

@@ -41,6 +41,8 @@ PARTS = (
     "runs",
     "steplog",
     "setup",
+    "track",
+    "watch",
     "plan",
     "figures",
     "report",
