@@ -205,6 +205,22 @@ def run_cli(*arguments: str):
     return CliRunner().invoke(commands.copsd, ["train", *small, *arguments])
 
 
+def test_what_is_shown_changes_no_byte(tmp_path):
+    folders = []
+    for name, terminal, watching in (
+        ("plain", False, Watching()),
+        ("shown", True, Watching(show_rollout=True, stop_on_collapse=True)),
+    ):
+        setup, run = make_setup(tmp_path / name, steps=2)
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=40)
+        assert copsd.train(setup, run, console, watching) == 0
+        folders.append(run.folder)
+    plain, shown = folders
+    assert adapter(plain, 2) == adapter(shown, 2) and timeless(plain) == timeless(shown)
+    for file in ("completions.jsonl", "resume.safetensors"):
+        assert (plain / file).read_bytes() == (shown / file).read_bytes()
+
+
 def test_the_best_adapter_is_named_at_the_end_and_is_there(tmp_path):
     out = tmp_path / "run"
     looks = ["--eval-every", "1", "--dev-problems", "3"]
