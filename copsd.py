@@ -154,7 +154,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
     """Train from the last saved step to the end; return False if a signal stopped it early."""
     config = setup.config
     optimizer, step, sampled_tokens = begin(setup, run)
-    skipped = 0
+    skipped = run.skipped_updates(step)
     with runs.stop_signals() as stopped:
         while (done := share_done(config, step, sampled_tokens)) < 1:
             step += 1
@@ -368,7 +368,7 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
     """Train from the last saved step to the end; return False if a signal stopped it early."""
     config = setup.config
     optimizer, step, sampled_tokens = begin(setup, run)
-    skipped = 0
+    skipped = run.skipped_updates(step)
     with runs.stop_signals() as stopped:
         while (done := share_done(config, step, sampled_tokens)) < 1:
             step += 1
@@ -565,11 +565,16 @@ def save(
 
     A run that was stopped in between so leaves no adapter that an unstopped one lacks.
     """
-    if is_due(setup.config, step, done):
-        name, revision = published_name(Path(str(setup.model.name_or_path)))
-        save_adapter(setup.lora, run.adapter_folder(step), base_model=name, revision=revision)
     adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
-    run.save_state(step, {**adapter, **runs.optimizer_tensors(optimizer)})
+    state = {**adapter, **runs.optimizer_tensors(optimizer)}
+    run.require_space(state)
+    due = is_due(setup.config, step, done)
+    if due:
+        name, revision = published_name(Path(str(setup.model.name_or_path)))
+        folder = run.adapter_folder(step)
+        save_adapter(setup.lora, folder, base_model=name, revision=revision)
+        run.vouch(*sorted(folder.iterdir()))
+    run.save_state(step, state, keep=setup.config.keep, due=due)
 
 
 @torch.no_grad()

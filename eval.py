@@ -297,7 +297,8 @@ def load_weights(
         lora = load_adapter(model, runs.last_adapter_folder(path))
         adapter = runs.weights_fingerprint(lora.state_dict())
     name = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return model, {"base_weights": base, "adapter_weights": adapter, "dtype": name}
+    files = runs.files_fingerprints(folder)
+    return model, {"base_weights": base, **files, "adapter_weights": adapter, "dtype": name}
 
 
 def read_done(run: runs.Run, problems: list[Problem]) -> list[Graded]:

@@ -241,6 +241,9 @@ class Config:
         "The base weights' type: auto, float32 or bfloat16. The adapter is always float32.",
     )
     save_every: int = machine(5, "Steps between saves.", source="paper", least=1)
+    keep: int = machine(
+        3, "Saved states to keep: a stopped run goes on from the newest that is whole.", least=1
+    )
 
     eval_problems: int = evaluation(
         32, "Problems to evaluate on, before and after. 0 is none.", least=0

@@ -19,6 +19,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PARTS = (
     "machine",
     "files",
+    "owner",
+    "checkpoints",
     "chat",
     "prompts",
     "recipe",
