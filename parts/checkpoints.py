@@ -4,9 +4,9 @@ resume/step_00005.safetensors  adapter, moving average and optimiser state after
 resume/step_00005.json         the length and digest of that file and of each log up to step 5, and
                                a digest of itself
 
-The second file is written last, so a state that has none was never finished. Several are kept: where
-the newest is damaged, or does not fit the logs, an older one is used, and the steps after it are
-taken again, which gives the same bytes. Bytes are compared, not times or names, so any change of a
+The second file is written last, so a state that has none was never finished. Several are kept:
+where the newest is damaged, or does not fit the logs, an older one is used, and the steps after it
+are taken again, which gives the same bytes. Bytes are compared, not times or names, so any change of a
 state or of what was logged before it is seen.
 """
 
@@ -96,7 +96,7 @@ def save(
 
 
 def measured(file: Path, size: int | None = None) -> dict[str, Any]:
-    """Return the length of a file, or `size` of its bytes, and their digest; of no file, 0 bytes."""
+    """Return the length of a file, or `size` of its bytes, and their digest; 0 of no file."""
     if not file.is_file():
         return {"bytes": 0, "sha256": None}
     size = file.stat().st_size if size is None else size
@@ -124,7 +124,7 @@ def newest(run_folder: Path) -> tuple[State | None, list[str]]:
 
 
 def _fault(run_folder: Path, step: int) -> str | None:
-    """Return what is wrong with the state after `step`, in a line that names the file; None: whole."""
+    """Return what is wrong with a state, in a line that names the file; None where it is whole."""
     folder = run_folder / FOLDER
     try:
         voucher = read_sealed(_file(folder, step, VOUCHER))

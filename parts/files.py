@@ -31,13 +31,15 @@ BLOCK = 2**20  # bytes that are read at a time
 class CannotWrite(OSError):
     """A file cannot be written. The message is one line; what the file held before, it holds."""
 
-    def __init__(self, path: Path, error: Exception):
-        number = error.errno if isinstance(error, OSError) else None
-        # safetensors has no numbers, only the system's words.
-        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        reason = os.strerror(number) if number else " ".join(str(error).split())
-        remedy = "free some space there" if full else "see that it can be written"
-        super().__init__(f"cannot write {path}: {reason}; {remedy}, then repeat the command")
+
+def cannot_write(path: Path, error: Exception) -> CannotWrite:
+    """Return what to raise where writing failed: the file, the reason, and what to do."""
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors has no numbers, only the system's words.
+    full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    reason = os.strerror(number) if number else " ".join(str(error).split())
+    remedy = "free some space there" if full else "see that it can be written"
+    return CannotWrite(f"cannot write {path}: {reason}; {remedy}, then repeat the command")
 
 
 @contextmanager
@@ -52,20 +54,23 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        raise CannotWrite(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         with suppress(OSError):  # it is there after an error only
             partial.unlink(missing_ok=True)
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise OSError where the disk of a folder, made or not, has less than `needed` bytes free."""
+    """Raise CannotWrite where the disk of a folder, made or not, has fewer bytes free than needed.
+
+    what  is to be written, as the message calls it
+    """
     place = folder.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise OSError(
+        raise CannotWrite(
             f"{folder}: {what} needs {size_text(needed)} and {size_text(free)} are free; "
             "free some space there, then repeat the command"
         )
@@ -207,7 +212,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         if whole is not None:
             with suppress(OSError):  # /dev/full, for one, has no length
                 os.truncate(path, whole)
-        raise CannotWrite(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

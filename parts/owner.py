@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from parts.files import CannotWrite, parse_json
+from parts.files import cannot_write, parse_json
 
 LOCK = "owner.lock"  # in the folder, for as long as it is owned
 
@@ -47,7 +47,7 @@ def claim(folder: Path) -> str | None:
         stream.write(json.dumps(_myself()).encode())
         stream.flush()
     except OSError as error:
-        raise CannotWrite(file, error) from error
+        raise cannot_write(file, error) from error
     _held[place] = stream
     return f"{folder}: taken over from {_named(left)}, which has ended" if left else None
 
@@ -73,7 +73,7 @@ def _locked(folder: Path, file: Path) -> BinaryIO:
         try:
             stream = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         except OSError as error:
-            raise CannotWrite(file, error) from error
+            raise cannot_write(file, error) from error
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

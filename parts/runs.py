@@ -16,11 +16,10 @@ whole.
 import hashlib
 import platform
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +43,7 @@ from parts.files import (
     write_sealed,
     write_text,
 )
+from parts.stops import stop_signals as stop_signals  # stays importable from here
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 LOGS = ("metrics.jsonl", "completions.jsonl")
@@ -124,7 +124,7 @@ class Run:
     def claim(self) -> str | None:
         """Make this process the owner of a folder that is a run's already, before it is read.
 
-        Returns what is to be said: whom it was taken over from. ValueError: another process owns it.
+        Returns what is to be said: whom it was taken over from. ValueError: another process has it.
         """
         return owner.claim(self.folder) if self.record_file.is_file() else None
 
@@ -167,7 +167,7 @@ class Run:
         checkpoints.save(self.folder, step, tensors, logs=LOGS, keep=keep, due=due)
 
     def require_space(self, state: Mapping[str, Tensor]) -> None:
-        """Raise OSError where the disk has no room for a state and, at most as large, an adapter."""
+        """Raise CannotWrite where the disk has no room for a state and a smaller adapter."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         require_space(self.folder, 2 * size, "the next save")
 
@@ -213,31 +213,49 @@ class Run:
         self._row(state.step)
         return [f"{fault}; going on from step {state.step}" for fault in passed_over]
 
-    def vouch(self, *files: Path, size: int | None = None) -> None:
-        """Keep the length and digest of files that will not change, or of their first bytes."""
+    def vouch(self, *files: Path, rows: bool = False) -> None:
+        """Keep the length and digest of files that will not change, or, with rows, of each line."""
         path = self.folder / DIGESTS
         held = read_sealed(path) if path.is_file() else {}
-        found = {
-            file.relative_to(self.folder).as_posix(): checkpoints.measured(file, size)
-            for file in files
-        }
-        write_sealed(path, held | found)
+        for file in files:
+            name = file.relative_to(self.folder).as_posix()
+            held[name] = line_digests(file) if rows else checkpoints.measured(file)
+        write_sealed(path, held)
 
     def check_digests(self, under: str = "") -> None:
         """Raise ValueError for a file that is not what it was when it was vouched for.
 
         under  the path, below the folder, of what is looked at; "": everything
         A file that was removed is no error: an evaluation is made again, and old adapters may go.
+        Nor are rows that are missing at the end of a file of rows, which are made again, too.
         """
         path = self.folder / DIGESTS
         for name, held in (read_sealed(path) if path.is_file() else {}).items():
             file = self.folder / name
             if not (name.startswith(under) and file.is_file()):
                 continue
-            if not isinstance(held, dict) or checkpoints.measured(file, held.get("bytes")) != held:
+            if isinstance(held, list):
+                found = line_digests(file)
+                both = min(len(found), len(held))
+                is_whole = found[:both] == held[:both]
+            else:
+                is_whole = checkpoints.measured(file) == held
+            if not is_whole:
                 raise ValueError(
                     f"{file} is damaged: it is not what was written; remove it to go on without it"
                 )
+
+    def kept(self) -> str:
+        """Return, for a line about a stop, what of the run is saved."""
+        found = [
+            f"the evaluation {when} training"
+            for when in ("before", "after")
+            if (self.folder / f"{when}.json").is_file()
+        ]
+        if steps := checkpoints.saved_steps(self.folder):
+            found.append(f"the state after step {steps[0]}")
+        what = " and ".join(found) or "nothing but its settings"
+        return f"{self.folder} keeps {what}; the same command goes on from there"
 
     def read_evaluation(self, when: str) -> Any | None:
         """Return the evaluation "before" or "after" training, None where it was not made yet."""
@@ -283,6 +301,12 @@ def folder_fingerprint(folder: Path) -> str:
         return _tensors_fingerprint(
             (name, file.get_tensor(name)) for name, file in sorted(places.items())
         )
+
+
+def line_digests(file: Path) -> list[str]:
+    """Return 16 hex digits for each whole line of a file."""
+    *lines, _ = file.read_bytes().split(b"\n")
+    return [hashlib.sha256(line).hexdigest()[:16] for line in lines]
 
 
 def files_fingerprints(folder: Path) -> dict[str, str]:
@@ -411,25 +435,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
             index, name = place
             state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the yielded list, so that a step can be finished.
-
-    A second one acts at once.
-    """
-    received: list[int] = []
-
-    def _remember(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, _remember)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -390,6 +390,7 @@ ELSEWHERE = {
     "eval_samples",
     "eval_temperature",
     "eval_top_p",
+    "keep",
     # GRPO's, in test_grpo.py
     "method",
     "group_size",
