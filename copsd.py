@@ -50,7 +50,7 @@ from parts import data, measure, runs, steplog
 from parts.adapters import save_adapter
 from parts.chat import completion_text, prompt_opens_think
 from parts.grading import is_correct
-from parts.machine import Stopwatch
+from parts.machine import Stopwatch, stop_unless_finite
 from parts.metrics import Ratio, bootstrap
 from parts.model import (
     eos_ids,
@@ -514,6 +514,7 @@ def take_step(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: flo
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if math.isfinite(grad_norm):
         optimizer.step()
+        stop_unless_finite(parameters)
     optimizer.zero_grad()
     return grad_norm
 
@@ -544,10 +545,8 @@ def begin(setup: Setup, run: runs.Run) -> tuple[torch.optim.AdamW, int, int]:
     step, sampled_tokens, tensors = run.load_state()
     run.cut_back(step)
     if step:
-        prefix = "lora/"
-        setup.lora.load_state_dict(
-            {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        )
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("lora/")}
+        setup.lora.load_state_dict({name.removeprefix("lora/"): own[name] for name in own})
         runs.restore_optimizer(optimizer, tensors)
     setup.model.train()
     return optimizer, step, sampled_tokens
@@ -565,16 +564,12 @@ def save(
 
     A run that was stopped in between so leaves no adapter that an unstopped one lacks.
     """
+    if is_due(setup.config, step, done):
+        name, revision = published_name(Path(str(setup.model.name_or_path)))
+        save_adapter(setup.lora, run.adapter_folder(step), base_model=name, revision=revision)
     adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
     state = {**adapter, **runs.optimizer_tensors(optimizer)}
-    run.require_space(state)
-    due = is_due(setup.config, step, done)
-    if due:
-        name, revision = published_name(Path(str(setup.model.name_or_path)))
-        folder = run.adapter_folder(step)
-        save_adapter(setup.lora, folder, base_model=name, revision=revision)
-        run.vouch(*sorted(folder.iterdir()))
-    run.save_state(step, state, keep=setup.config.keep, due=due)
+    run.save_state(step, state, setup.config.keep, due=is_due(setup.config, step, done))
 
 
 @torch.no_grad()
@@ -631,8 +626,8 @@ def train(setup: Setup, run: runs.Run, console: Console) -> int:
         ends = [found[code][measure.GREEDY_NAME].value for found in (before, after)]
         accuracy = "greedy accuracy {:.3f} before, {:.3f} after".format(*ends)
         say(console, f"{find_language(code).english}: {accuracy}")
-    seconds = time.monotonic() - started
-    say(console, f"done in {seconds:.0f} s; logs, completions and adapters: {run.folder}")
+    took = f"done in {time.monotonic() - started:.0f} s"
+    say(console, f"{took}; logs, completions and adapters: {run.folder}")
     command = f"python eval.py --pass-at-k 8 --model {config.model} --lang {config.lang}"
     say(console, f"next: {command} --adapter {run.folder}")
     return 0

@@ -6,8 +6,8 @@ resume/step_00005.json         the length and digest of that file and of each lo
 
 The second file is written last, so a state that has none was never finished. Several are kept:
 where the newest is damaged, or does not fit the logs, an older one is used, and the steps after it
-are taken again, which gives the same bytes. Bytes are compared, not times or names, so any change of a
-state or of what was logged before it is seen.
+are taken again, which gives the same bytes. Bytes are compared, not times or names, so any change
+of a state or of what was logged before it is seen.
 """
 
 import re

@@ -369,8 +369,7 @@ def check_value(f: Field, value: Any, name: str) -> None:
         raise ValueError(f"{place}unknown {called} {value!r}; valid: {', '.join(choices)}")
     if isinstance(value, str) and not value.strip():
         raise ValueError(f"{name} is empty; leave it out, or give it a value")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and not _is_inside(value, f):
+    if isinstance(value, int | float) and type(value) is not bool and not _is_inside(value, f):
         raise ValueError(f"{name} is {value}; valid: {valid}")
 
 

@@ -158,18 +158,18 @@ class Run:
         return self.folder / "adapters" / f"step_{step:05d}"
 
     def save_state(
-        self, step: int, tensors: Mapping[str, Tensor], *, keep: int = 3, due: bool = True
+        self, step: int, tensors: Mapping[str, Tensor], keep: int = 3, *, due: bool = True
     ) -> None:
-        """Write the resumable state after `step`, and leave `keep` of them.
+        """Write the resumable state after `step`, and leave `keep` of them; vouch for its adapter.
 
         due  False for a signal's save between two of the run's own; see parts.checkpoints.save
+        Raises CannotWrite, before anything is written, where the disk has no room for it.
         """
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        require_space(self.folder, size, "the next save")
+        if self.adapter_folder(step).is_dir():
+            self.vouch(*sorted(self.adapter_folder(step).iterdir()))
         checkpoints.save(self.folder, step, tensors, logs=LOGS, keep=keep, due=due)
-
-    def require_space(self, state: Mapping[str, Tensor]) -> None:
-        """Raise CannotWrite where the disk has no room for a state and a smaller adapter."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        require_space(self.folder, 2 * size, "the next save")
 
     def load_state(self) -> tuple[int, int, dict[str, Tensor]]:
         """Return the newest saved step, the tokens sampled up to it, and its tensors.

@@ -12,8 +12,10 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
-WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+WORDS = {bool: "true or false", int: "a whole number", str: "text"}
+WORDS[float] = "a finite number, at most 1e30 in size"
 LARGEST = 2**63  # whole numbers are smaller: torch takes no others, and no setting means any
+LARGEST_FLOAT = 1e30  # ten times as much still fits the 32 bits that torch computes in
 
 
 def typed(value: Any, kind: Any, name: str) -> Any:
@@ -49,7 +51,7 @@ def _is(value: Any, kind: Any) -> bool:
     if kind is NoneType:
         return value is None
     if kind is float and type(value) is float:
-        return math.isfinite(value)
+        return math.isfinite(value) and abs(value) <= LARGEST_FLOAT
     if kind in (int, float) and type(value) is int:
         return -LARGEST < value < LARGEST
     if kind is str and isinstance(value, str):
