@@ -50,7 +50,7 @@ from parts import data, measure, runs, steplog
 from parts.adapters import save_adapter
 from parts.chat import completion_text, prompt_opens_think
 from parts.grading import is_correct
-from parts.machine import Stopwatch
+from parts.machine import Stopwatch, stop_unless_finite
 from parts.metrics import Ratio, bootstrap
 from parts.model import (
     eos_ids,
@@ -155,7 +155,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
     """Train from the last saved step to the end; return False if it was ended early."""
     config = setup.config
     optimizer, step, sampled_tokens = begin(setup, run)
-    skipped = 0
+    skipped = run.skipped_updates(step)
     with runs.stop_signals() as stopped:
         while (done := share_done(config, step, sampled_tokens)) < 1:
             step += 1
@@ -370,7 +370,7 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
     """Train from the last saved step to the end; return False if it was ended early."""
     config = setup.config
     optimizer, step, sampled_tokens = begin(setup, run)
-    skipped = 0
+    skipped = run.skipped_updates(step)
     with runs.stop_signals() as stopped:
         while (done := share_done(config, step, sampled_tokens)) < 1:
             step += 1
@@ -516,6 +516,7 @@ def take_step(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: flo
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if math.isfinite(grad_norm):
         optimizer.step()
+        stop_unless_finite(parameters)
     optimizer.zero_grad()
     return grad_norm
 
@@ -546,10 +547,8 @@ def begin(setup: Setup, run: runs.Run) -> tuple[torch.optim.AdamW, int, int]:
     step, sampled_tokens, tensors = run.load_state()
     run.cut_back(step)
     if step:
-        prefix = "lora/"
-        setup.lora.load_state_dict(
-            {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        )
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("lora/")}
+        setup.lora.load_state_dict({name.removeprefix("lora/"): own[name] for name in own})
         runs.restore_optimizer(optimizer, tensors)
     setup.model.train()
     return optimizer, step, sampled_tokens
@@ -571,7 +570,8 @@ def save(
         name, revision = published_name(Path(str(setup.model.name_or_path)))
         save_adapter(setup.lora, run.adapter_folder(step), base_model=name, revision=revision)
     adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
-    run.save_state(step, {**adapter, **runs.optimizer_tensors(optimizer)})
+    state = {**adapter, **runs.optimizer_tensors(optimizer)}
+    run.save_state(step, state, setup.config.keep, due=is_due(setup.config, step, done))
 
 
 @torch.no_grad()
@@ -625,8 +625,8 @@ def train(setup: Setup, run: runs.Run, console: Console, watching: Watching | No
         return 1 if view.collapsed else 130
     after = measure_once(setup, run, console, "after")
     measure.print_change(before, after, console)
-    seconds = time.monotonic() - started
-    say(console, f"done in {seconds:.0f} s; logs, completions and adapters: {run.folder}")
+    took = f"done in {time.monotonic() - started:.0f} s"
+    say(console, f"{took}; logs, completions and adapters: {run.folder}")
     command = f"python eval.py --pass-at-k 8 --model {config.model} --lang {config.lang}"
     say(console, f"next: {command} --adapter {run.folder}")
     return 0

@@ -1,7 +1,7 @@
 """Say how well the grader agrees with its table of cases, and how it reads golds.
 
-    python bench/grader.py                    tests/grading_cases.tsv
-    python bench/grader.py --golds FILE ...   the golds of data files, in every decimal script
+    python bench/grader.py                                  tests/grading_cases.tsv
+    python bench/grader.py --golds FILE ... [--lang CODE]   golds of data, in every decimal script
 
 precision  of the cases graded right, the share that is right: the rest pays for wrong answers
 recall     of the cases that are right, the share graded right: the rest is work that is not paid
@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 import unicodedata
+from decimal import Decimal
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -54,12 +55,13 @@ def grade_cases(path: Path) -> None:
     print(f"recall    {both / right:.4f} ({both} of {right})")
 
 
-def grade_golds(paths: list[Path]) -> None:
+def grade_golds(paths: list[Path], language: str | None) -> None:
     """Print how often golds, their successors and their thousandfolds are graded right."""
-    golds = sorted({str(problem.answer) for path in paths for problem in load_problems(path)})
+    problems = [problem for path in paths for problem in load_problems(path, language=language)]
+    golds = sorted({str(problem.answer) for problem in problems})
     counts = {"gold": 0, "gold + 1": 0, "gold thousand": 0, "thousandfold": 0}
     for gold in golds:
-        value = int(gold.replace(",", ""))
+        value = Decimal(gold.replace(",", ""))
         for zero in ZEROS:
             written = _in_script(str(value), zero)
             counts["gold"] += is_correct(rf"\boxed{{{written}}}", gold)
@@ -67,7 +69,8 @@ def grade_golds(paths: list[Path]) -> None:
             counts["gold thousand"] += value != 0 and is_correct(
                 rf"\boxed{{{written} thousand}}", gold
             )
-            counts["thousandfold"] += is_correct(rf"\boxed{{{written} thousand}}", f"{value}000")
+            thousandfold = f"{value * 1000:f}"
+            counts["thousandfold"] += is_correct(rf"\boxed{{{written} thousand}}", thousandfold)
     total = len(golds) * len(ZEROS)
     print(f"{len(golds)} different golds in {len(ZEROS)} scripts; graded right of {total}:")
     for name, count in counts.items():
@@ -81,8 +84,9 @@ def _in_script(figure: str, zero: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--golds", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--lang", help="language of the files, where their rows name none")
     given = parser.parse_args()
     if given.golds:
-        grade_golds(given.golds)
+        grade_golds(given.golds, given.lang)
     else:
         grade_cases(CASES)

@@ -26,7 +26,7 @@ from pyarrow import parquet
 from rich.console import Console
 from rich.text import Text
 
-from parts.files import json_lines, write_text
+from parts.files import json_lines, parse_json, write_text
 from parts.prompts import Language, Problem, find_language, named_language
 from parts.prompts import build_prompt as build_prompt  # stays importable from here
 from parts.recipe import Config
@@ -41,6 +41,7 @@ DEV_SEED = 0  # draws the development problems, whatever the run's seed
 # What Python, JSON, pandas and spreadsheets write where there is no number, in lower case.
 NO_ANSWER = {"nan", "inf", "infinity", "none", "null", "na", "n/a", "n.a", "true", "false"}
 NO_ANSWER |= {"#n/a", "#na", "<na>", "#value!", "#ref!", "#div/0!", "#name?", "#num!", "unknown"}
+NO_ANSWER |= {"nil", "undefined", "missing", "no answer", "not available", "todo", "tbd"}
 
 # JSON reads \frac, behind one backslash, as a form feed and "rac". The first line has the control
 # characters that no text needs, and halves of surrogate pairs. Tabs and line ends are ordinary, but
@@ -257,7 +258,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         try:
-            rows = json.loads(text)
+            rows = parse_json(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{error}{_escape_advice(error)}") from error
         for number, row in enumerate(rows):
@@ -267,7 +268,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             place = f"line {number}, column {error.colno}"
             raise ValueError(f"{place}: {error.msg}{_escape_advice(error)}") from error

@@ -121,7 +121,9 @@ def last_number(text: str) -> str | None:
     >>> last_number("9 x 2 = 18 birr."), last_number("18 or 1/0")
     ('18', None)
     """
-    numbers, _ = _find_numbers(plain_text(text.strip()[-MAX_ANSWER_CHARS:]))
+    # A box is a wrapper of style to plain_text, and \boxed{18} 17 is not the number "18 17".
+    apart = text.strip()[-MAX_ANSWER_CHARS:].replace(r"\boxed", "; ")
+    numbers, _ = _find_numbers(plain_text(apart))
     number = numbers[-1] if numbers else None
     return None if number is None else str(number)
 

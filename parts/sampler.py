@@ -7,6 +7,7 @@ Not done: the model's generation_config is never read, no prompt is cut, the glo
 never touched.
 """
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -240,6 +241,11 @@ def _decode(
             top_k=params.top_k,
         )
         for row, token, logprob in zip(batch.rows, ids_B.tolist(), logprob_B.tolist(), strict=True):
+            if not math.isfinite(logprob):  # of one logit that is NaN or infinite, all are NaN
+                raise FloatingPointError(
+                    "the model's logits are not finite: its weights are damaged, or were updated "
+                    "with too high an --lr"
+                )
             if not row.finish_reason:
                 row.append(token, logprob, eos_ids, params.max_new_tokens)
                 generated += 1
@@ -331,7 +337,7 @@ def _draw(
         kept_BK &= cumulative_BK - p_BK < top_p
         point_B1 = point_B1 * (p_BK * kept_BK).sum(-1, keepdim=True)
     place_B1 = (cumulative_BK <= point_B1).sum(-1, keepdim=True)
-    last_B1 = kept_BK.sum(-1, keepdim=True) - 1
+    last_B1 = (kept_BK.sum(-1, keepdim=True) - 1).clamp(min=0)  # of NaN logits nothing is kept
     ids_B = candidate_BK.gather(-1, place_B1.clamp(max=last_B1))[:, 0]
     if total_B1 is not None and width < size:
         again_B = cumulative_BK[:, -1] <= (uniform_B if top_p == 1 else top_p)

@@ -70,6 +70,7 @@ def load_setup(
     train, dev, heldout = _load_problems(config, tokenizer, context, console)
     identity = {
         "base_weights": runs.folder_fingerprint(folder),
+        **runs.files_fingerprints(folder),
         "prompt_template": template_hash(tokenizer, config.lang, config.thinking),
         "template_date": day,
         "dtype": str(dtype),
@@ -97,12 +98,15 @@ def prepare(
     run = runs.Run(Path(str(config.out)))
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
     run.check(settings)
-    run.check_whole()
+    taken_over = run.claim()
+    for said in ([taken_over] if taken_over else []) + run.check_whole():
+        say(console, said)
     for when in ("before", "after"):
         if (stored := run.read_evaluation(when)) is not None:
             check_columns(stored, run.folder / f"{when}.json")
     setup, identity = load_setup(config, folder, console, run.recorded_day() or day)
     run.check(settings, identity)
+    runs.check_state(run, setup.lora.state_dict(), setup.lora.parameters())
     run.create(settings, identity)
     return setup, run
 

@@ -6,6 +6,7 @@ rich, so every such text is shown as a rich Text, which is never read as markup.
 
 import math
 import time
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
@@ -333,7 +334,25 @@ class ArmsProgress:
 
 def say(console: Console, text: str) -> None:
     """Print text as it is: no markup, no colours, and no line broken at the console's width."""
-    console.print(Text(text), soft_wrap=True)
+    console.print(Text(shown(text)), soft_wrap=True)
+
+
+def shown(text: str) -> str:
+    r"""Return text with what could drive a terminal written out: names of folders may hold it.
+
+    Line ends and tabs stay, and so does whatever a script needs, such as its marks of direction.
+
+    >>> print(shown("runs/\x1b[31mred"))
+    runs/\x1b[31mred
+    """
+    return "".join(
+        letter.encode("unicode_escape").decode() if _drives_a_terminal(letter) else letter
+        for letter in text
+    )
+
+
+def _drives_a_terminal(letter: str) -> bool:
+    return letter not in "\n\t" and unicodedata.category(letter) in ("Cc", "Cs")
 
 
 def cell(name: str, estimate: "Estimate") -> str:
@@ -353,12 +372,12 @@ def cell(name: str, estimate: "Estimate") -> str:
 def text_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     """Return a table whose first column names the rows; nothing in it is read as markup."""
     columns = [
-        Column(Text(name), justify="right" if place else "left")
+        Column(Text(shown(name)), justify="right" if place else "left")
         for place, name in enumerate(header)
     ]
-    table = Table(*columns, title=Text(title), title_justify="left", header_style="bold")
+    table = Table(*columns, title=Text(shown(title)), title_justify="left", header_style="bold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(shown(text)) for text in row))
     return table
 
 

@@ -306,7 +306,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch, t
     resumed = train(tmp_path / "killed", **flags)
     for name in (
         "adapters/step_00005/adapter_model.safetensors",
-        "resume.safetensors",
+        "resume/step_00005.safetensors",
         "completions.jsonl",
     ):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()
@@ -390,6 +390,7 @@ ELSEWHERE = {
     "eval_samples",
     "eval_temperature",
     "eval_top_p",
+    "keep",
     # In test_watch.py
     "eval_every",
     "dev_problems",

@@ -225,6 +225,8 @@ def test_an_answer_is_what_stands_behind_a_worked_solution_or_alone(tmp_path, an
         "True",
         "false",
         "[None]",
+        "nil",
+        "No answer",
         "#### -",
         "So.\n####",
         "####",

@@ -1,5 +1,8 @@
 """Families of models at toy size, every parameter perturbed: right in both dtypes, or refused."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -76,6 +79,26 @@ REFUSED = {
     "pegasus": ({"d_model": 32}, r"\(pegasus\) is of an encoder-decoder family"),
     "phi": ({}, "bias in its head"),
 }
+NOT_HONOURED = [  # by their configuration alone
+    "bailing_hybrid",
+    "bamba",
+    "blenderbot",
+    "deepseek_v32",
+    "falcon_h1",
+    "gemma3",
+    "gemma3n",
+    "granitemoehybrid",
+    "llama4",
+    "mbart",
+    "minimax",
+    "nemotron_h",
+    "prophetnet",
+    "qwen3_5",
+    "qwen3_next",
+    "recurrent_gemma",
+    "t5",
+    "zamba2",
+]
 SMALL_DECODERS = {
     "decoder_layers": 1,
     "decoder_attention_heads": 4,
@@ -150,29 +173,7 @@ def test_family_is_refused_by_name_in_one_line(tmp_path, family):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "bailing_hybrid",
-        "bamba",
-        "blenderbot",
-        "deepseek_v32",
-        "falcon_h1",
-        "gemma3",
-        "gemma3n",
-        "granitemoehybrid",
-        "llama4",
-        "mbart",
-        "minimax",
-        "nemotron_h",
-        "prophetnet",
-        "qwen3_5",
-        "qwen3_next",
-        "recurrent_gemma",
-        "t5",
-        "zamba2",
-    ],
-)
+@pytest.mark.parametrize("family", NOT_HONOURED)
 def test_a_configuration_that_is_not_honoured_is_refused_before_weights_are_read(family):
     with pytest.raises(ValueError, match=rf"^the model \({family}\) ") as error:
         check_family(AutoConfig.for_model(family), "the model")
@@ -270,3 +271,11 @@ def test_a_family_without_linear_layers_says_so(family, settings):
     model = AutoModelForCausalLM.from_config(configure(family, **settings))
     with pytest.raises(ValueError, match=r"has no nn\.Linear layer"):
         ours.attach_lora(model, rank=2, alpha=2, targets=("q_proj",), seed=0)
+
+
+def test_the_readme_has_a_line_for_each_family():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("| family |")[2].partition("</details>")[0]
+    found = dict(re.findall(r"^\| (\w+) \| (right|refused)", table, re.MULTILINE))
+    expected = dict.fromkeys([*REFUSED, *NOT_HONOURED], "refused") | dict.fromkeys(RIGHT, "right")
+    assert found == expected

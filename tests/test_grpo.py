@@ -436,7 +436,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
     resumed = train(tmp_path / "killed", **flags)
     for name in (
         "adapters/step_00004/adapter_model.safetensors",
-        "resume.safetensors",
+        "resume/step_00004.safetensors",
         "completions.jsonl",
     ):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()
