@@ -5,7 +5,6 @@ watched learns what one that is not learns from the same problems. Everything fo
 metrics.jsonl: a run that was stopped and goes on watches as if it had not been stopped.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from parts.chat import completion_text, prompt_opens_think
+from parts.files import parse_json
 from parts.grading import extract_answer
 from parts.measure import Ruler
 from parts.metrics import ratios
@@ -237,4 +237,4 @@ def last_completion(folder: Path) -> dict[str, Any] | None:
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
         *lines, _ = stream.read().split(b"\n")
-    return json.loads(lines[-1]) if lines else None
+    return parse_json(lines[-1]) if lines else None

@@ -185,7 +185,7 @@ def test_a_watched_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkey
     assert timeless(straight) == timeless(resumed)
     for step in (2, 3, 4, 5):
         assert adapter(straight, step) == adapter(resumed, step)
-    for name in ("resume.safetensors", "completions.jsonl"):
+    for name in ("resume/step_00005.safetensors", "completions.jsonl"):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()
 
 
@@ -217,7 +217,7 @@ def test_what_is_shown_changes_no_byte(tmp_path):
         folders.append(run.folder)
     plain, shown = folders
     assert adapter(plain, 2) == adapter(shown, 2) and timeless(plain) == timeless(shown)
-    for file in ("completions.jsonl", "resume.safetensors"):
+    for file in ("completions.jsonl", "resume/step_00002.safetensors"):
         assert (plain / file).read_bytes() == (shown / file).read_bytes()
 
 
@@ -252,7 +252,7 @@ def test_a_run_stops_on_collapse_and_goes_on_without_the_flag(tmp_path, monkeypa
     assert said in result.stdout and "stopped and saved" in result.stdout
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [list(row["alarms"]) for row in rows] == [[], [], ["share of repeated text"]]
-    assert (tmp_path / "run" / "resume.safetensors").is_file()
+    assert (tmp_path / "run" / "resume" / "step_00003.safetensors").is_file()
     shares = iter([0.9, 0.9])
     result = run_cli(*flags)
     assert result.exit_code == 0, result.output
