@@ -34,7 +34,14 @@ from parts.benchmarks import BENCHMARKS, default_benchmark, find_files, has_lang
 from parts.chat import freeze_date
 from parts.data import keep_fitting, load_aloud
 from parts.family import context_length
-from parts.files import append_rows, read_json, read_rows, read_sealed, write_json
+from parts.files import (
+    append_rows,
+    read_json,
+    read_rows,
+    read_sealed,
+    require_space,
+    write_json,
+)
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, evaluate
 from parts.metrics import (
@@ -67,6 +74,7 @@ from parts.view import SamplingProgress, cell, estimates_table, say, text_table
 
 # Shown where several languages share a table, beside pass@k.
 MAIN_METRICS = ("format rate", "accuracy given a box", "in the problem's language")
+COMPLETION_BYTES = 2048  # that a completion and its grade take in a file, about
 CHUNK = 64  # problems sampled and written together: what a stop can lose
 
 
@@ -181,6 +189,9 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             done = read_done(run, problems)
             records.append((run, asdict(one), identity))
         parts.append(Part(language, one, problems, run, done))
+    if out:
+        attempts = settings.samples * sum(len(part.problems) for part in parts)
+        require_space(out, attempts * COMPLETION_BYTES, "what is written of the completions")
     for run, record, identity in records:
         run.create(record, identity)
     return Job(settings, model, tokenizer, config.batch_rows, parts, out)

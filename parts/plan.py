@@ -14,10 +14,11 @@ from rich.console import Console
 from parts.data import DEV_SEED, hub_training_file, load_aloud, split_heldout, write_problems
 from parts.files import read_sealed
 from parts.machine import pick_device, pick_dtype
+from parts.model import resolve_model
 from parts.prompts import Problem, find_language
 from parts.recipe import CompareConfig, Config, check_settings
 from parts.runs import Run
-from parts.setup import configure
+from parts.setup import configure, load_setup
 from parts.view import say
 
 SWEEP_SEED = 1000  # of the runs that pick a rate; no reported run may have it
@@ -139,6 +140,9 @@ def open_folder(plan: Plan, console: Console | None) -> None:
     root.check_digests()
     # Broken data of any language is an error before the folder is made.
     splits = {lang: read_splits(plan, lang, console) for lang in plan.langs}
+    if not root.record_file.is_file():
+        # So is what only loading tells, such as weights that are broken.
+        load_setup(plan.main, resolve_model(plan.main.model), Console(quiet=True))
     root.create(settings, {})
     for lang in plan.langs:
         write_splits(root, lang, splits[lang])

@@ -11,6 +11,7 @@ from parts import runs
 from parts.chat import freeze_date
 from parts.data import keep_fitting, read_problem_sets
 from parts.family import context_length
+from parts.files import require_space
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
 from parts.model import Lora, attach_lora, load_model, load_tokenizer, resolve_model
@@ -107,6 +108,10 @@ def prepare(
     setup, identity = load_setup(config, folder, console, run.recorded_day() or day)
     run.check(settings, identity)
     runs.check_state(run, setup.lora.state_dict(), setup.lora.parameters())
+    # A state is the adapter, its moving average, and two numbers of the optimiser's for each.
+    adapter = sum(tensor.numel() for tensor in setup.lora.parameters()) * 4  # bytes
+    saved = adapter * (5 if config.teacher == "ema" else 4)
+    require_space(run.folder, saved, "the first save")
     run.create(settings, identity)
     return setup, run
 

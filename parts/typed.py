@@ -12,8 +12,12 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
-WORDS = {bool: "true or false", int: "a whole number", str: "text"}
-WORDS[float] = "a finite number, at most 1e30 in size"
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number, at most 1e30 in size",
+    str: "text",
+}
 LARGEST = 2**63  # whole numbers are smaller: torch takes no others, and no setting means any
 LARGEST_FLOAT = 1e30  # ten times as much still fits the 32 bits that torch computes in
 
