@@ -102,13 +102,18 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"no adapter in {folder}: {file} is missing")
     saved = read_object(folder / CONFIG_FILE)
+    tensors = read_adapter_tensors(folder)
     try:
         _check_plain(saved)
         targets = _read_targets(saved, list(adaptable_layers(model)))
+        # Before memory is asked for: the settings may say a rank that no machine has room for.
+        largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+        if saved["r"] > largest:
+            raise ValueError(f"{CONFIG_FILE} has r={saved['r']}, larger than all of its tensors")
     except ValueError as error:
         raise ValueError(f"adapter {folder}: {error}") from error
     lora = attach_lora(model, rank=saved["r"], alpha=saved["lora_alpha"], targets=targets, seed=0)
-    put_adapter(lora, folder)
+    copy_exactly(tensors, lora.sets["current"])
     return lora
 
 

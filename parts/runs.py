@@ -136,7 +136,7 @@ class Run:
         """
         if not self.record_file.is_file():
             return None
-        return read_sealed(self.record_file).get("identity", {}).get("template_date")
+        return _identity(self.record_file).get("template_date")
 
     def log(self, metrics: Mapping[str, Any], completions: list[dict[str, Any]]) -> None:
         """Add a step's metrics and completions."""
@@ -391,8 +391,16 @@ def recorded_fingerprint(path: Path) -> str | None:
     """
     for folder in (path, path.parent.parent):
         if (folder / "config.json").is_file():
-            return read_sealed(folder / "config.json").get("identity", {}).get("base_weights")
+            return _identity(folder / "config.json").get("base_weights")
     return None
+
+
+def _identity(record_file: Path) -> dict[str, Any]:
+    """Return what a record says the run is of; ValueError where it is no object."""
+    identity = read_sealed(record_file).get("identity", {})
+    if not isinstance(identity, dict):
+        raise ValueError(f"{record_file} is damaged: it has no identity")
+    return identity
 
 
 def refuse_foreign_adapter(path: Path, base_weights: str, model: str) -> None:
