@@ -102,10 +102,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"no adapter in {folder}: {file} is missing")
     saved = read_object(folder / CONFIG_FILE)
-    tensors = read_adapter_tensors(folder)
     try:
         _check_plain(saved)
         targets = _read_targets(saved, list(adaptable_layers(model)))
+        tensors = read_adapter_tensors(folder)
         # Before memory is asked for: the settings may say a rank that no machine has room for.
         largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
         if saved["r"] > largest:
