@@ -31,7 +31,7 @@ import copsd
 from parts import outcome
 from parts.adapters import put_adapter
 from parts.data import load_problems
-from parts.files import read_object, write_json
+from parts.files import read_sealed, write_sealed
 from parts.measure import Ruler
 from parts.metrics import Graded, ratios
 from parts.outcome import Results, accuracy
@@ -216,7 +216,7 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
             raise Stopped
         points = measure_checkpoints(plan, arm, setup, run)
         results = {"points": points, "final": points[-1]}
-    write_json(path, results)
+    write_sealed(path, results)
     return results
 
 
@@ -233,7 +233,7 @@ def refuse_missing_problems(arm: Arm, setup: Setup) -> None:
 
 def read_results(path: Path) -> Results:
     """Return an arm's results; ValueError where the file is damaged."""
-    results = read_object(path)
+    results = read_sealed(path)
     final = results.get("final")
     if not (isinstance(final, dict) and "greedy" in final and "points" in results):
         raise ValueError(f"{path} is damaged: it holds no results; without it the arm is run again")

@@ -50,7 +50,7 @@ from parts import data, measure, runs, steplog
 from parts.adapters import save_adapter
 from parts.chat import completion_text, prompt_opens_think
 from parts.grading import is_correct
-from parts.machine import Stopwatch
+from parts.machine import Stopwatch, stop_unless_finite
 from parts.metrics import Ratio, bootstrap
 from parts.model import (
     eos_ids,
@@ -65,7 +65,8 @@ from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Setup
 from parts.steplog import Tally, count_tokens
-from parts.view import StepView, Watcher, say
+from parts.view import Watcher, say
+from parts.watch import Watching, is_look_due, look
 
 ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
 MAX_DRAWS = 4  # of --resample-dead-groups, for one step
@@ -151,10 +152,10 @@ def copsd_loss(
 
 
 def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
-    """Train from the last saved step to the end; return False if a signal stopped it early."""
+    """Train from the last saved step to the end; return False if it was ended early."""
     config = setup.config
     optimizer, step, sampled_tokens = begin(setup, run)
-    skipped = 0
+    skipped = run.skipped_updates(step)
     with runs.stop_signals() as stopped:
         while (done := share_done(config, step, sampled_tokens)) < 1:
             step += 1
@@ -217,11 +218,12 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             }
             scores = {"kl_nats_per_token": tally.row_means("kl_N")}
             decode = setup.tokenizer.decode
+            metrics = look(setup, run, rollouts, metrics)
             run.log(metrics, steplog.completion_rows(step, problems, rollouts, scores, decode))
-            view.show(metrics)
-            if is_due(config, step, done) or stopped:
+            ending = view.show(metrics) or stopped
+            if is_due(config, step, done) or ending:
                 save(run, setup, optimizer, step, done)
-            if stopped and done < 1:
+            if ending and done < 1:
                 return False
     return True
 
@@ -365,10 +367,10 @@ def loss_mean(config: Config, tokens: int, rows: int) -> tuple[str, int]:
 
 
 def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
-    """Train from the last saved step to the end; return False if a signal stopped it early."""
+    """Train from the last saved step to the end; return False if it was ended early."""
     config = setup.config
     optimizer, step, sampled_tokens = begin(setup, run)
-    skipped = 0
+    skipped = run.skipped_updates(step)
     with runs.stop_signals() as stopped:
         while (done := share_done(config, step, sampled_tokens)) < 1:
             step += 1
@@ -392,8 +394,8 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             reward_BG = torch.tensor([group.rewards for group in groups])
             advantage_B = advantages(reward_BG, config.scale_rewards).flatten()
             kept = rows_in_the_loss(config, rollouts)
-            kept_tokens = count_tokens([rollouts[row] for row in kept])
-            reduction, denominator = loss_mean(config, kept_tokens, len(kept))
+            counted = [rollouts[row] for row in kept]
+            reduction, denominator = loss_mean(config, count_tokens(counted), len(kept))
 
             # Updates on this batch. The log-probs before the first are the old ones for them all.
             tally = Tally()
@@ -426,8 +428,7 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                 watch.lap("update")
 
             # Log and save.
-            student_tokens = count_tokens([rollouts[row] for row in kept], prompts=True)
-            updated_tokens = config.inner_epochs * student_tokens
+            updated_tokens = config.inner_epochs * count_tokens(counted, prompts=True)
             drawn_rewards = [group.rewards for group in drawn]
             done = share_done(config, step, sampled_tokens)
             metrics = {
@@ -447,11 +448,12 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             asked = [group.problem for group in groups for _ in group.rollouts]
             scores = {"reward": reward_BG.flatten().tolist(), "advantage": advantage_B.tolist()}
             decode = setup.tokenizer.decode
+            metrics = look(setup, run, rollouts, metrics)
             run.log(metrics, steplog.completion_rows(step, asked, rollouts, scores, decode))
-            view.show(metrics)
-            if is_due(config, step, done) or stopped:
+            ending = view.show(metrics) or stopped
+            if is_due(config, step, done) or ending:
                 save(run, setup, optimizer, step, done)
-            if stopped and done < 1:
+            if ending and done < 1:
                 return False
     return True
 
@@ -514,6 +516,7 @@ def take_step(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: flo
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if math.isfinite(grad_norm):
         optimizer.step()
+        stop_unless_finite(parameters)
     optimizer.zero_grad()
     return grad_norm
 
@@ -544,18 +547,16 @@ def begin(setup: Setup, run: runs.Run) -> tuple[torch.optim.AdamW, int, int]:
     step, sampled_tokens, tensors = run.load_state()
     run.cut_back(step)
     if step:
-        prefix = "lora/"
-        setup.lora.load_state_dict(
-            {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        )
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("lora/")}
+        setup.lora.load_state_dict({name.removeprefix("lora/"): own[name] for name in own})
         runs.restore_optimizer(optimizer, tensors)
     setup.model.train()
     return optimizer, step, sampled_tokens
 
 
 def is_due(config: Config, step: int, done: float) -> bool:
-    """Say whether the adapter after `step` is one that is kept."""
-    return step % config.save_every == 0 or done >= 1
+    """Say whether the adapter after `step` is one that is kept: as asked for, or as looked at."""
+    return step % config.save_every == 0 or done >= 1 or is_look_due(config, step, done)
 
 
 def save(
@@ -569,7 +570,8 @@ def save(
         name, revision = published_name(Path(str(setup.model.name_or_path)))
         save_adapter(setup.lora, run.adapter_folder(step), base_model=name, revision=revision)
     adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
-    run.save_state(step, {**adapter, **runs.optimizer_tensors(optimizer)})
+    state = {**adapter, **runs.optimizer_tensors(optimizer)}
+    run.save_state(step, state, setup.config.keep, due=is_due(setup.config, step, done))
 
 
 @torch.no_grad()
@@ -596,10 +598,10 @@ def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
 # The program.
 
 
-def train(setup: Setup, run: runs.Run, console: Console) -> int:
+def train(setup: Setup, run: runs.Run, console: Console, watching: Watching | None = None) -> int:
     """Train, show what it changed, and return the exit code. What the folder holds is not redone.
 
-    0: finished; 1: the gradient was not finite too often; 130: stopped by a signal.
+    0: finished; 1: the gradient was not finite too often, or collapse; 130: stopped by a signal.
     """
     config = setup.config
     started = time.monotonic()
@@ -611,23 +613,20 @@ def train(setup: Setup, run: runs.Run, console: Console) -> int:
     )
     before = measure_once(setup, run, console, "before")
     try:
-        with StepView(console, None if config.token_budget else config.steps) as view:
+        with (watching or Watching()).start(setup, run, console) as view:
             finished = LOOPS[config.method](setup, run, view)
     except FloatingPointError as error:
         say(console, f"error: {error}; {run.folder} keeps the last save")
         return 1
+    for line in view.summary():
+        say(console, line)
     if not finished:
         say(console, f"stopped and saved; the same command goes on in {run.folder}")
-        return 130
+        return 1 if view.collapsed else 130
     after = measure_once(setup, run, console, "after")
-    for table in measure.change_tables(before, after):
-        console.print(table)
-    for code in before:
-        ends = [found[code][measure.GREEDY_NAME].value for found in (before, after)]
-        accuracy = "greedy accuracy {:.3f} before, {:.3f} after".format(*ends)
-        say(console, f"{find_language(code).english}: {accuracy}")
-    seconds = time.monotonic() - started
-    say(console, f"done in {seconds:.0f} s; logs, completions and adapters: {run.folder}")
+    measure.print_change(before, after, console)
+    took = f"done in {time.monotonic() - started:.0f} s"
+    say(console, f"{took}; logs, completions and adapters: {run.folder}")
     command = f"python eval.py --pass-at-k 8 --model {config.model} --lang {config.lang}"
     say(console, f"next: {command} --adapter {run.folder}")
     return 0

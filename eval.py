@@ -20,7 +20,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,20 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parts import runs
+from parts import owner, runs
 from parts.adapters import load_adapter
 from parts.benchmarks import BENCHMARKS, default_benchmark, find_files, has_language
 from parts.chat import freeze_date
 from parts.data import keep_fitting, load_aloud
 from parts.family import context_length
-from parts.files import append_rows, read_json, read_object, read_rows, write_json
+from parts.files import (
+    append_rows,
+    read_json,
+    read_rows,
+    read_sealed,
+    require_space,
+    write_json,
+)
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, evaluate
 from parts.metrics import (
@@ -62,10 +69,12 @@ from parts.recipe import EvalConfig, check_settings, read_recipe
 from parts.report import Evaluation, report_tables, write_report
 from parts.sampler import SamplingParams
 from parts.selfcheck import check_model
+from parts.typed import typed
 from parts.view import SamplingProgress, cell, estimates_table, say, text_table
 
 # Shown where several languages share a table, beside pass@k.
 MAIN_METRICS = ("format rate", "accuracy given a box", "in the problem's language")
+COMPLETION_BYTES = 2048  # that a completion and its grade take in a file, about
 CHUNK = 64  # problems sampled and written together: what a stop can lose
 
 
@@ -116,6 +125,17 @@ class Job:
     parts: list[Part]
     out: Path | None
 
+    def kept(self) -> str:
+        """Return, for a line about a stop, what is written of the evaluation."""
+        if not self.out:
+            return "nothing is kept without --out"
+        problems = sum(len(part.problems) for part in self.parts)
+        done = 0
+        for part in self.parts:
+            done += len(read_rows(part.run.folder / "problems.jsonl")) if part.run else 0
+        what = f"{done} of {problems} problems"
+        return f"{self.out} keeps {what}; the same command goes on from there"
+
 
 def prepare(given: dict[str, Any], console: Console) -> Job:
     """Return the evaluation that the typed flags ask for; see parts.recipe.EvalConfig.
@@ -134,6 +154,9 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     ]
     out = Path(config.out) if config.out else None
     kept = kept_runs(out, chosen)
+    for run in kept.values():
+        if taken_over := run.claim():
+            say(console, taken_over)
     # An evaluation that goes on keeps the day that its template writes.
     days = [run.recorded_day() for run in kept.values()]
     tokenizer, day = freeze_date(load_tokenizer(folder), next(filter(None, days), None))
@@ -156,6 +179,8 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             "template_date": day,
             "data": hashlib.sha256(repr(problems).encode()).hexdigest()[:16],
             "data_revision": commit,
+            "problems": len(problems),
+            "problem_ids": ids_fingerprint([problem.id for problem in problems]),
         }
         run = kept.get(language.iso3)
         done = []
@@ -164,6 +189,9 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             done = read_done(run, problems)
             records.append((run, asdict(one), identity))
         parts.append(Part(language, one, problems, run, done))
+    if out:
+        attempts = settings.samples * sum(len(part.problems) for part in parts)
+        require_space(out, attempts * COMPLETION_BYTES, "what is written of the completions")
     for run, record, identity in records:
         run.create(record, identity)
     return Job(settings, model, tokenizer, config.batch_rows, parts, out)
@@ -227,22 +255,27 @@ def sampling_plan(config: EvalConfig) -> tuple[list[int], int, float]:
             )
         samples = 1
         temperature = 0.0
+    largest = max_samples()
     try:
         ks = {int(k) for k in asked.split(",")}
     except ValueError as error:
         raise ValueError(f"--pass-at-k is {asked}; valid: numbers such as 8 or 1,4,8,12") from error
     if samples is None:
         samples = max(ks)
-    if not 1 <= min(ks) <= max(ks) <= samples:
-        raise ValueError(
-            f"--pass-at-k is {asked} and --samples {samples}; valid: 1 <= k <= samples"
-        )
+    if not 1 <= min(ks) <= max(ks) <= samples <= largest:
+        valid = f"1 <= k <= samples <= {largest}"
+        raise ValueError(f"--pass-at-k is {asked} and --samples {samples}; valid: {valid}")
     if is_greedy and samples > 1:
         raise ValueError(
             f"{samples} completions would be equal at --temperature 0 or --top-k 1; valid: "
             "--samples 1 and --pass-at-k 1, or a temperature above 0"
         )
     return sorted({1, *ks}), samples, 1.0 if temperature is None else temperature
+
+
+def max_samples() -> int:
+    """Return how many completions of a problem may be asked for."""
+    return {f.name: f for f in fields(EvalConfig)}["samples"].metadata["most"]
 
 
 def pick_languages(lang: str, benchmark: str) -> list[Language]:
@@ -297,7 +330,8 @@ def load_weights(
         lora = load_adapter(model, runs.last_adapter_folder(path))
         adapter = runs.weights_fingerprint(lora.state_dict())
     name = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return model, {"base_weights": base, "adapter_weights": adapter, "dtype": name}
+    files = runs.files_fingerprints(folder)
+    return model, {"base_weights": base, **files, "adapter_weights": adapter, "dtype": name}
 
 
 def read_done(run: runs.Run, problems: list[Problem]) -> list[Graded]:
@@ -308,6 +342,7 @@ def read_done(run: runs.Run, problems: list[Problem]) -> list[Graded]:
         done = [read_graded(row) for row in rows]
     if [graded.id for graded in done] != [problem.id for problem in problems[: len(done)]]:
         raise ValueError(f"{file} has other problems; choose another --out")
+    run.check_digests()
     return done
 
 
@@ -321,6 +356,7 @@ def run(job: Job, console: Console) -> None:
             summary = summarise(graded, part.settings.ks)
             plain = {name: asdict(estimate) for name, estimate in summary.items()}
             write_json(part.run.folder / "summary.json", plain)
+            part.run.vouch(part.run.folder / "summary.json")
     console.print(results_table(job.settings, results))
     if job.out:
         say(console, f"completions, verdicts and settings: {job.out}")
@@ -356,8 +392,9 @@ def evaluate_resumably(job: Job, part: Part, console: Console) -> list[Graded]:
                 max_rows=job.batch_rows,
                 on_progress=progress.update,
             )
-        if file:
+        if file and part.run:
             append_rows(file, [asdict(each) for each in graded[kept:]])
+            part.run.vouch(file, rows=True)
         done += graded[kept:]
     return done
 
@@ -415,23 +452,50 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
         rows = read_rows(file.parent / "problems.jsonl")
         if not rows:
             raise ValueError(f"{file.parent} has no problems.jsonl, or an empty one")
-        settings = record["settings"]
         with naming(file.parent / "problems.jsonl"):
             results = [read_graded(row) for row in rows]
+            check_complete(results, record)
+        runs.Run(file.parent, "settings").check_digests()
         with naming(file.parent / "summary.json"):
             summary = read_summary(read_json(file.parent / "summary.json"))
         curve = pass_at_k_curve(results, settings["samples"])
         yield Finished(record, results, Evaluation(name, settings, rows, summary, curve))
 
 
+def ids_fingerprint(ids: list[str]) -> str:
+    """Return 16 hex digits that change with the problems' ids and their order."""
+    return runs.fingerprint(ids)
+
+
+def check_complete(results: list[Graded], record: dict[str, Any]) -> None:
+    """Raise ValueError unless these are the problems and attempts that the record says.
+
+    A record of an older version does not say which problems there are.
+    """
+    ids = [graded.id for graded in results]
+    identity = record["identity"]
+    if identity.get("problem_ids") not in (None, ids_fingerprint(ids)):
+        asked = identity.get("problems")
+        raise ValueError(f"its {len(ids)} problems are not the {asked} that were evaluated")
+    if len(set(ids)) < len(ids):
+        raise ValueError("it has a problem twice")
+    samples = record["settings"]["samples"]
+    short = [graded.id for graded in results if len(graded.attempts) != samples]
+    if short:
+        raise ValueError(f"problem {short[0]!r} has not the {samples} attempts of the others")
+
+
 def read_record(file: Path) -> dict[str, Any]:
     """Return an evaluation's settings.json; ValueError where it lacks what a report needs."""
-    record = read_object(file)
+    record = read_sealed(file)
     needed = {"settings": {"lang", "samples", "benchmark"}, "identity": {"data"}}
     for part, names in needed.items():
         held = record.get(part)
         if not isinstance(held, dict) or not names <= held.keys():
             raise ValueError(f"{file} is damaged: its {part} lack {', '.join(sorted(names))}")
+    with naming(file):
+        for name, kind in (("lang", str), ("samples", int), ("benchmark", str)):
+            typed(record["settings"][name], kind, name)
     return record
 
 
@@ -479,6 +543,7 @@ def prepare_report(folders: list[Path], out: Path) -> Comparison:
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"cannot write to {out}")
+    owner.claim(out)
     differ = len({day for _, _, day in days}) > 1
     return Comparison(evaluations, tables, tests, days if differ else [])
 

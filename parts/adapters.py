@@ -10,12 +10,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parts.files import read_json, whole_file, write_text
-from parts.model import Lora, adaptable_layers, attach_lora, copy_exactly
+from parts.files import read_object, whole_file, write_text
+from parts.model import Lora, adaptable_layers, attach_lora, copy_exactly, refuse_not_finite
+from parts.typed import typed
 
 # The names that peft looks for.
 CONFIG_FILE = "adapter_config.json"
@@ -99,14 +101,19 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:
     for file in (CONFIG_FILE, TENSORS_FILE):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"no adapter in {folder}: {file} is missing")
-    saved = read_json(folder / CONFIG_FILE)
+    saved = read_object(folder / CONFIG_FILE)
     try:
         _check_plain(saved)
         targets = _read_targets(saved, list(adaptable_layers(model)))
+        tensors = read_adapter_tensors(folder)
+        # Before memory is asked for: the settings may say a rank that no machine has room for.
+        largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+        if saved["r"] > largest:
+            raise ValueError(f"{CONFIG_FILE} has r={saved['r']}, larger than all of its tensors")
     except ValueError as error:
         raise ValueError(f"adapter {folder}: {error}") from error
     lora = attach_lora(model, rank=saved["r"], alpha=saved["lora_alpha"], targets=targets, seed=0)
-    put_adapter(lora, folder)
+    copy_exactly(tensors, lora.sets["current"])
     return lora
 
 
@@ -128,10 +135,11 @@ def _check_plain(saved: dict[str, Any]) -> None:
         names = saved.get(field) or []
         if not isinstance(names, str) and not all(isinstance(name, str) for name in names):
             raise ValueError(f"{CONFIG_FILE} has {field}={names!r}: valid are a text or texts")
-    if type(saved["r"]) is not int or saved["r"] < 1:
-        raise ValueError(f"{CONFIG_FILE} has r={saved['r']!r}: valid is a number from 1")
-    if type(saved["lora_alpha"]) not in (int, float):
-        raise ValueError(f"{CONFIG_FILE} has lora_alpha={saved['lora_alpha']!r}: valid is a number")
+    if typed(saved["r"], int, f"{CONFIG_FILE}: r") < 1:
+        raise ValueError(f"{CONFIG_FILE}: r is {saved['r']}; valid: 1 or more")
+    typed(saved["lora_alpha"], float, f"{CONFIG_FILE}: lora_alpha")
+    layers = list[int] | int | None
+    typed(saved.get("layers_to_transform"), layers, f"{CONFIG_FILE}: layers_to_transform")
 
 
 def _read_targets(saved: dict[str, Any], paths: list[str]) -> tuple[str, ...]:
@@ -189,8 +197,15 @@ def put_adapter(lora: Lora, folder: Path) -> None:
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return a saved adapter's tensors, by "<module path>.lora_A" and ".lora_B"."""
+    """Return a saved adapter's tensors, by "<module path>.lora_A" and ".lora_B".
+
+    ValueError where the file is damaged, or a number in it is not finite.
+    """
+    try:
+        tensors = load_file(folder / TENSORS_FILE)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / TENSORS_FILE} is damaged: {error}") from error
+    refuse_not_finite(tensors, f"adapter {folder}")
     return {
-        name.removeprefix(PREFIX).removesuffix(SUFFIX): tensor
-        for name, tensor in load_file(folder / TENSORS_FILE).items()
+        name.removeprefix(PREFIX).removesuffix(SUFFIX): tensor for name, tensor in tensors.items()
     }

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,12 +39,71 @@ class _OneLineErrors(TyperGroup):
         typed = list(sys.argv[1:] if args is None else args)
         if self.no_args_is_help and not typed:
             typed = ["--help"]
+        output = Output(sys.stdout)
         try:
-            code = super().main(typed, **{**options, "standalone_mode": False})
+            with redirect_stdout(output):
+                code = super().main(typed, **{**options, "standalone_mode": False})
         except UsageError as error:
-            typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+            say_error(error.format_message())
             sys.exit(2)
+        except (KeyboardInterrupt, typer.Abort):  # before there was anything to keep
+            say_error("stopped")
+            sys.exit(130)
+        if output.failure and not isinstance(output.failure, BrokenPipeError):
+            say_error(f"standard output cannot be written: {output.failure.strerror}")
+            sys.exit(code or 2)
         sys.exit(code)
+
+
+class Output(io.TextIOBase):
+    """Standard output that may go away: what is printed then is lost, and the work is not.
+
+    `| head` closes its end of the pipe after ten lines, and a disk that output is sent to can be
+    full. Hours of training do not end for a line that nobody reads.
+    """
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        self.failure: OSError | None = None  # the first one
+
+    @property
+    def encoding(self) -> str:
+        """The letters that the stream has."""
+        return self.stream.encoding
+
+    def write(self, text: str) -> int:
+        """Write text, or lose it."""
+        with self._losing():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Send what was written."""
+        with self._losing():
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        """Say whether a person sees it."""
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the stream's number."""
+        return self.stream.fileno()
+
+    def writable(self) -> bool:
+        """Say that it can be written."""
+        return True
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or error
+            # What the stream still holds must go somewhere, or Python complains at its end.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
 
 
 def _program(text: str, **options: Any) -> typer.Typer:
@@ -187,6 +246,40 @@ def _machine_is_idle(seconds: float = 0.1) -> bool:
     return idle_seconds > (processors - 0.5) * seconds
 
 
+def say_error(text: str) -> None:
+    """Print one line to standard error; what could drive a terminal is shown as what it is."""
+    from parts.view import shown
+
+    typer.echo(f"error: {shown(' '.join(text.split()))}", err=True)
+
+
+@contextmanager
+def working(console: Console, kept: Callable[[], str]) -> Iterator[None]:
+    """Say in a line why work that was begun could not be finished, where that is no bug.
+
+    kept  returns what is kept of it, for a line about a stop
+
+    Exit code 130: stopped, by Ctrl-C, SIGTERM or SIGHUP; 2: a file cannot be written, as on a full
+    disk; 1: numbers that are not finite.
+    """
+    from parts.files import CannotWrite
+    from parts.stops import stops_raise
+    from parts.view import say
+
+    try:
+        with stops_raise():
+            yield
+    except KeyboardInterrupt as stop:
+        say(console, f"stopped; {kept()}")
+        raise typer.Exit(130) from stop
+    except CannotWrite as error:
+        say_error(str(error))
+        raise typer.Exit(2) from error
+    except FloatingPointError as error:
+        say_error(str(error))
+        raise typer.Exit(1) from error
+
+
 @contextmanager
 def bad_input() -> Iterator[None]:
     """Turn a wrong value, or a file that is missing, torn or unwritable, into a line and exit 2.
@@ -199,13 +292,25 @@ def bad_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, SafetensorError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        say_error(str(error))
         raise typer.Exit(2) from error
 
 
 @copsd.command("train")
 @flags_of(Config)
-def train_command(given: Given) -> None:
+def train_command(
+    given: Given,
+    track: Annotated[
+        str | None,
+        typer.Option(help="A tracker that takes the metrics, too: tensorboard, trackio, wandb."),
+    ] = None,
+    show_rollout: Annotated[
+        bool, typer.Option("--show-rollout", help="Show the newest rollout below the steps.")
+    ] = False,
+    stop_on_collapse: Annotated[
+        bool, typer.Option("--stop-on-collapse", help="Save and stop at the first alarm.")
+    ] = False,
+) -> None:
     """Train with COPSD or GRPO and show what it changed.
 
     The same command goes on with a run that was stopped. A flag that is not given comes from the
@@ -214,10 +319,15 @@ def train_command(given: Given) -> None:
     console = start()
     import copsd as method
     from parts.setup import configure, prepare
+    from parts.track import check_tracker
+    from parts.watch import Watching
 
     with bad_input():
+        check_tracker(track)
         setup, run = prepare(*configure(given), console)
-    raise typer.Exit(method.train(setup, run, console))
+    watching = Watching(track, show_rollout, stop_on_collapse)
+    with working(console, run.kept):
+        raise typer.Exit(method.train(setup, run, console, watching))
 
 
 @copsd.command("show")
@@ -240,10 +350,11 @@ def show_command(
         if html and not html.parent.is_dir():
             raise ValueError(f"--html is {html}: there is no such folder")
         setup = show.prepare(*configure(given), adapter, console)
-    found = show.walk(setup, trained=adapter is not None)
-    show.print_walk(setup, found, console)
-    if html:
-        show.write_page(found, html)
+    with working(console, lambda: "nothing was to be kept"):
+        found = show.walk(setup, trained=adapter is not None)
+        show.print_walk(setup, found, console)
+        if html:
+            show.write_page(found, html)
 
 
 @copsd.command("languages")
@@ -284,7 +395,9 @@ def run_comparison(given: Given) -> None:
 
     with bad_input():
         plan = make_plan(given, console)
-    raise typer.Exit(compare.run(plan, console))
+    kept = f"finished arms are kept in {plan.out}, and the same command goes on from there"
+    with working(console, lambda: kept):
+        raise typer.Exit(compare.run(plan, console))
 
 
 @evaluation.callback(invoke_without_command=True)
@@ -298,7 +411,8 @@ def evaluate_command(given: Given, context: typer.Context) -> None:
 
     with bad_input():
         job = evaluator.prepare(given, console)
-    evaluator.run(job, console)
+    with working(console, job.kept):
+        evaluator.run(job, console)
 
 
 @evaluation.command("report")
@@ -315,4 +429,5 @@ def report_command(
 
     with bad_input():
         found = evaluator.prepare_report(folders, out)
-    evaluator.report(found, out, console)
+    with working(console, lambda: "the evaluations are as they were"):
+        evaluator.report(found, out, console)

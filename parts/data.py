@@ -26,7 +26,7 @@ from pyarrow import parquet
 from rich.console import Console
 from rich.text import Text
 
-from parts.files import json_lines, write_text
+from parts.files import json_lines, parse_json, write_text
 from parts.prompts import Language, Problem, find_language, named_language
 from parts.prompts import build_prompt as build_prompt  # stays importable from here
 from parts.recipe import Config
@@ -36,6 +36,7 @@ PROBLEM_COLUMNS = ("problem_translated", "problem", "question", "m_query")
 ANSWER_COLUMNS = ("answer_number", "answer", "response")  # the first that is not empty
 LANGUAGE_COLUMNS = ("language_short", "language", "language_code", "lang")
 Row = tuple[str, Any]  # the words that say where a row stands in its file, and its content
+DEV_SEED = 0  # draws the development problems, whatever the run's seed
 
 # What Python, JSON, pandas and spreadsheets write where there is no number, in lower case.
 NO_ANSWER = {"nan", "inf", "infinity", "none", "null", "na", "n/a", "n.a", "true", "false"}
@@ -257,7 +258,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         try:
-            rows = json.loads(text)
+            rows = parse_json(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{error}{_escape_advice(error)}") from error
         for number, row in enumerate(rows):
@@ -267,7 +268,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             place = f"line {number}, column {error.colno}"
             raise ValueError(f"{place}: {error.msg}{_escape_advice(error)}") from error
@@ -376,12 +377,13 @@ def split_heldout(
     return train, heldout
 
 
-def read_train_and_heldout(
+def read_problem_sets(
     config: Config, console: Console | None = None
-) -> tuple[list[Problem], list[Problem]]:
-    """Return the problems that a run trains on and those that it is evaluated on.
+) -> tuple[list[Problem], list[Problem], list[Problem]]:
+    """Return the problems to train on, to watch the run on, and to report.
 
-    Rows of their files that are left out are counted on the console.
+    Those to watch it on are set aside from the training problems, and none without --eval-every.
+    Rows of the files that are left out are counted on the console.
     """
     lang = config.lang
     source = Path(config.data) if config.data else hub_training_file(lang)
@@ -391,13 +393,16 @@ def read_train_and_heldout(
         heldout = load_aloud(Path(config.eval_data), lang, console)[: config.eval_problems]
     elif config.eval_problems:
         train, heldout = split_heldout(train, config.eval_problems, config.seed)
+    dev: list[Problem] = []
+    if config.eval_every:
+        train, dev = split_heldout(train, config.dev_problems, DEV_SEED)
     if config.swap_solutions:
         others = train[1:] + train[:1]
         train = [
             replace(problem, solution_en=other.solution_en)
             for problem, other in zip(train, others, strict=True)
         ]
-    return train, heldout
+    return train, dev, heldout
 
 
 def keep_fitting(

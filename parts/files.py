@@ -5,17 +5,41 @@ first, and a file that grows is a file of lines, whose last line may be torn.
 
 JSON has no word for a number that is not finite. Here it is written as null, which every reader of
 JSON takes, and stands for "no value"; who reads a number back takes null for nan.
+
+A disk can be full at any write. What a file held before is then still there, and CannotWrite, in
+one line, names the file and says what to do.
 """
 
+import errno
+import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 PARTIAL = ".partial"  # the suffix of a file that is being written
+SEAL = "sha256"  # the key under which an object carries the digest of the rest of itself
+BLOCK = 2**20  # bytes that are read at a time
+
+
+class CannotWrite(OSError):
+    """A file cannot be written. The message is one line; what the file held before, it holds."""
+
+
+def cannot_write(path: Path, error: Exception) -> CannotWrite:
+    """Return what to raise where writing failed: the file, the reason, and what to do."""
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors has no numbers, only the system's words.
+    full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    reason = os.strerror(number) if number else " ".join(str(error).split())
+    remedy = "free some space there" if full else "see that it can be written"
+    return CannotWrite(f"cannot write {path}: {reason}; {remedy}, then repeat the command")
 
 
 @contextmanager
@@ -23,11 +47,58 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; when the block ends well, what was written there replaces `path`.
 
     After an error, or a kill at any moment, `path` holds what it held before. The only way by which
-    the project replaces a file.
+    the project replaces a file. Raises CannotWrite.
     """
     partial = path.with_name(path.name + PARTIAL)
-    yield partial
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):  # it is there after an error only
+            partial.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise CannotWrite where the disk of a folder, made or not, has fewer bytes free than needed.
+
+    what  is to be written, as the message calls it
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise CannotWrite(
+            f"{folder}: {what} needs {size_text(needed)} and {size_text(free)} are free; "
+            "free some space there, then repeat the command"
+        )
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes as a person says it.
+
+    >>> size_text(2_500_000), size_text(3 * 2**30)
+    ('2.4 MiB', '3.0 GiB')
+    """
+    unit = "GiB" if count >= 2**30 else "MiB"
+    return f"{count / (2**30 if unit == 'GiB' else 2**20):.1f} {unit}"
+
+
+def file_digest(path: Path, size: int | None = None) -> str:
+    """Return SHA-256, in hex, of a file or of its first `size` bytes; OSError if it is not there.
+
+    A file that is shorter than `size` has another digest than the one that was that long.
+    """
+    digest = hashlib.sha256()
+    left = path.stat().st_size if size is None else size
+    with path.open("rb") as stream:
+        while left and (block := stream.read(min(BLOCK, left))):
+            digest.update(block)
+            left -= len(block)
+    digest.update(b"" if not left else b"it ends too early")
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -64,12 +135,50 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; a ValueError names the place where it is broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except json.JSONDecodeError as error:
         place = f"{path}, line {error.lineno}, column {error.colno}"
         raise ValueError(f"{place}: broken JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON: {error}") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON says; ValueError, JSONDecodeError or UnicodeDecodeError where it is broken.
+
+    Lists in lists in lists, some thousands deep, are broken, too: nothing of ours is like that, and
+    Python's reader would give up with a RecursionError.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as JSON with a digest of itself, whole or not at all."""
+    write_json(path, {**content, SEAL: seal(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return the object that write_sealed wrote; ValueError where a byte of it has changed.
+
+    What has no digest, as an older version wrote it, is returned as it is.
+    """
+    content = read_object(path)
+    held = content.pop(SEAL, None)
+    if held is not None and held != seal(content):
+        raise ValueError(f"{path} is damaged: it is not what its own digest says")
+    return content
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """Return the digest of an object, which stays the same when it is written and read again."""
+    as_read = json.loads(json_text(content))  # tuples are lists then, and nan is null
+    text = json.dumps(as_read, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -87,14 +196,23 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append a line of JSON for each row; a torn last line, left by a kill, is cut off first."""
-    with path.open("ab+") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        if size:
-            stream.seek(-1, os.SEEK_END)
-            if stream.read() != b"\n":
-                stream.seek(0)
-                stream.truncate(stream.read().rfind(b"\n") + 1)
-        stream.write(json_lines(rows).encode())
+    lines = json_lines(rows).encode()
+    whole = None  # how long it was, in bytes
+    try:
+        with path.open("ab+") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            if size:
+                stream.seek(-1, os.SEEK_END)
+                if stream.read() != b"\n":
+                    stream.seek(0)
+                    stream.truncate(stream.read().rfind(b"\n") + 1)
+            whole = stream.seek(0, os.SEEK_END)
+            stream.write(lines)
+    except OSError as error:
+        if whole is not None:
+            with suppress(OSError):  # /dev/full, for one, has no length
+                os.truncate(path, whole)
+        raise cannot_write(path, error) from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -107,7 +225,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     *lines, _ = path.read_bytes().split(b"\n")
     try:
-        rows = [json.loads(line) for line in lines]
+        rows = [parse_json(line) for line in lines]
     except ValueError as error:  # broken JSON, or bytes that are no UTF-8
         raise ValueError(f"{path} is broken before its last line: {error}") from error
     if not all(isinstance(row, dict) for row in rows):

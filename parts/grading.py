@@ -133,16 +133,25 @@ def _last_box(text: str) -> str | None:
     """
     # Boxes that begin behind the last closing brace are not complete.
     end = text.rfind("}") + 1
-    for opening in reversed(list(_BOX_OPENING.finditer(text, 0, end))):
-        depth = 1
-        for brace in _BRACES.finditer(text, opening.end(), end):
-            if brace[0] == "{":
-                depth += 1
-            elif brace[0] == "}":
-                depth -= 1
-            if depth == 0:
-                return text[opening.end() : brace.start()].strip() or None
-        end = opening.start()
+    while (place := text.rfind(r"\boxed", 0, end)) >= 0:
+        opening = _BOX_OPENING.match(text, place, end)
+        closing = _closing_brace(text, opening.end(), end) if opening else None
+        if opening and closing is not None:
+            return text[opening.end() : closing].strip() or None
+        end = text.rfind("}", 0, place) + 1
+    return None
+
+
+def _closing_brace(text: str, start: int, end: int) -> int | None:
+    """Return where the brace that was opened before `start` is closed; None: not before `end`."""
+    depth = 1
+    for brace in _BRACES.finditer(text, start, end):
+        if brace[0] == "{":
+            depth += 1
+        elif brace[0] == "}":
+            depth -= 1
+        if depth == 0:
+            return brace.start()
     return None
 
 

@@ -1,13 +1,15 @@
-"""What a program runs on: the device and its dtype, the C library's memory, the clock, the peak."""
+"""What a program runs on: device and dtype, how far its numbers go, memory, the clock, the peak."""
 
 import ctypes
 import platform
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16 would need a loss scaler
 
@@ -86,3 +88,14 @@ def peak_memory_gib(device: str) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit_bytes = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 2**30
+
+
+def stop_unless_finite(parameters: Sequence[Tensor]) -> None:
+    """Raise FloatingPointError where an update left weights that are not finite.
+
+    Their norm tells, in one number, so that a GPU is waited for once.
+    """
+    if not torch.nn.utils.get_total_norm(parameters).isfinite():
+        raise FloatingPointError(
+            "the update left weights that are not finite, or too large to square: try a lower --lr"
+        )

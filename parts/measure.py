@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parts.chat import completion_text, prompt_opens_think
@@ -29,7 +28,7 @@ from parts.prompts import (
 )
 from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
-from parts.view import SamplingProgress, estimates_table
+from parts.view import SamplingProgress, estimates_table, say
 
 GREEDY_NAME = "greedy accuracy"
 ENGLISH_METRICS = ("format rate", "in the problem's language", "mean tokens")  # beside it
@@ -244,12 +243,15 @@ def measure_languages(
     return columns
 
 
-def change_tables(before: Columns, after: Columns) -> list[Table]:
-    """Return a table a language, with the evaluations before and after training side by side."""
-    return [
-        estimates_table(find_language(code).english, {"before": before[code], "after": after[code]})
-        for code in before
-    ]
+def print_change(before: Columns, after: Columns, console: Console) -> None:
+    """Print a table a language, with both evaluations side by side, then a line a language."""
+    for code in before:
+        both = {"before": before[code], "after": after[code]}
+        console.print(estimates_table(find_language(code).english, both))
+    for code in before:
+        ends = [found[code][GREEDY_NAME].value for found in (before, after)]
+        accuracy = "greedy accuracy {:.3f} before, {:.3f} after".format(*ends)
+        say(console, f"{find_language(code).english}: {accuracy}")
 
 
 def plain_columns(columns: Columns) -> dict[str, Any]:

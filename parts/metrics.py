@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from parts.typed import typed
+
 # PolyMath's levels of difficulty, and the weights of its paper.
 LEVEL_WEIGHTS = {"low": 1, "medium": 2, "high": 4, "top": 8}
 
@@ -176,10 +178,10 @@ def mcnemar(first: list[bool], second: list[bool]) -> float:
 
 def read_graded(row: dict[str, Any]) -> Graded:
     """Return a line of problems.jsonl as it was; ValueError where it is none."""
-    try:
-        return Graded(**{**row, "attempts": [Attempt(**attempt) for attempt in row["attempts"]]})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"a line is no graded problem: {error}") from error
+    graded = typed(row, Graded, "a line")
+    if not graded.attempts:
+        raise ValueError("a line has no attempts")
+    return graded
 
 
 def read_summary(stored: Any) -> dict[str, Estimate]:
@@ -195,7 +197,10 @@ def read_summary(stored: Any) -> dict[str, Estimate]:
     found = {}
     for metric, numbers in stored.items():
         try:
-            ends = {name: math.nan if x is None else float(x) for name, x in numbers.items()}
+            ends = {
+                name: math.nan if x is None else float(typed(x, float, name))
+                for name, x in numbers.items()
+            }
             found[metric] = Estimate(**ends)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{metric} is no estimate: {numbers!r}") from error

@@ -22,7 +22,12 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -40,7 +45,26 @@ from parts.family import (
     switch_off_dropout,
     train_without_noise,
 )
+from parts.files import read_object
 
+# Small files that transformers and tokenizers read, and what they raise where one is broken.
+LIBRARY_FILES = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+}
+LIBRARY_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 PROJECT = Path(__file__).resolve().parent.parent
 # Copies of weights for sampling, with the adapter added, take no more memory than this.
 MERGED_BYTES = 2**30
@@ -123,10 +147,12 @@ def load_model(
     family that is not honoured (parts/family.py), and for weights that the files lack.
     """
     name = f"model {folder}"
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with _whole(folder, name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     check_family(config, name)
     switch_off_dropout(config)
-    try:
+    # It may also be of a family without this kind of attention.
+    with _whole(folder, f"{name} ({config.model_type})"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -136,12 +162,10 @@ def load_model(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except ValueError as error:  # such as a family without this kind of attention
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name} ({config.model_type}) cannot be loaded: {reason}") from error
     model, info = loaded
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
         raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
+    refuse_not_finite(dict(model.named_parameters()), name)
     check_modules(model, name)
     if model.get_output_embeddings().bias is not None:
         raise ValueError(f"{name} has a bias in its head: valid is a plain linear head only")
@@ -157,12 +181,44 @@ def load_model(
     return model.requires_grad_(False).to(device).eval()
 
 
+@contextmanager
+def _whole(folder: Path, name: str) -> Iterator[None]:
+    """Raise ValueError, in one line, for whatever a broken file makes the libraries raise.
+
+    Their code trusts the files, so that a text in place of a number, or another size than that of
+    the weights, can fail in it in any way. An error of the machine, such as a lack of memory, stays
+    what it is.
+    """
+    for file in folder.glob("*.json"):
+        if file.name in LIBRARY_FILES:
+            read_object(file)
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except LIBRARY_ERRORS as error:
+        raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # tokenizers, which is written in Rust, raises no kind of its own.
+        raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise ValueError for weights with NaN or an infinity: whatever they compute is no number."""
+    for part, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} has weights that are not finite, such as those of {part}")
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in folder.
 
     Raises ValueError if it has no chat template, with which prompts are built.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with _whole(folder, f"the tokenizer in {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer in {folder} has no chat template: valid are chat or instruct models"

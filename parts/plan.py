@@ -11,15 +11,18 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from parts.data import hub_training_file, load_aloud, split_heldout, write_problems
-from parts.files import read_object
+from parts.data import DEV_SEED, hub_training_file, load_aloud, split_heldout, write_problems
+from parts.files import read_sealed
 from parts.machine import pick_device, pick_dtype
+from parts.model import resolve_model
 from parts.prompts import Problem, find_language
 from parts.recipe import CompareConfig, Config, check_settings
 from parts.runs import Run
-from parts.setup import configure
+from parts.setup import configure, load_setup
+from parts.view import say
 
 SWEEP_SEED = 1000  # of the runs that pick a rate; no reported run may have it
+MAX_SEEDS = 1000  # runs of each arm
 LAYOUT = 2  # of the folder: an older one holds other results.json files
 ARMS = {"grpo": {"method": "grpo"}, "copsd": {"method": "copsd"}}
 # Setting, and the values it is tried with, in the table's order. The recipe as it is comes first.
@@ -35,6 +38,7 @@ OWN_SETTINGS = {  # flags of a run that an experiment sets by itself
     "method": "it trains with several",
     "seed": "--seeds says which",
     "save_every": "an arm is measured at 6 checkpoints",
+    "eval_every": "an arm is measured at 6 checkpoints",
 }
 Value = TypeVar("Value")
 
@@ -70,7 +74,8 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
         if name in given:
             raise ValueError(f"--{name.replace('_', '-')} is not for a comparison: {why}")
     own = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(Config)}
-    shared = {n: value for n, value in given.items() if n not in own | {"lang", "out"}}
+    own |= {"lang", "out", "dev_problems"}
+    shared = {name: value for name, value in given.items() if name not in own}
     langs = parse_list(options.lang, "lang", lambda code: find_language(code).iso3)
     factors = parse_list(options.sweep, "sweep", float)
     if not all(0 < factor < math.inf for factor in factors):
@@ -110,7 +115,7 @@ def open_folder(plan: Plan, console: Console | None) -> None:
     """Make the experiment's folder and record, or find its own; ValueError for another's."""
     root = Run(plan.out)
     if root.record_file.is_file():
-        held = read_object(root.record_file).get("config", {})
+        held = read_sealed(root.record_file).get("config", {})
         if "seeds" in held and held.get("layout") != LAYOUT:
             raise ValueError(
                 f"{plan.out} is of an older version of the comparison; choose another --out"
@@ -129,11 +134,18 @@ def open_folder(plan: Plan, console: Console | None) -> None:
             recipe = asdict(plan.configs[method, lang]).items()
             settings |= {f"{method} {n}": v for n, v in recipe if n not in ("method", "out")}
     root.check(settings)
+    taken_over = root.claim()
+    if console and taken_over:
+        say(console, taken_over)
+    root.check_digests()
     # Broken data of any language is an error before the folder is made.
     splits = {lang: read_splits(plan, lang, console) for lang in plan.langs}
+    if not root.record_file.is_file():
+        # So is what only loading tells, such as weights that are broken.
+        load_setup(plan.main, resolve_model(plan.main.model), Console(quiet=True))
     root.create(settings, {})
     for lang in plan.langs:
-        write_splits(plan.out / lang, splits[lang])
+        write_splits(root, lang, splits[lang])
 
 
 def parse_list(text: str, what: str, convert: Callable[[str], Value]) -> list[Value]:
@@ -151,9 +163,10 @@ def parse_seeds(text: str) -> list[int]:
     """Return the seeds of "3", which is 0, 1 and 2, or of "0,4,7"."""
     seeds = parse_list(text, "seeds", int)
     if len(seeds) == 1 and "," not in text:
-        seeds = list(range(seeds[0]))
-    if not seeds or min(seeds) < 0 or SWEEP_SEED in seeds:
-        valid = "a count of 1 or more, or seeds from 0 as in 0,4,7"
+        seeds = list(range(min(seeds[0], MAX_SEEDS + 1)))
+    too_large = len(seeds) > MAX_SEEDS or max(seeds, default=0) > 10**9
+    if not seeds or min(seeds) < 0 or too_large or SWEEP_SEED in seeds:
+        valid = f"a count of 1 to {MAX_SEEDS}, or seeds from 0 to {10**9} as in 0,4,7"
         raise ValueError(f"--seeds is {text!r}; valid: {valid}")
     return seeds
 
@@ -179,12 +192,15 @@ def read_splits(plan: Plan, lang: str, console: Console | None = None) -> dict[s
         test = load_aloud(Path(config.eval_data), lang, console)[: config.eval_problems]
     else:
         train, test = split_heldout(train, config.eval_problems, 0)
-    train, dev = split_heldout(train, plan.options.dev_problems, 0)
+    train, dev = split_heldout(train, plan.options.dev_problems, DEV_SEED)
     return {"train": train, "dev": dev, "test": test}
 
 
-def write_splits(folder: Path, splits: dict[str, list[Problem]]) -> None:
-    """Write each part as a data file, so that no arm can see another split."""
+def write_splits(root: Run, lang: str, splits: dict[str, list[Problem]]) -> None:
+    """Write each part of a language as a data file, so that no arm can see another split."""
+    folder = root.folder / lang
     folder.mkdir(parents=True, exist_ok=True)
     for name, problems in splits.items():
         write_problems(folder / f"{name}.jsonl", problems)
+    if splits:
+        root.vouch(*(folder / f"{name}.jsonl" for name in splits))

@@ -13,9 +13,8 @@ that names it in its own script.
 """
 
 import hashlib
-import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from parts.chat import THINKING as THINKING  # stay importable from here
 from parts.chat import open_turn
 from parts.chat import prompt_opens_think as prompt_opens_think
+from parts.files import read_object
 
 # transformers takes seconds to load, and `copsd.py languages` needs this file but not that one.
 if TYPE_CHECKING:
@@ -81,11 +81,24 @@ class Problem:
 @cache
 def languages() -> dict[str, Language]:
     """Return every language of languages.json by its ISO 639-3 code."""
-    text = Path(__file__).with_name("languages.json").read_text(encoding="utf-8")
+    return read_languages(Path(__file__).with_name("languages.json"))
+
+
+def read_languages(path: Path) -> dict[str, Language]:
+    """Return the languages of a file; ValueError, with the language, where one is not whole."""
     found = {}
-    for iso3, record in json.loads(text).items():
-        benchmarks = tuple(record.pop("benchmarks"))
-        found[iso3] = Language(iso3=iso3, benchmarks=benchmarks, **record)
+    for iso3, record in read_object(path).items():
+        try:
+            language = Language(iso3=iso3, **{**record, "benchmarks": (*record["benchmarks"],)})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: {iso3} is no language: {error}") from error
+        texts = [text for name, text in asdict(language).items() if name != "benchmarks"]
+        texts = [*texts, *language.benchmarks, language.iso1 or "none"]
+        if not isinstance(record["benchmarks"], list) or not all(
+            isinstance(text, str) for text in texts if text is not None
+        ):
+            raise ValueError(f"{path}: {iso3} has something else where a text is to be")
+        found[iso3] = language
     return found
 
 

@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from parts.files import read_json
+from parts.files import read_object
 from parts.prompts import THINKING, find_language
+from parts.typed import typed
 
 METHODS = ("copsd", "grpo")
 
@@ -57,7 +58,9 @@ rollouts = partial(setting, section="Rollouts: what the student writes in traini
 optimiser = partial(setting, section="Optimiser")
 adapter = partial(setting, section="Adapter (LoRA): the few weights that are trained")
 machine = partial(setting, section="Machine: speed and memory, not results", source="ours")
-evaluation = partial(setting, section="Evaluation before and after training", source="ours")
+evaluation = partial(
+    setting, section="Evaluation: before and after training, and on the way", source="ours"
+)
 comparison = partial(setting, section="Comparison", source="ours")
 asked = partial(setting, section="What to evaluate", source="ours")
 attempts = partial(setting, section="Attempts: how completions are sampled")
@@ -89,6 +92,8 @@ class Config:
         0,
         "The seed of the adapter, the order of problems, the split and the sampler.",
         source="ours",
+        least=-(10**9),
+        most=10**9,
     )
     steps: int = task(
         100, "How many batches to sample. COPSD updates once on each.", least=1, grpo=500
@@ -185,6 +190,7 @@ class Config:
         32,
         "Completions per step. COPSD writes one for each problem, GRPO a group.",
         least=1,
+        most=10**6,
     )
     english_share: float = rollouts(
         0.0,
@@ -217,7 +223,7 @@ class Config:
     weight_decay: float = optimiser(0.0, "AdamW's weight decay.", least=0)
     max_grad_norm: float = optimiser(0.1, "The gradient's norm is cut to this.", above=0)
 
-    lora_rank: int = adapter(64, "The rank r of the adapter's matrices.", least=1)
+    lora_rank: int = adapter(64, "The rank r of the adapter's matrices.", least=1, most=4096)
     lora_alpha: float = adapter(128.0, "The adapter is scaled by alpha / r.", above=0)
     lora_targets: str = adapter(
         "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
@@ -227,7 +233,7 @@ class Config:
     micro_batch: int = machine(
         4, "Rows per forward and backward pass. It does not change the gradient.", least=1
     )
-    chunk_tokens: int = machine(256, "Rows of logits that exist at a time.", least=1)
+    chunk_tokens: int = machine(256, "Rows of logits that exist at a time.", least=1, most=10**6)
     sample_rows: int = machine(256, "Completions decoded at once.", least=1)
     gradient_checkpointing: bool = machine(
         True, "Recompute activations in the backward pass: less memory, more time.", source="paper"
@@ -241,18 +247,34 @@ class Config:
         "The base weights' type: auto, float32 or bfloat16. The adapter is always float32.",
     )
     save_every: int = machine(5, "Steps between saves.", source="paper", least=1)
+    keep: int = machine(
+        3, "Saved states to keep: a stopped run goes on from the newest that is whole.", least=1
+    )
 
     eval_problems: int = evaluation(
         32, "Problems to evaluate on, before and after. 0 is none.", least=0
     )
     eval_samples: int = evaluation(
-        8, "Completions per problem. pass@k is given for k = 1 and this.", least=1
+        8,
+        "Completions per problem. pass@k is given for k = 1 and this.",
+        least=1,
+        most=10**5,
     )
     eval_temperature: float = evaluation(
         1.0, "The temperature of those completions. Top-k is off.", source="paper", least=0
     )
     eval_top_p: float = evaluation(
         0.95, "The top-p of those completions.", source="paper", above=0, most=1
+    )
+    eval_every: int = evaluation(
+        0,
+        "Steps between looks at development problems; the best adapter by them is named. 0 is off.",
+        least=0,
+    )
+    dev_problems: int = evaluation(
+        32,
+        "Training problems set aside for --eval-every. They are neither trained on nor reported.",
+        least=1,
     )
 
 
@@ -301,7 +323,11 @@ class EvalConfig:
         None, "A folder for completions and results. Without it nothing is written."
     )
     samples: int | None = attempts(
-        None, "Completions per problem. Without it: the largest k.", source="ours", least=1
+        None,
+        "Completions per problem. Without it: the largest k.",
+        source="ours",
+        least=1,
+        most=10**5,
     )
     greedy: bool = attempts(
         False, "One completion a problem, the most likely token each time.", source="ours"
@@ -327,7 +353,7 @@ class EvalConfig:
         source="ours",
         choices=THINKING,
     )
-    seed: int = attempts(0, "The sampler's seed.", source="ours")
+    seed: int = attempts(0, "The sampler's seed.", source="ours", least=-(10**9), most=10**9)
     batch_rows: int = machine(256, "Completions decoded at once.", least=1)
     device: str = machine("auto", "Where to compute: auto, cpu, cuda, cuda:N or mps.")
     dtype: str = machine("auto", "The weights' type: auto, float32 or bfloat16.")
@@ -336,15 +362,27 @@ class EvalConfig:
 def check_settings(config: Any) -> None:
     """Raise ValueError for the first setting that is not what its field allows, saying what is."""
     for f in fields(config):
-        value = getattr(config, f.name)
-        choices = f.metadata["choices"]
-        if choices and value not in choices:
-            name = f.name.replace("_", " ")
-            raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(choices)}")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not _is_inside(value, f):
-            valid = range_text(f) or "a finite number"
-            raise ValueError(f"{_flag(f)} is {value}; valid: {valid}")
+        check_value(f, getattr(config, f.name), _flag(f))
+
+
+def check_value(f: Field, value: Any, name: str) -> None:
+    """Raise ValueError for a value that is of another type or range than its setting's.
+
+    name  what the message calls it: the flag, or the file and the field
+    """
+    valid = range_text(f) or "a finite number"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; valid: {valid}")
+    typed(value, f.type, name)
+    choices = f.metadata["choices"]
+    if choices and value not in choices:
+        place = name.removesuffix(_flag(f)).removesuffix(f.name)
+        called = f.name.replace("_", " ")
+        raise ValueError(f"{place}unknown {called} {value!r}; valid: {', '.join(choices)}")
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"{name} is empty; leave it out, or give it a value")
+    if isinstance(value, int | float) and type(value) is not bool and not _is_inside(value, f):
+        raise ValueError(f"{name} is {value}; valid: {valid}")
 
 
 def check_run(config: Config) -> None:
@@ -359,6 +397,10 @@ def check_run(config: Config) -> None:
             f"--eval-temperature is 0, so that --eval-samples {config.eval_samples} would be "
             "equal; valid: --eval-samples 1, or a temperature above 0"
         )
+    targets = [target.strip() for target in config.lora_targets.split(",")]
+    if len(set(targets)) < len(targets) or "" in targets:
+        valid = "names of layers, each once, separated by commas"
+        raise ValueError(f"--lora-targets is {config.lora_targets!r}; valid: {valid}")
     largest = config.batch_size * config.max_new_tokens
     if config.token_budget is not None and config.token_budget < largest:
         valid = f"{largest} or more, what a step may sample"
@@ -385,6 +427,7 @@ def fill(given: dict[str, Any], model_folder: Path) -> Config:
 
 def settle(config: Config) -> Config:
     """Return the settings of one run with its language, files and folder named in full, checked."""
+    check_settings(config)
     lang = find_language(config.lang).iso3
     out = config.out or f"runs/{config.method}-{Path(config.model).name}-{lang}-{config.seed}"
     files = {
@@ -406,9 +449,16 @@ def read_recipe(model_folder: Path, method: str = "copsd") -> dict[str, Any]:
     path = model_folder / "recipe.json"
     if not path.is_file():
         return {}
-    recipe = {name: entry.get(method, entry["value"]) for name, entry in read_json(path).items()}
+    known = {f.name: f for f in fields(Config)}
+    recipe = {}
+    for name, entry in read_object(path).items():
+        if not isinstance(entry, dict) or "value" not in entry:
+            raise ValueError(f'{path}: {name} is no object with a "value"')
+        recipe[name] = entry.get(method, entry["value"])
+        if name in known:
+            check_value(known[name], recipe[name], f"{path}: {name}")
     for name in ("data", "eval_data"):
-        if name in recipe:
+        if recipe.get(name) is not None:
             recipe[name] = os.path.normpath(model_folder / recipe[name])
     return recipe
 

@@ -4,8 +4,11 @@ config.json        settings, identity (hashes of weights, prompts and data), ver
 metrics.jsonl      one line a step
 completions.jsonl  some rollouts of every step, whole
 adapters/step_N/   adapter_model.safetensors and adapter_config.json, as peft writes them
-resume.safetensors adapter, moving average and optimiser state of the last save
+resume/            the last saved states, from which a stopped run goes on (parts/checkpoints.py)
 before.json, after.json   the evaluations at both ends
+best.json          which adapter was the best on development problems, with --eval-every
+digests.json       length and digest of what is finished: adapters and evaluations
+owner.lock         the process that works here, while it does (parts/owner.py)
 
 An evaluation's folder is one, too; its record is settings.json. Whatever is replaced is replaced
 whole.
@@ -14,35 +17,54 @@ whole.
 import hashlib
 import platform
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from parts import checkpoints, owner
 from parts.files import (
     PARTIAL,
     append_rows,
+    file_digest,
     json_lines,
     read_object,
     read_rows,
-    whole_file,
+    read_sealed,
+    require_space,
     write_json,
+    write_sealed,
     write_text,
 )
+from parts.stops import stop_signals as stop_signals  # stays importable from here
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 LOGS = ("metrics.jsonl", "completions.jsonl")
 LENGTHS = {"steps", "token_budget"}  # settings that say where a run ends
+DIGESTS = "digests.json"
+# A model's small files that decide on its numbers beside its weights, by what a message calls them.
+MODEL_FILES = {
+    "model_config": ("config.json",),
+    "generation_config": ("generation_config.json",),
+    "tokenizer": (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -64,17 +86,16 @@ class Run:
         """
         if not self.folder.exists():
             return
-        # A kill while the record is first written leaves nothing but a partial file.
-        if self.folder.is_dir() and all(
-            path.name.endswith(PARTIAL) for path in self.folder.iterdir()
-        ):
+        # A kill while the record is first written leaves nothing but these.
+        ours = {self.record_file.name + PARTIAL, owner.LOCK}
+        if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= ours:
             return
         if not self.record_file.is_file():
             raise ValueError(
                 f"{self.folder} exists and is not a run folder (no {self.record_file.name}); "
                 "choose another --out"
             )
-        stored = read_object(self.record_file)
+        stored = read_sealed(self.record_file)
         for name, wanted in ((self.record, config), ("identity", identity or {})):
             held = stored.get(name)
             if not isinstance(held, dict):
@@ -90,11 +111,23 @@ class Run:
             raise ValueError(f"{said}choose another --out")
 
     def create(self, config: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-        """Make the folder and write its record, unless a run of this config already has."""
+        """Make the folder, claim it and write its record, unless a run of this config already has.
+
+        ValueError where another process owns it.
+        """
         record = {self.record: config, "identity": identity, **provenance()}
         self.folder.mkdir(parents=True, exist_ok=True)
+        owner.claim(self.folder)
+        self.check(config, identity)  # another process may have made it since it was looked at
         if not self.record_file.is_file():
-            write_json(self.record_file, record)
+            write_sealed(self.record_file, record)
+
+    def claim(self) -> str | None:
+        """Make this process the owner of a folder that is a run's already, before it is read.
+
+        Returns what is to be said: whom it was taken over from. ValueError: another process has it.
+        """
+        return owner.claim(self.folder) if self.record_file.is_file() else None
 
     def recorded_day(self) -> str | None:
         """Return the day that the run's chat template writes for ever, None in a new run.
@@ -103,7 +136,7 @@ class Run:
         """
         if not self.record_file.is_file():
             return None
-        return read_object(self.record_file).get("identity", {}).get("template_date")
+        return _identity(self.record_file).get("template_date")
 
     def log(self, metrics: Mapping[str, Any], completions: list[dict[str, Any]]) -> None:
         """Add a step's metrics and completions."""
@@ -125,41 +158,105 @@ class Run:
         """Return where the adapter after `step` is saved."""
         return self.folder / "adapters" / f"step_{step:05d}"
 
-    def save_state(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write the resumable state after `step`."""
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        with whole_file(self.folder / "resume.safetensors") as partial:
-            save_file(contiguous, partial, metadata={"step": str(step)})
+    def save_state(
+        self, step: int, tensors: Mapping[str, Tensor], keep: int = 3, *, due: bool = True
+    ) -> None:
+        """Write the resumable state after `step`, and leave `keep` of them; vouch for its adapter.
+
+        due  False for a signal's save between two of the run's own; see parts.checkpoints.save
+        Raises CannotWrite, before anything is written, where the disk has no room for it.
+        """
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        require_space(self.folder, size, "the next save")
+        if self.adapter_folder(step).is_dir():
+            self.vouch(*sorted(self.adapter_folder(step).iterdir()))
+        checkpoints.save(self.folder, step, tensors, logs=LOGS, keep=keep, due=due)
 
     def load_state(self) -> tuple[int, int, dict[str, Tensor]]:
-        """Return the last saved step, the tokens sampled up to it, and its tensors.
+        """Return the newest saved step, the tokens sampled up to it, and its tensors.
 
-        (0, 0, {}) for a new run.
+        (0, 0, {}) for a new run. Raises ValueError where states were saved and none is whole.
         """
-        path = self.folder / "resume.safetensors"
-        if not path.is_file():
+        state, passed_over = checkpoints.newest(self.folder)
+        if state is None:
+            if passed_over:
+                raise ValueError(f"{passed_over[0]}; no older state is whole; choose another --out")
             return 0, 0, {}
-        try:
-            with safe_open(path, framework="pt") as file:
-                saved = (file.metadata() or {}).get("step", "")
-                names = file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        sampled = {str(row.get("step")): row.get("sampled_tokens") for row in self.metrics()}
-        tokens = sampled.get(saved)
-        if not saved.isdecimal() or not isinstance(tokens, int):
-            log = self.folder / "metrics.jsonl"
-            raise ValueError(f"{path} or {log} is damaged: they do not agree on the last step")
-        return int(saved), tokens, tensors
+        return state.step, self._row(state.step)["sampled_tokens"], state.tensors()
 
-    def check_whole(self) -> None:
-        """Raise ValueError for a damaged file, which it names; before a run goes on with it."""
-        self.load_state()
+    def skipped_updates(self, step: int) -> int:
+        """Return how many updates in a row had been dropped after `step`."""
+        return self._row(step).get("update/skipped_in_a_row", 0) if step else 0
+
+    def _row(self, step: int) -> dict[str, Any]:
+        """Return the metrics of a step; ValueError where the log lacks them."""
+        row = {each.get("step"): each for each in self.metrics()}.get(step, {})
+        if type(row.get("sampled_tokens")) is not int:
+            log = self.folder / "metrics.jsonl"
+            raise ValueError(f"{log} is damaged: it has no tokens of the last saved step, {step}")
+        return row
+
+    def check_whole(self) -> list[str]:
+        """Raise ValueError for a damaged file, which it names; before a run goes on with it.
+
+        Returns what is to be said: the newest states that are damaged and passed over for another.
+        """
         for name in LOGS:
             path = self.folder / name
-            if not all(isinstance(row.get("step"), int) for row in read_rows(path)):
+            if not all(type(row.get("step")) is int for row in read_rows(path)):
                 raise ValueError(f"{path} is damaged: a line has no step")
+        self.check_digests()
+        state, passed_over = checkpoints.newest(self.folder)
+        if state is None and passed_over:
+            raise ValueError(f"{passed_over[0]}; no older state is whole; choose another --out")
+        if state is None:
+            return []
+        self._row(state.step)
+        return [f"{fault}; going on from step {state.step}" for fault in passed_over]
+
+    def vouch(self, *files: Path, rows: bool = False) -> None:
+        """Keep the length and digest of files that will not change, or, with rows, of each line."""
+        path = self.folder / DIGESTS
+        held = read_sealed(path) if path.is_file() else {}
+        for file in files:
+            name = file.relative_to(self.folder).as_posix()
+            held[name] = line_digests(file) if rows else checkpoints.measured(file)
+        write_sealed(path, held)
+
+    def check_digests(self, under: str = "") -> None:
+        """Raise ValueError for a file that is not what it was when it was vouched for.
+
+        under  the path, below the folder, of what is looked at; "": everything
+        A file that was removed is no error: an evaluation is made again, and old adapters may go.
+        Nor are rows that are missing at the end of a file of rows, which are made again, too.
+        """
+        path = self.folder / DIGESTS
+        for name, held in (read_sealed(path) if path.is_file() else {}).items():
+            file = self.folder / name
+            if not (name.startswith(under) and file.is_file()):
+                continue
+            if isinstance(held, list):
+                found = line_digests(file)
+                both = min(len(found), len(held))
+                is_whole = found[:both] == held[:both]
+            else:
+                is_whole = checkpoints.measured(file) == held
+            if not is_whole:
+                raise ValueError(
+                    f"{file} is damaged: it is not what was written; remove it to go on without it"
+                )
+
+    def kept(self) -> str:
+        """Return, for a line about a stop, what of the run is saved."""
+        found = [
+            f"the evaluation {when} training"
+            for when in ("before", "after")
+            if (self.folder / f"{when}.json").is_file()
+        ]
+        if steps := checkpoints.saved_steps(self.folder):
+            found.append(f"the state after step {steps[0]}")
+        what = " and ".join(found) or "nothing but its settings"
+        return f"{self.folder} keeps {what}; the same command goes on from there"
 
     def read_evaluation(self, when: str) -> Any | None:
         """Return the evaluation "before" or "after" training, None where it was not made yet."""
@@ -168,7 +265,9 @@ class Run:
 
     def write_evaluation(self, when: str, content: Any) -> None:
         """Keep the evaluation "before" or "after" training."""
-        write_json(self.folder / f"{when}.json", content)
+        path = self.folder / f"{when}.json"
+        write_json(path, content)
+        self.vouch(path)
 
 
 def fingerprint(rows: list[Any]) -> str:
@@ -203,6 +302,21 @@ def folder_fingerprint(folder: Path) -> str:
         return _tensors_fingerprint(
             (name, file.get_tensor(name)) for name, file in sorted(places.items())
         )
+
+
+def line_digests(file: Path) -> list[str]:
+    """Return 16 hex digits for each whole line of a file."""
+    *lines, _ = file.read_bytes().split(b"\n")
+    return [hashlib.sha256(line).hexdigest()[:16] for line in lines]
+
+
+def files_fingerprints(folder: Path) -> dict[str, str]:
+    """Return a digest of each kind of small file of a model: its settings, its vocabulary."""
+    found = {}
+    for kind, names in MODEL_FILES.items():
+        digests = [file_digest(folder / name) for name in names if (folder / name).is_file()]
+        found[kind] = fingerprint(digests)
+    return found
 
 
 def _tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -245,8 +359,15 @@ def _git(*arguments: str) -> str:
 def last_adapter_folder(path: Path) -> Path:
     """Return the adapter that `path` stands for: itself, or the last one of a run folder.
 
-    FileNotFoundError where there is none.
+    FileNotFoundError where there is none, ValueError where its files are not those that were saved.
     """
+    adapter = _adapter_of(path)
+    run = Run(adapter.absolute().parent.parent)
+    run.check_digests(f"adapters/{adapter.name}/")
+    return adapter
+
+
+def _adapter_of(path: Path) -> Path:
     if (path / "adapter_config.json").is_file():
         return path
     # By number, as the name's five digits are too few for a long run. Other folders that someone
@@ -270,8 +391,16 @@ def recorded_fingerprint(path: Path) -> str | None:
     """
     for folder in (path, path.parent.parent):
         if (folder / "config.json").is_file():
-            return read_object(folder / "config.json").get("identity", {}).get("base_weights")
+            return _identity(folder / "config.json").get("base_weights")
     return None
+
+
+def _identity(record_file: Path) -> dict[str, Any]:
+    """Return what a record says the run is of; ValueError where it is no object."""
+    identity = read_sealed(record_file).get("identity", {})
+    if not isinstance(identity, dict):
+        raise ValueError(f"{record_file} is damaged: it has no identity")
+    return identity
 
 
 def refuse_foreign_adapter(path: Path, base_weights: str, model: str) -> None:
@@ -289,6 +418,23 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
+def check_state(run: Run, adapter: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
+    """Raise ValueError where the run's newest state lacks a tensor, or has one of another shape.
+
+    adapter  its tensors by name, as the state is to hold them
+    trained  what the optimiser trains: AdamW keeps two means of the gradient of each, and a count
+    """
+    state, _ = checkpoints.newest(run.folder)
+    if state is None:
+        return
+    entries = [
+        f"optimizer/{index}/{name}"
+        for index in range(len(trained))
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    ]
+    state.check({f"lora/{name}": tensor for name, tensor in adapter.items()}, entries)
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what optimizer_tensors returned."""
     state: dict[int, dict[str, Tensor]] = {}
@@ -298,25 +444,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
             index, name = place
             state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the yielded list, so that a step can be finished.
-
-    A second one acts at once.
-    """
-    received: list[int] = []
-
-    def _remember(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, _remember)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

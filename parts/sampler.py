@@ -7,6 +7,7 @@ Not done: the model's generation_config is never read, no prompt is cut, the glo
 never touched.
 """
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -220,6 +221,11 @@ def _decode(
             batch.exchange(waiting, max_rows)
         steps = min(look_every, batch.tokens_left())
         ids_BS, logprob_BS = _choose(batch, steps, params, allowed_V)
+        if not logprob_BS.isfinite().all():  # of one logit that is NaN or infinite, all are NaN
+            raise FloatingPointError(
+                "the model's logits are not finite: its weights are damaged, or were updated with "
+                "too high an --lr"
+            )
         looked_at = zip(batch.rows, ids_BS.tolist(), logprob_BS.tolist(), strict=True)
         for row, ids, logprobs in looked_at:
             generated += row.extend(ids, logprobs, eos_ids, params.max_new_tokens)
@@ -319,7 +325,7 @@ def _draw(
         kept_BK &= cumulative_BK - p_BK < top_p
         point_B1 = point_B1 * (p_BK * kept_BK).sum(-1, keepdim=True)
     place_B1 = (cumulative_BK <= point_B1).sum(-1, keepdim=True)
-    last_B1 = kept_BK.sum(-1, keepdim=True) - 1
+    last_B1 = (kept_BK.sum(-1, keepdim=True) - 1).clamp(min=0)  # of NaN logits nothing is kept
     ids_B = candidate_BK.gather(-1, place_B1.clamp(max=last_B1))[:, 0]
     if total_B1 is not None and width < size:
         again_B = cumulative_BK[:, -1] <= (uniform_B if top_p == 1 else top_p)

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parts import runs
 from parts.chat import freeze_date
-from parts.data import keep_fitting, read_train_and_heldout
+from parts.data import keep_fitting, read_problem_sets
 from parts.family import context_length
+from parts.files import require_space
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
 from parts.model import Lora, attach_lora, load_model, load_tokenizer, resolve_model
@@ -32,6 +33,7 @@ class Setup:
     train: list[Problem]
     heldout: list[Problem]
     kept_prompts: KeptPrompts = field(default_factory=KeptPrompts)  # as the fixed teacher read them
+    dev: list[Problem] = field(default_factory=list)  # watched on the way, never trained on
 
     def student_prompt(self, problem: Problem) -> list[int]:
         """Return the ids of x, before a rollout: what evaluation asks, too."""
@@ -68,9 +70,10 @@ def load_setup(
     )
     check_model(model, f"model {config.model}")
     context = context_length(model.config)
-    train, heldout = _load_problems(config, tokenizer, context, console)
+    train, dev, heldout = _load_problems(config, tokenizer, context, console)
     identity = {
         "base_weights": runs.folder_fingerprint(folder),
+        **runs.files_fingerprints(folder),
         "prompt_template": template_hash(tokenizer, config.lang, config.thinking),
         "template_date": day,
         "dtype": str(dtype),
@@ -85,7 +88,7 @@ def load_setup(
         seed=config.seed,
         ema=config.teacher == "ema",
     )
-    return Setup(config, model, tokenizer, lora, train, heldout), identity
+    return Setup(config, model, tokenizer, lora, train, heldout, dev), identity
 
 
 def prepare(
@@ -98,12 +101,19 @@ def prepare(
     run = runs.Run(Path(str(config.out)))
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
     run.check(settings)
-    run.check_whole()
+    taken_over = run.claim()
+    for said in ([taken_over] if taken_over else []) + run.check_whole():
+        say(console, said)
     for when in ("before", "after"):
         if (stored := run.read_evaluation(when)) is not None:
             check_columns(stored, run.folder / f"{when}.json")
     setup, identity = load_setup(config, folder, console, run.recorded_day() or day)
     run.check(settings, identity)
+    runs.check_state(run, setup.lora.state_dict(), setup.lora.parameters())
+    # A state is the adapter, its moving average, and two numbers of the optimiser's for each.
+    adapter = sum(tensor.numel() for tensor in setup.lora.parameters()) * 4  # bytes
+    saved = adapter * (5 if config.teacher == "ema" else 4)
+    require_space(run.folder, saved, "the first save")
     run.create(settings, identity)
     return setup, run
 
@@ -140,11 +150,11 @@ def _can_teach(config: Config, problem: Problem) -> bool:
 
 def _load_problems(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, console: Console
-) -> tuple[list[Problem], list[Problem]]:
-    """Return the problems to train on and the held-out ones, without those too long to fit."""
-    train, heldout = read_train_and_heldout(config, console)
+) -> tuple[list[Problem], list[Problem], list[Problem]]:
+    """Return read_problem_sets' three, without the problems too long to fit."""
+    train, dev, heldout = read_problem_sets(config, console)
     # GRPO's reward is the grader's verdict, so it needs answers to train, too.
-    check_answers([*heldout, *(train if config.method == "grpo" else [])])
+    check_answers([*heldout, *dev, *(train if config.method == "grpo" else [])])
     must_teach = config.method == "copsd"
 
     def _fitting(problems: list[Problem], needs_teacher: bool) -> list[Problem]:
@@ -169,4 +179,4 @@ def _load_problems(
     if without:
         said = "lack what the teacher is to read: the KL to the teacher is of the others"
         say(console, f"{without} of {len(heldout)} held-out problems {said}")
-    return _fitting(train, must_teach), heldout
+    return _fitting(train, must_teach), _fitting(dev, False), heldout

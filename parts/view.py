@@ -6,7 +6,9 @@ rich, so every such text is shown as a rich Text, which is never read as markup.
 
 import math
 import time
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console, Group
@@ -27,6 +29,7 @@ COLUMNS = {  # column title -> (metric, format); a run shows what its method log
     "dead": ("reward/dead_group_frac", "{:.0%}"),
     "KL": ("loss/kl_nats_per_token", "{:.4f}"),
     "clipped": ("loss/clipped_token_frac", "{:.0%}"),  # by the divergence's clip
+    "dev": ("dev/greedy_accuracy", "{:.3f}"),  # on development problems, with --eval-every
     "ratio max": ("ratio/max", "{:.2f}"),
     "teacher H": ("loss/teacher_entropy_nats_per_token", "{:.3f}"),
     "student H": ("loss/student_entropy_nats_per_token", "{:.3f}"),
@@ -35,26 +38,46 @@ COLUMNS = {  # column title -> (metric, format); a run shows what its method log
     "cut": ("rollout/cut_frac", "{:.0%}"),  # ended by the length limit
     "s": ("time_s", "{:.1f}"),
 }
+SPARKED = ("loss", "reward", "KL")  # of them the whole course is drawn
+SPARKS = "▁▂▃▄▅▆▇█"
+SPARKS_ASCII = "_.-=+*#@"  # for terminals without the others
+SHOWN_ROLLOUT_LINES = 6  # of a rollout on a terminal
+SHOWN_ROLLOUT_LETTERS = 300  # of a rollout in a line
 
 
 class Watcher(Protocol):
     """Whatever is told of every step of a training loop."""
 
-    def show(self, metrics: dict[str, Any]) -> None:
-        """Take one step's metrics, which hold at least "step" and "progress"."""
+    def show(self, metrics: dict[str, Any]) -> bool | None:
+        """Take one step's metrics, which hold at least "step" and "progress".
+
+        True asks the loop to save and stop.
+        """
         ...
 
 
 class StepView:
-    """Show the metrics of each step: a live table with a bar on a terminal, elsewhere a line each.
+    """Show each step: on a terminal a live table, its course and what is left, elsewhere a line.
 
-    steps  how many there will be; None where a budget of tokens decides, whose share is then shown
+    steps         how many there will be; None where a budget of tokens decides, whose share is then
+                  shown
+    last_rollout  what returns the newest line of completions.jsonl, to be shown below; None: no
+                  rollout is shown
     """
 
-    def __init__(self, console: Console, steps: int | None):
+    def __init__(
+        self,
+        console: Console,
+        steps: int | None,
+        last_rollout: Callable[[], dict[str, Any] | None] | None = None,
+    ):
         self.console = console
         self.steps = steps
+        self.last_rollout = last_rollout
         self.rows: list[dict[str, Any]] = []
+        self.courses: dict[str, list[float]] = {title: [] for title in SPARKED}
+        self.alarms: dict[str, str] = {}
+        self.first: tuple[float, float] | None = None  # when the first step was shown, its progress
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> "StepView":
@@ -69,32 +92,102 @@ class StepView:
     def show(self, metrics: dict[str, Any]) -> None:
         """Add one step, whose metrics hold at least "step" and "progress", a share from 0 to 1."""
         self.rows = [*self.rows, metrics][-SHOWN_STEPS:]
-        place = f"step {metrics['step']}"
-        if self.steps:
-            place += f"/{self.steps}"
-        else:
-            place += f", {metrics['progress']:.0%}"
+        for title, course in self.courses.items():
+            number = metrics.get(COLUMNS[title][0])
+            if number is not None and math.isfinite(number):
+                course.append(number)
+        raised = metrics.get("alarms", {})
+        new = {name: said for name, said in raised.items() if name not in self.alarms}
+        self.alarms = raised
         if self.live:
-            self.live.update(self._table(place), refresh=True)
-        else:
-            self._print_line(place)
+            self.live.update(self._picture(), refresh=True)
+            return
+        self._print_line()
+        for name, said in new.items():
+            say(self.console, f"alarm: {name} {said}")
 
-    def _table(self, place: str) -> Group:
-        """Return the last steps with a bar below them; the newest step decides on the columns."""
+    def _place(self) -> str:
+        """Return how far the run is."""
         newest = self.rows[-1]
-        columns = [Column(title, justify="right") for title in _cells(newest)]
-        table = Table(*columns, box=None, header_style="bold")
-        for row in self.rows:
-            table.add_row(*_cells(row).values())
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(place, ProgressBar(total=1.0, completed=newest["progress"], width=60))
-        return Group(table, bar)
+        if self.steps:
+            return f"step {newest['step']}/{self.steps}"
+        return f"step {newest['step']}, {newest['progress']:.0%}"
 
-    def _print_line(self, place: str) -> None:
+    def _pace(self) -> list[str]:
+        """Return tokens sampled a second, and from the second step on how much time is left.
+
+        That is the time since the first step by the share of the run that was done in it.
+        """
+        newest = self.rows[-1]
+        found = []
+        if newest.get("time_s") and newest.get("rollout/tokens"):
+            found.append(f"{newest['rollout/tokens'] / newest['time_s']:.0f} tokens/s")
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (now, newest["progress"])
+        started, share = self.first
+        if share < newest["progress"] < 1:
+            left_s = (now - started) / (newest["progress"] - share) * (1 - newest["progress"])
+            found.append(f"{duration(left_s)} left")
+        return found
+
+    def _picture(self) -> Group:
+        """Return everything that a terminal shows, no line of it wider than the terminal."""
+        width = self.console.width
+        place = self._place()
+        bar = Table.grid(padding=(0, 1))
+        room = max(1, min(60, width - len(place) - 2))
+        bar.add_row(place, ProgressBar(total=1.0, completed=self.rows[-1]["progress"], width=room))
+        lines = [", ".join(self._pace())]
+        ramp = SPARKS_ASCII if self.console.options.ascii_only else SPARKS
+        for title, course in self.courses.items():
+            if course:
+                ends = f"{course[0]:.3f} to {course[-1]:.3f}"
+                room = max(1, min(60, width - len(ends) - 8))
+                lines.append(f"{title:<6} {sparkline(course, room, ramp)} {ends}")
+        below = [bar, *map(Text, filter(None, lines))]
+        below += [Text(f"alarm: {name} {said}", style="red") for name, said in self.alarms.items()]
+        room = self.console.height - len(below) - 2
+        if rollout := self._rollout():
+            below.append(Text(rollout[: SHOWN_ROLLOUT_LINES * width]))
+            room -= SHOWN_ROLLOUT_LINES
+        return Group(self._table(max(3, room)), *below)
+
+    def _table(self, height: int) -> Table:
+        """Return the last steps, as many as the terminal has room for, and so with the columns."""
+        cells = [_cells(row) for row in self.rows[-height:]]
+        room = self.console.width
+        columns = []
+        for title in COLUMNS:
+            size = 2 + max(len(title), *(len(row.get(title, "")) for row in cells))
+            if size <= room and any(title in row for row in cells):
+                columns.append(title)
+                room -= size
+        table = Table(
+            *(Column(title, justify="right", no_wrap=True) for title in columns),
+            box=None,
+            header_style="bold",
+        )
+        for row in cells:
+            table.add_row(*(row.get(title, "") for title in columns))
+        return table
+
+    def _rollout(self) -> str | None:
+        """Return the newest logged rollout on one line, None if none is to be shown."""
+        row = self.last_rollout() if self.last_rollout else None
+        if row is None:
+            return None
+        # An escape code that a model wrote would act on the terminal.
+        text = "".join(c if c.isprintable() else " " for c in str(row["completion"]))
+        return f"{row['problem_id']}, answer {row['answer']}: {text}"
+
+    def _print_line(self) -> None:
         """Print the newest step as one line, however narrow the console is."""
         cells = _cells(self.rows[-1])
         texts = [f"{title} {text}" for title, text in cells.items() if title != "step"]
-        say(self.console, f"{place}  {'  '.join(texts)}")
+        say(self.console, "  ".join([self._place(), *texts, *self._pace()]))
+        if rollout := self._rollout():
+            say(self.console, f"  {rollout[:SHOWN_ROLLOUT_LETTERS]}")
 
 
 def _cells(metrics: dict[str, Any]) -> dict[str, str]:
@@ -104,6 +197,34 @@ def _cells(metrics: dict[str, Any]) -> dict[str, str]:
         for title, (name, form) in COLUMNS.items()
         if metrics.get(name) is not None
     }
+
+
+def sparkline(numbers: Sequence[float], width: int, ramp: str = SPARKS) -> str:
+    """Return the course of finite numbers in at most `width` characters, the lowest to the highest.
+
+    Of a longer course each character is the mean of its part.
+
+    >>> sparkline([0.0, 1.0, 2.0, 7.0], 60), sparkline([0.0, 0.0, 5.0, 9.0], 2)
+    ('▁▂▃█', '▁█')
+    """
+    count = min(width, len(numbers))
+    ends = [place * len(numbers) // count for place in range(count + 1)]
+    means = [sum(numbers[a:b]) / (b - a) for a, b in pairwise(ends)]
+    low = min(means)
+    span = (max(means) - low) or 1.0
+    return "".join(ramp[int((mean - low) / span * (len(ramp) - 1))] for mean in means)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it.
+
+    >>> duration(9.6), duration(600), duration(7500)
+    ('10 s', '10 min', '2 h 5 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class SamplingProgress:
@@ -213,7 +334,25 @@ class ArmsProgress:
 
 def say(console: Console, text: str) -> None:
     """Print text as it is: no markup, no colours, and no line broken at the console's width."""
-    console.print(Text(text), soft_wrap=True)
+    console.print(Text(shown(text)), soft_wrap=True)
+
+
+def shown(text: str) -> str:
+    r"""Return text with what could drive a terminal written out: names of folders may hold it.
+
+    Line ends and tabs stay, and so does whatever a script needs, such as its marks of direction.
+
+    >>> print(shown("runs/\x1b[31mred"))
+    runs/\x1b[31mred
+    """
+    return "".join(
+        letter.encode("unicode_escape").decode() if _drives_a_terminal(letter) else letter
+        for letter in text
+    )
+
+
+def _drives_a_terminal(letter: str) -> bool:
+    return letter not in "\n\t" and unicodedata.category(letter) in ("Cc", "Cs")
 
 
 def cell(name: str, estimate: "Estimate") -> str:
@@ -233,12 +372,12 @@ def cell(name: str, estimate: "Estimate") -> str:
 def text_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     """Return a table whose first column names the rows; nothing in it is read as markup."""
     columns = [
-        Column(Text(name), justify="right" if place else "left")
+        Column(Text(shown(name)), justify="right" if place else "left")
         for place, name in enumerate(header)
     ]
-    table = Table(*columns, title=Text(title), title_justify="left", header_style="bold")
+    table = Table(*columns, title=Text(shown(title)), title_justify="left", header_style="bold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(shown(text)) for text in row))
     return table
 
 

@@ -148,6 +148,7 @@ def change_tensors(path, change):
             "'c_attn' matches no layer",
         ),
         (lambda f: change_config(f, r=8), ValueError, "28 adapter tensors are .* misshapen"),
+        (lambda f: change_config(f, r=10**12), ValueError, "r=1000000000000, larger than all"),
         (
             lambda f: change_tensors(f / WEIGHTS, lambda t: t.popitem()),
             ValueError,

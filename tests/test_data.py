@@ -467,19 +467,20 @@ def numbered(tmp_path) -> Path:
 def test_a_run_holds_out_what_its_seed_draws_or_reads_a_file_of_its_own(tmp_path, numbered):
     everything = load_problems(numbered)
     config = Config(data=str(numbered), eval_problems=2, seed=3)
-    assert data.read_train_and_heldout(config) == split_heldout(everything, 2, 3)
+    train, heldout = split_heldout(everything, 2, 3)
+    assert data.read_problem_sets(config) == (train, [], heldout)
     none = replace(config, eval_problems=0)
-    assert data.read_train_and_heldout(none) == (everything, [])
+    assert data.read_problem_sets(none) == (everything, [], [])
     other = write(tmp_path, "test.csv", "question,answer\na,1\nb,2\nc,3\n")
     own = replace(config, eval_data=str(other))
-    train, heldout = data.read_train_and_heldout(own)
+    train, _, heldout = data.read_problem_sets(own)
     assert train == everything and [row.problem for row in heldout] == ["a", "b"]
 
 
 def test_swapped_solutions_are_those_of_other_problems_and_none_is_lost(numbered):
     config = Config(data=str(numbered), eval_problems=2)
-    plain, plain_heldout = data.read_train_and_heldout(config)
-    swapped, heldout = data.read_train_and_heldout(replace(config, swap_solutions=True))
+    plain, _, plain_heldout = data.read_problem_sets(config)
+    swapped, _, heldout = data.read_problem_sets(replace(config, swap_solutions=True))
     assert heldout == plain_heldout  # what is measured stays as it is
     solutions = [row.solution_en for row in plain]
     for row, before in zip(swapped, plain, strict=True):
@@ -490,5 +491,19 @@ def test_swapped_solutions_are_those_of_other_problems_and_none_is_lost(numbered
 
 def test_without_a_file_the_hubs_set_of_the_language_is_read(hub_cache):
     hub_cache("AfriMGSM", "data/swa.parquet")
-    train, heldout = data.read_train_and_heldout(Config(lang="swa", eval_problems=0))
+    train, _, heldout = data.read_problem_sets(Config(lang="swa", eval_problems=0))
     assert [row.problem for row in train] == ["Nini?"] and heldout == []
+
+
+def test_development_problems_are_set_aside_only_where_a_run_is_watched(numbered):
+    config = Config(data=str(numbered), eval_problems=2, dev_problems=1)
+    plain, none, heldout = data.read_problem_sets(config)
+    assert none == []
+    watched = replace(config, eval_every=3)
+    train, dev, same = data.read_problem_sets(watched)
+    assert same == heldout and len(dev) == 1
+    assert [row for row in plain if row not in dev] == train and len(train) == 3
+    # Swapped solutions come from the problems that are trained on, and from no other.
+    swapped, same_dev, _ = data.read_problem_sets(replace(watched, swap_solutions=True))
+    assert same_dev == dev
+    assert {row.solution_en for row in swapped} == {row.solution_en for row in train}

@@ -18,7 +18,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A file imports only files above it here, and the programs stand above them all.
 PARTS = (
     "machine",
+    "stops",
+    "typed",
     "files",
+    "owner",
+    "checkpoints",
     "chat",
     "prompts",
     "recipe",
@@ -42,6 +46,8 @@ PARTS = (
     "runs",
     "steplog",
     "setup",
+    "track",
+    "watch",
     "plan",
     "figures",
     "report",

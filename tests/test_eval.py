@@ -15,7 +15,7 @@ import eval as evaluator
 from parts import commands, metrics
 from parts.adapters import save_adapter
 from parts.chat import freeze_date
-from parts.files import read_json, read_rows, write_json
+from parts.files import read_json, read_rows, read_sealed, write_json, write_sealed
 from parts.model import attach_lora, load_model, load_tokenizer
 from parts.prompts import template_hash
 from parts.recipe import EvalConfig
@@ -300,12 +300,12 @@ def test_evaluations_that_were_asked_on_different_days_are_said_to_differ(tmp_pa
     report = ["report", *folders, "--out", str(tmp_path / "report")]
     assert "The prompts differ" not in run_cli(*report).stdout
     # The second is made an evaluation of another day, and goes on with that day.
-    record = read_json(Path(folders[1]) / "settings.json")
+    record = read_sealed(Path(folders[1]) / "settings.json")
     day = record["identity"]["template_date"]
     then, _ = freeze_date(load_tokenizer(model), "2025-01-09")
     changed = {"template_date": "2025-01-09", "prompt_template": template_hash(then, "hau")}
     record["identity"].update(changed)
-    write_json(Path(folders[1]) / "settings.json", record)
+    write_sealed(Path(folders[1]) / "settings.json", record)
     (Path(folders[1]) / "problems.jsonl").unlink()
     assert run_cli(*flags, folders[1]).exit_code == 0
     hashes = [lines(Path(folder))[0]["prompt_hash"] for folder in folders]

@@ -21,7 +21,7 @@ from copsd import (
     roll_out_groups,
 )
 from kernels import reduce_loss
-from parts import measure
+from parts import measure, steplog
 from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams
 from parts.setup import configure, prepare
@@ -172,6 +172,22 @@ def test_the_ratio_is_one_on_the_first_inner_epoch_and_moves_on_the_next(tmp_pat
     assert (
         moved["clipped_high_N"].equal(moved["ratio_N"] > 1.2) and not moved["clipped_low_N"].any()
     )
+
+
+def test_each_side_of_the_clip_is_counted_by_its_own_bound(tmp_path):
+    setup, _ = make_setup(tmp_path, clip_low=0.1, clip_high=0.5)
+    rollouts = copsd.roll_out(setup, setup.train[:1], seed=0)
+    tokens = steplog.count_tokens(rollouts)
+    _, first = grpo_loss(setup, rollouts, torch.ones(tokens), None)
+    # Below both bounds of the low side, between them, inside, above the low bound, above both.
+    ratio_N = torch.tensor([0.4, 0.8, 0.95, 1.3, 1.6]).repeat(tokens)[:tokens]
+    old_logprob_N = first["logprob_N"] - ratio_N.log()
+    for advantage, low, high in ((1.0, [], [1.6]), (-1.0, [0.4, 0.8], []), (0.0, [], [])):
+        advantage_N = torch.full((tokens,), advantage)
+        _, stats = grpo_loss(setup, rollouts, advantage_N, old_logprob_N)
+        for side, wanted in (("low", low), ("high", high)):
+            counted = {round(x, 3) for x in ratio_N[stats[f"clipped_{side}_N"]].tolist()}
+            assert counted == set(wanted), (advantage, side)
 
 
 def test_the_gradient_is_that_of_reinforce_with_the_group_as_baseline(tmp_path):
@@ -420,7 +436,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
     resumed = train(tmp_path / "killed", **flags)
     for name in (
         "adapters/step_00004/adapter_model.safetensors",
-        "resume.safetensors",
+        "resume/step_00004.safetensors",
         "completions.jsonl",
     ):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()

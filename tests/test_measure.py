@@ -216,21 +216,23 @@ def test_an_evaluation_comes_back_from_the_run_folder_as_it_was():
 
 def test_before_and_after_stand_side_by_side_in_a_table_a_language():
     before = {
-        "hau": {"pass@1": Estimate(0.25, 0.2, 0.3), "old": Estimate(1.0, 1.0, 1.0)},
-        "eng": {"pass@1": Estimate(0.5, 0.4, 0.6)},
+        "hau": {"greedy accuracy": Estimate(0.25, 0.2, 0.3), "old": Estimate(1.0, 1.0, 1.0)},
+        "eng": {"greedy accuracy": Estimate(0.5, 0.4, 0.6)},
     }
     after = {
-        "hau": {"pass@1": Estimate(0.75, 0.7, 0.8)},
-        "eng": {"pass@1": Estimate(0.45, 0.4, 0.5)},
+        "hau": {"greedy accuracy": Estimate(0.75, 0.7, 0.8)},
+        "eng": {"greedy accuracy": Estimate(0.45, 0.4, 0.5)},
     }
     stream = io.StringIO()
-    console = Console(file=stream, width=100)
-    for table in measure.change_tables(before, after):
-        console.print(table)
+    measure.print_change(before, after, Console(file=stream, width=100))
     said = stream.getvalue()
     assert said.index("Hausa") < said.index("English")
-    row = next(line for line in said.splitlines() if "pass@1" in line)
+    row = next(line for line in said.splitlines() if "greedy accuracy" in line)
     assert row.index("0.250 [0.200, 0.300]") < row.index("0.750 [0.700, 0.800]")
+    assert said.splitlines()[-2:] == [
+        "Hausa: greedy accuracy 0.250 before, 0.750 after",
+        "English: greedy accuracy 0.500 before, 0.450 after",
+    ]
 
 
 def test_without_the_detector_the_language_is_unknown_and_its_metrics_have_no_value(monkeypatch):

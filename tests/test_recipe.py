@@ -74,7 +74,7 @@ def write_recipe(folder: Path, **entries: Any) -> Path:
         ("eval_samples", [1], [0]),
         ("eval_temperature", [0.0], [-0.1]),
         ("eval_top_p", [1e-9, 1.0], [0.0, 1.1]),
-        ("seed", [0, -3, 10**9], []),
+        ("seed", [0, -3, 10**9], [10**9 + 1, -(10**9) - 1]),
     ],
 )
 def test_a_setting_is_held_to_its_range_and_the_error_says_what_is_valid(name, valid, others):
@@ -116,7 +116,8 @@ def test_a_range_reads_as_words():
     assert found["top_p"] == "above 0, up to 1"
     assert found["beta"] == "above 0, below 1"
     assert found["clip_low"] == "0 or more, up to 1"
-    assert found["seed"] == found["model"] == ""
+    assert found["seed"] == "-1000000000 or more, up to 1000000000"
+    assert found["model"] == ""
 
 
 def test_choices_are_those_of_the_code_that_takes_them():

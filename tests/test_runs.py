@@ -45,7 +45,9 @@ def test_a_record_that_is_there_is_not_written_again(tmp_path):
     run = Run(tmp_path / "run")
     run.create({"lr": 1}, {})
     before = run.record_file.read_bytes()
-    run.create({"lr": 2}, {})
+    run.create({"lr": 1}, {})
+    with pytest.raises(ValueError, match="differs in lr;"):  # made by another meanwhile
+        run.create({"lr": 2}, {})
     assert run.record_file.read_bytes() == before
 
 
@@ -84,7 +86,7 @@ def test_an_interrupted_save_keeps_the_old_state(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half of a")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("parts.runs.save_file", torn)
+    monkeypatch.setattr("parts.checkpoints.save_file", torn)
     with pytest.raises(KeyboardInterrupt):
         run.save_state(2, {"a": torch.zeros(2)})
     step, _, tensors = run.load_state()
@@ -258,8 +260,8 @@ def test_a_longer_run_says_why_a_finished_one_is_not_extended(tmp_path):
         ("config.json", b"\xff{}"),
         ("config.json", b'{"config": null}'),
         ("config.json", b'{"identity": {}}'),
-        ("resume.safetensors", b""),
-        ("resume.safetensors", b"half of a state"),
+        ("resume/step_00001.safetensors", b""),
+        ("resume/step_00001.safetensors", b"half of a state"),
         ("metrics.jsonl", b""),
         ("metrics.jsonl", b'{"step": 1}\n'),
         ("metrics.jsonl", b"{\n{}\n"),

@@ -102,6 +102,20 @@ def test_a_batch_of_mixed_lengths_equals_one_by_one(tiny_model):
             assert batched.logprobs == pytest.approx(single.logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize("max_rows", [1, 3])
+def test_completions_longer_than_the_caches_room_equal_a_full_forward(max_rows):
+    # The room for columns to come is 256, and is made again when it is full: twice here.
+    torch.manual_seed(3)
+    sizes = HEADS | {"max_position_embeddings": 1024, "initializer_range": 0.2}
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **sizes)).eval()
+    rollouts = sample(
+        model, random_prompts(2, 30, 9), SamplingParams(560), eos_ids=set(), max_rows=max_rows
+    )
+    for (rollout,) in rollouts:
+        assert len(rollout.completion_ids) == 560
+        assert rollout.logprobs == pytest.approx(full_logprobs(model, rollout, 1.0), abs=1e-3)
+
+
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 7])
 def test_max_rows_bounds_the_batch_and_changes_no_result(tiny_model, max_rows):
     prompts = random_prompts(3, 9, 1, 9)
@@ -255,6 +269,21 @@ def test_draws_invert_the_truncated_distribution(monkeypatch, first_width, top_p
     assert logprob_B.tolist() == pytest.approx(
         (logits_1V / 1.4).log_softmax(-1)[0, ids_B].tolist(), abs=1e-5
     )
+
+
+@pytest.mark.parametrize("first_width", [1, 2, 256])
+def test_ids_that_reach_top_p_exactly_are_the_whole_nucleus(monkeypatch, first_width):
+    monkeypatch.setattr(sampler, "FIRST_WIDTH", first_width)
+    logits_BV = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+    order = [1, 3, 2, 0]  # from the most likely id on
+    log_p_V = (logits_BV - logits_BV.logsumexp(-1, keepdim=True))[0, order]
+    p_V = log_p_V.double().exp()
+    before_V = p_V.cumsum(0) - p_V  # what the more likely ids hold together
+    almost_one = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    for kept in (1, 2, 3):
+        top_p = before_V[kept].item()
+        ids_B, _ = choose_tokens(logits_BV, almost_one, None, temperature=1.0, top_p=top_p, top_k=0)
+        assert ids_B.item() == order[kept - 1]
 
 
 def test_no_mask_is_a_mask_of_all_ids():

@@ -18,6 +18,7 @@ from parts.view import (
     cell,
     estimates_table,
     say,
+    sparkline,
     text_table,
 )
 
@@ -27,6 +28,7 @@ METRICS = {
     for title, (name, _) in COLUMNS.items()
     if title not in ("objective", "reward", "dead", "ratio max")
 }
+METRICS_TITLES = {title for title, (name, _) in COLUMNS.items() if name in METRICS}
 NAME = "runs/[bold]a:smile:[/]"  # rich would drop the brackets and draw a face
 
 
@@ -68,6 +70,92 @@ def test_on_a_terminal_the_last_steps_and_the_bar_are_shown():
     assert "step 30/40" in last
     assert "19" in last
     assert " 18 " not in last
+
+
+def shown(rows: list[dict], width: int, **options) -> list[str]:
+    """Return the lines of the last picture of a terminal so wide."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, height=30, force_terminal=True, color_system=None)
+    with StepView(console, 40, **options) as view:
+        for row in rows:
+            view.show(row)
+        picture = view._picture()
+    with console.capture() as captured:
+        console.print(picture)
+    return captured.get().splitlines()
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_a_picture_fits_its_terminal_and_what_has_no_room_is_left_out_whole(width):
+    rows = [{**METRICS, "step": step, "progress": step / 40} for step in range(1, 31)]
+    alarm = {"KL": "0.9, at the start 0.1"}
+    rows[-1] |= {"alarms": alarm, "rollout/tokens": 50, "time_s": 0.5}
+    rollout = {"problem_id": "7", "answer": "5", "completion": "so\n" * 99 + "\x1b[2J"}
+    lines = shown(rows, width, last_rollout=lambda: rollout)
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= width and len(lines) <= 30
+    assert lines[0].split()[0] == "step" and "step 30/40" in text and "\x1b" not in text
+    titles = [title for title in COLUMNS if title in METRICS_TITLES]
+    titles = [title for title in titles if f" {title} " in f" {lines[0]} "]
+    assert len(lines[1].split()) == len(titles) and "…" not in lines[0]
+    assert len(titles) == len(METRICS_TITLES) if width == 200 else len(titles) >= 2
+    joined = " ".join(text.split())
+    assert "100 tokens/s" in joined and "alarm: KL 0.9, at the start 0.1" in joined
+    assert "7, answer 5: so so" in joined
+
+
+def test_a_step_without_a_metric_that_others_have_has_an_empty_cell():
+    rows = [
+        {"step": 1, "progress": 0.1, "loss/kl_nats_per_token": 0.5},
+        {"step": 2, "progress": 0.2, "dev/greedy_accuracy": 0.25, "loss/kl_nats_per_token": 0.4},
+        {"step": 3, "progress": 0.3, "loss/kl_nats_per_token": 0.3},
+    ]
+    header, first, second, third, *_ = shown(rows, 80)
+    end = header.index("dev") + 3
+    assert second[:end].endswith("0.250")
+    assert first[:end].split() == ["1", "0.5000"] and third.split() == ["3", "0.3000"]
+
+
+def test_the_time_that_is_left_is_by_the_steps_since_the_first(monkeypatch):
+    clock = iter([100.0, 110.0, 130.0, 140.0])
+    monkeypatch.setattr("parts.view.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    with StepView(Console(file=stream), steps=12) as view:  # goes on at step 9 of 12
+        for step in (9, 10, 11, 12):
+            view.show({"step": step, "progress": step / 12})
+    assert stream.getvalue().splitlines() == [
+        "step 9/12",
+        "step 10/12  20 s left",
+        "step 11/12  15 s left",
+        "step 12/12",
+    ]
+
+
+def test_an_alarm_is_said_once_while_it_stands_and_again_when_it_returns():
+    stream = io.StringIO()
+    raised = [{}, {"KL": "1"}, {"KL": "2", "entropy": "3"}, {}, {"KL": "4"}]
+    with StepView(Console(file=stream), steps=None) as view:
+        for step, alarms in enumerate(raised):
+            view.show({"step": step, "progress": 1.0, "alarms": alarms})
+    said = [line for line in stream.getvalue().splitlines() if line.startswith("alarm")]
+    assert said == ["alarm: KL 1", "alarm: entropy 3", "alarm: KL 4"]
+
+
+def test_a_sparkline_is_the_means_of_its_parts_from_the_lowest_to_the_highest():
+    assert sparkline([3.0], 10) == "▁" and sparkline([2.0, 2.0, 2.0], 10) == "▁▁▁"
+    assert sparkline([1.0, 3.0, 5.0, 7.0, 9.0, 11.0], 3) == "▁▄█"
+    assert sparkline([-1.0, 1.0], 9, ramp="ab") == "ab"
+    assert len(sparkline([float(x % 7) for x in range(1000)], 33)) == 33
+
+
+def test_a_terminal_of_ascii_has_another_ramp():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    console = Console(file=stream, width=60, force_terminal=True, color_system=None)
+    with StepView(console, 9) as view:
+        for step, kl in ((1, 0.5), (2, 0.25)):
+            view.show({"step": step, "progress": step / 9, "loss/kl_nats_per_token": kl})
+    stream.flush()
+    assert b"KL     @_ 0.500 to 0.250" in stream.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_progress_says_how_much_was_sampled():

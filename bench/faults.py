@@ -1,0 +1,541 @@
+"""Try faults on the programs and count what came of them; nothing may be lost, and nothing silent.
+
+    python bench/faults.py            every kind of fault, ten minutes at most
+    python bench/faults.py --short    some of each, under a minute
+
+Each trial works in a folder of its own with the lab's model. A fault strikes: the process is killed
+(SIGKILL) at a random moment or at a write; it gets a signal; a write meets a full disk; a file is
+changed afterwards; another process wants the same folder; a number is not finite. Then the same
+command is given again, as a user would, and its files are compared with those of a run that nothing
+happened to.
+
+    same bytes   it went on and ended with the same files
+    clear stop   it ended in one line that names the file and the remedy, and said so by its code
+    lost         anything else: other bytes, a traceback, a hang
+
+The programs run for real, in processes of their own. They are forked from this one, which has torch
+loaded already; an audit hook, through which Python reports that it opens, renames or makes a file,
+is where a process kills itself at its n-th write, or finds the disk full (/dev/full).
+"""
+
+import argparse
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # a forked process has one thread only
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+import compare  # noqa: F401 (loaded here once, and not in each process)
+import copsd
+import eval as evaluator
+from parts import commands, owner
+from parts.files import PARTIAL
+from parts.view import text_table
+
+Hook = Callable[[str, tuple], None]
+Patch = Callable[[], None]
+RECORDS = ("config.json", "settings.json")
+ROOT = Path(__file__).resolve().parent.parent
+HANG_S = 120.0
+WHEN = ("time_s", "train_s", "memory/", "per_s")  # what differs from run to run, by name
+# What names times, or digests of what does.
+UNEQUAL = ("config.json", "settings.json", "digests.json", "compare.json", "RESULTS.md")
+SMALL = ["--device", "cpu", "--max-new-tokens", "8", "--eval-samples", "2"]
+TRAIN = ["train", *SMALL, "--steps", "3", "--save-every", "1", "--keep", "2", "--batch-size", "2"]
+TRAIN += ["--eval-problems", "1"]
+COMPARE = [*SMALL, "--seeds", "1", "--sweep", "1", "--token-budget", "32", "--batch-size", "2"]
+COMPARE += ["--group-size", "2", "--eval-problems", "1", "--dev-problems", "1"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A command that is tried, but for its --out."""
+
+    name: str
+    app: Callable[[list[str]], None]
+    arguments: list[str]
+
+
+PROGRAMS = [
+    Program("train copsd", commands.copsd, TRAIN),
+    Program("train grpo", commands.copsd, [*TRAIN, "--method", "grpo", "--group-size", "2"]),
+    Program(
+        "eval",
+        commands.evaluation,
+        ["--device", "cpu", "--pass-at-k", "2", "--limit", "6", "--max-new-tokens", "8"],
+    ),
+    Program("compare", commands.comparison, COMPARE),
+]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit code, minus the signal where one killed it, and its words."""
+
+    code: int
+    said: str
+    errors: str
+
+    @property
+    def is_clear(self) -> bool:
+        """Say whether it stopped by itself and told why in one line."""
+        lines = [line for line in self.errors.splitlines() if line.startswith("error: ")]
+        said = len(lines) == 1 or "stopped" in self.said or "error: " in self.said
+        return self.code > 0 and said and "Traceback" not in self.errors
+
+
+# Processes.
+
+
+def start(
+    program: Program,
+    out: Path,
+    *,
+    hook: Hook | None = None,
+    patch: Patch | None = None,
+    words: Path | None = None,
+) -> int:
+    """Fork a process that runs the program into `out`; return its number.
+
+    words  where what it prints is kept, with ".said" and ".errors" behind it; None: beside `out`
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if pid := os.fork():
+        return pid
+    code = 70
+    try:
+        os.setsid()
+        for number, name in ((1, "said"), (2, "errors")):
+            file = os.open(f"{words or out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, number)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+        evaluator.CHUNK = 2  # so that a small evaluation has several
+        if patch:
+            patch()
+        if hook:
+            sys.addaudithook(hook)
+        program.app([*program.arguments, "--out", str(out)])
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        owner.release()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+
+def wait(pid: int, words: Path) -> Ended:
+    """Wait for a process; one that hangs is killed, and has ended with code -9."""
+    until = time.monotonic() + HANG_S
+    status = None
+    while status is None:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if not found:
+            status = None
+            time.sleep(0.01)
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+    said, errors = (Path(f"{words}.{name}").read_text("utf-8") for name in ("said", "errors"))
+    return Ended(os.waitstatus_to_exitcode(status), said, errors)
+
+
+def run(program: Program, out: Path, **faults: Hook | Patch | None) -> Ended:
+    """Run a program to its end."""
+    return wait(start(program, out, **faults), out)  # type: ignore[arg-type]
+
+
+# What is compared.
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Return the files of a folder by name, as far as two runs of a command have them alike."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or path.suffix in (".png", ".pdf"):
+            continue
+        found[name] = path.read_bytes()
+        is_voucher = path.parent.name == "resume" and path.suffix == ".json"
+        if path.name in UNEQUAL or is_voucher:
+            found[name] = "there"
+        elif path.name in ("metrics.jsonl", "results.json"):
+            lines = path.read_text("utf-8").splitlines() if path.suffix == ".jsonl" else []
+            rows = [json.loads(line) for line in lines or [path.read_text("utf-8")]]
+            found[name] = [_timeless(row) for row in rows]
+    return found
+
+
+def _timeless(value: object) -> object:
+    """Return what JSON held without times, memory, and digests of them."""
+    if isinstance(value, dict):
+        kept = {n: each for n, each in value.items() if not any(w in n for w in WHEN)}
+        return {name: _timeless(each) for name, each in kept.items() if name != "sha256"}
+    return [_timeless(each) for each in value] if isinstance(value, list) else value
+
+
+@dataclass
+class Bench:
+    """The trials' place, what an unharmed run of each program leaves, and how long it takes."""
+
+    folder: Path
+    random: random.Random
+    expected: dict[str, dict[str, object]]
+    seconds: dict[str, float]
+    writes: dict[str, list[Path]]  # by program: what it opened, made or replaced, in order
+    halves: dict[str, Path]  # a folder that was killed about half way
+
+    def place(self) -> Path:
+        """Return a new folder's name."""
+        return Path(tempfile.mkdtemp(dir=self.folder)) / "out"
+
+    def again(self, program: Program, out: Path) -> str:
+        """Give the command again, and return what became of the run."""
+        ended = run(program, out)
+        if ended.code == 0:
+            same = content(out) == self.expected[program.name]
+            return "same bytes" if same else self.explain(program, out, "other bytes")
+        return "clear stop" if ended.is_clear else self.explain(program, out, ended.errors)
+
+    def explain(self, program: Program, out: Path, why: str) -> str:
+        """Say what was lost, on standard error, for whoever has to mend it."""
+        found = content(out)
+        expected = self.expected[program.name]
+        names = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
+        print(f"lost: {program.name} in {out}: {why[-600:]} {sorted(names)}", file=sys.stderr)
+        return "lost"
+
+
+def prepare(folder: Path, programs: list[Program]) -> Bench:
+    """Run each program unharmed, and once killed half way."""
+    bench = Bench(folder, random.Random(0), {}, {}, {}, {})
+    for program in programs:
+        out = bench.place()
+        events = out.with_name("events")
+        started = time.monotonic()
+        ended = run(program, out, hook=_recorder(out, events))
+        assert ended.code == 0, ended
+        bench.seconds[program.name] = time.monotonic() - started
+        bench.expected[program.name] = content(out)
+        bench.writes[program.name] = [Path(line) for line in events.read_text().splitlines()]
+        half = bench.place()
+        count = len(bench.writes[program.name])
+        run(program, half, hook=_killer(half, 2 * count // 3, torn=False))
+        bench.halves[program.name] = half
+    return bench
+
+
+# Hooks: what the process itself does at its writes.
+
+
+def _written(event: str, arguments: tuple, out: Path) -> Path | None:
+    """Return the path below `out` that an audit event is about to write, None for other events."""
+    if event == "open" and isinstance(arguments[0], str | os.PathLike):
+        flags = arguments[2]
+        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)
+        path = Path(os.fspath(arguments[0])) if writes else None
+    elif event == "os.rename":
+        path = Path(arguments[1])
+    elif event == "os.mkdir":
+        path = Path(arguments[0])
+    else:
+        return None
+    return path if path and (path == out or out in path.parents) else None
+
+
+def _recorder(out: Path, events: Path) -> Hook:
+    def _hook(event: str, arguments: tuple) -> None:
+        if path := _written(event, arguments, out):
+            with events.open("a") as stream:
+                stream.write(f"{path.relative_to(out)}\n")
+
+    return _hook
+
+
+def _killer(out: Path, number: int, *, torn: bool) -> Hook:
+    """Kill the process before its n-th write; torn: with the one before it half done."""
+    count = 0
+    last: Path | None = None
+
+    def _hook(event: str, arguments: tuple) -> None:
+        nonlocal count, last
+        path = _written(event, arguments, out)
+        if path is None:
+            return
+        if count == number:
+            if torn and last and last.is_file() and last.suffix == ".jsonl":
+                os.truncate(last, max(0, last.stat().st_size - 9))
+            elif torn and event == "os.rename":
+                partial = Path(arguments[0])
+                os.truncate(partial, partial.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+        last = path
+
+    return _hook
+
+
+def _full_disk(out: Path, target: Path) -> Hook:
+    """Let every write of the file `target` below `out` fail as it does on a full disk.
+
+    What is replaced is written beside its place first: a link to /dev/full stands there. What grows
+    fails as it is opened.
+    """
+    partial = out / f"{target}{PARTIAL}"
+    busy = False
+
+    def _hook(event: str, arguments: tuple) -> None:
+        nonlocal busy
+        path = _written(event, arguments, out)
+        if busy or path is None:
+            return
+        busy = True
+        try:
+            if event == "os.mkdir" and path == partial.parent and path != out:
+                path.mkdir(exist_ok=True)
+            if event == "open" and path == out / target:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            # In a new folder nothing may stand before its record.
+            is_run = path.name.removesuffix(PARTIAL) in RECORDS or any(
+                (out / name).is_file() for name in RECORDS
+            )
+            if is_run and partial.parent.is_dir() and not partial.is_symlink():
+                partial.unlink(missing_ok=True)
+                partial.symlink_to("/dev/full")
+        finally:
+            busy = False
+
+    return _hook
+
+
+# Trials: each returns what became of the run.
+
+
+def killed_at_random(bench: Bench, program: Program) -> str:
+    """Kill it at a random moment."""
+    out = bench.place()
+    pid = start(program, out)
+    time.sleep(bench.random.uniform(0, bench.seconds[program.name]))
+    os.kill(pid, signal.SIGKILL)
+    wait(pid, out)
+    return bench.again(program, out)
+
+
+def killed_at_write(bench: Bench, program: Program, number: int, torn: bool) -> str:
+    """Kill it at its n-th write."""
+    out = bench.place()
+    ended = run(program, out, hook=_killer(out, number, torn=torn))
+    return bench.again(program, out) if ended.code == -signal.SIGKILL else "lost"
+
+
+def signalled(bench: Bench, program: Program, number: int, times: int) -> str:
+    """Send a signal, or two of them, at a random moment."""
+    out = bench.place()
+    pid = start(program, out)
+    time.sleep(bench.random.uniform(0.1, 0.9) * bench.seconds[program.name])
+    for _ in range(times):
+        os.kill(pid, number)
+        time.sleep(0.02)
+    ended = wait(pid, out)
+    if not (ended.code in (0, -number) or ended.is_clear):
+        return bench.explain(program, out, ended.errors)
+    return bench.again(program, out)
+
+
+def full(bench: Bench, program: Program, target: Path) -> str:
+    """Fill the disk for one file, then free it."""
+    out = bench.place()
+    ended = run(program, out, hook=_full_disk(out, target))
+    if not (ended.code == 2 and ended.is_clear and str(target) in ended.errors):
+        return bench.explain(program, out, f"full at {target}: {ended.code} {ended.errors}")
+    return bench.again(program, out)
+
+
+def changed(bench: Bench, program: Program, name: Path, how: str) -> str:
+    """Change a file of a run that was killed half way."""
+    out = bench.place()
+    shutil.copytree(bench.halves[program.name], out)
+    file = out / name
+    held = bytearray(file.read_bytes())
+    place = bench.random.randrange(len(held)) if held else 0
+    if how == "flipped" and held:
+        held[place] ^= 1 << bench.random.randrange(8)
+        file.write_bytes(held)
+    if how == "truncated":
+        file.write_bytes(held[:place])
+    if how == "emptied":
+        file.write_bytes(b"")
+    if how == "deleted":
+        file.unlink()
+    return bench.again(program, out)
+
+
+def two_at_once(bench: Bench, program: Program, delay: float) -> str:
+    """Give the command twice; one process is to do the work, the other to be refused."""
+    out = bench.place()
+    first = start(program, out)
+    time.sleep(delay * bench.seconds[program.name])
+    other = out.with_name("second")
+    second = start(program, out, words=other)
+    ends = [wait(first, out), wait(second, other)]
+    codes = sorted(ended.code for ended in ends)
+    refused = [ended for ended in ends if ended.code == 2]
+    if codes != [0, 2] or "in use by process" not in refused[0].errors:
+        return bench.explain(program, out, f"two at once: {ends}")
+    return bench.again(program, out)
+
+
+def not_finite(bench: Bench, where: str) -> str:
+    """Let a number be NaN, or too large, and expect a clear stop."""
+    program = PROGRAMS[0]
+    out = bench.place()
+    if where == "weights":
+        model = out.with_name("model")
+        shutil.copytree(ROOT / "lab" / "tiny", model)
+        tensors = load_file(model / "model.safetensors")
+        next(iter(tensors.values())).view(-1)[3] = torch.nan
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        data = ["--data", str(ROOT / "lab" / "problems" / "hau" / "train.jsonl")]
+        program = Program("", program.app, [*TRAIN, "--model", str(model), *data])
+    patches = {"loss": _nan_loss, "gradient": _nan_gradient, "logits": _unseen_update}
+    patch = patches.get(where)
+    if where in ("logits", "update"):
+        program = Program("", program.app, [*TRAIN, "--lr", "1e30"])
+    ended = run(program, out, patch=patch)
+    words = "not finite" if where in ("weights", "logits", "update") else "no finite gradient"
+    if ended.code > 0 and ended.is_clear and words in ended.errors + ended.said:
+        return "clear stop"
+    print(f"lost: not finite in {where}: {ended}", file=sys.stderr)
+    return "lost"
+
+
+def _nan_loss() -> None:
+    plain = copsd.reduce_loss
+    copsd.reduce_loss = lambda *each, **options: plain(*each, **options) * torch.nan
+
+
+def _nan_gradient() -> None:
+    plain = copsd.take_step
+
+    def _broken(optimizer: torch.optim.Optimizer, **options: float) -> float:
+        optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
+        return plain(optimizer, **options)
+
+    copsd.take_step = _broken
+
+
+def _unseen_update() -> None:
+    copsd.stop_unless_finite = lambda parameters: None  # the next rollout is to see it
+
+
+# The table.
+
+Trial = tuple[str, Callable[[], str]]
+
+
+def trials(bench: Bench, programs: list[Program]) -> Iterator[list[Trial]]:
+    """Yield groups of trials, a kind of fault each."""
+    for program in programs:
+        name = program.name
+        writes = bench.writes[name]
+        yield [
+            (f"{name}: killed at random", lambda p=program: killed_at_random(bench, p))
+            for _ in range(30)
+        ]
+        yield [
+            (
+                f"{name}: killed at a write",
+                lambda p=program, n=number, torn=torn: killed_at_write(bench, p, n, torn),
+            )
+            for number in range(len(writes))
+            for torn in (False, True)
+        ]
+        stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        yield [
+            (f"{name}: signals", lambda p=program, s=stop, t=times: signalled(bench, p, s, t))
+            for stop in stops
+            for times in (1, 2)
+        ]
+        targets = dict.fromkeys(path for path in writes if path.suffix and path.suffix != PARTIAL)
+        targets |= dict.fromkeys(p.with_suffix("") for p in writes if p.suffix == PARTIAL)
+        yield [
+            (f"{name}: full disk", lambda p=program, t=target: full(bench, p, t))
+            for target in targets
+            if target.name != owner.LOCK
+        ]
+        half = bench.halves[name]
+        files = sorted(path.relative_to(half) for path in half.rglob("*") if path.is_file())
+        for how in ("truncated", "flipped", "emptied", "deleted"):
+            yield [
+                (f"{name}: a file {how}", lambda p=program, f=file, h=how: changed(bench, p, f, h))
+                for file in files
+            ]
+        yield [
+            (f"{name}: two at once", lambda p=program, d=delay: two_at_once(bench, p, d))
+            for delay in (0.0, 0.3, 0.6)
+        ]
+    yield [
+        ("not finite", lambda w=where: not_finite(bench, w))
+        for where in ("weights", "logits", "update", "loss", "gradient")
+    ]
+
+
+def main() -> None:
+    """Try faults until the time is up, print the table, and fail if anything was lost."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--short", action="store_true", help="some of each kind, in a minute")
+    parser.add_argument("--seconds", type=float, default=None, help="stop after so long")
+    parser.add_argument("--program", default="", help="only the programs with this in their name")
+    options = parser.parse_args()
+    until = time.monotonic() + (options.seconds or (45 if options.short else 570))
+    torch.set_num_threads(1)
+    programs = [program for program in PROGRAMS if options.program in program.name]
+    if options.short and not options.program:
+        programs = [program for program in programs if program.name in ("train copsd", "eval")]
+    counts: dict[str, Counter] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = prepare(Path(folder), programs)
+        groups = [bench.random.sample(g, len(g)) for g in trials(bench, programs)]
+        possible = Counter(name for group in groups for name, _ in group)
+        # One of each kind in turn, so that when the time is up every kind was tried.
+        while any(groups) and time.monotonic() < until:
+            for group in groups:
+                if group and time.monotonic() < until:
+                    name, trial = group.pop()
+                    counts.setdefault(name, Counter())[trial()] += 1
+    results = ("same bytes", "clear stop", "lost")
+    rows = [
+        [name, str(sum(count.values())), str(possible[name]), *(str(count[r]) for r in results)]
+        for name, count in sorted(counts.items())
+    ]
+    header = ["fault", "tried", "of", *results]
+    Console(width=100).print(text_table("What came of faults", header, rows))
+    lost = sum(count["lost"] for count in counts.values())
+    print(f"{sum(sum(c.values()) for c in counts.values())} faults, {lost} lost")
+    sys.exit(1 if lost else 0)
+
+
+if __name__ == "__main__":
+    main()

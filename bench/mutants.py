@@ -1,0 +1,283 @@
+"""Break the maths of the project on purpose, one place at a time, and see whether a test notices.
+
+    python bench/mutants.py --minutes 30                 a sample over all files
+    python bench/mutants.py --files kernels.py --count 20 --seed 1
+
+A mutant is a file with one thing changed: a < is a <=, a + is a -, a 1 is a 2, a True is a False, a
+min is a max, a `low` is a `high`, a condition is turned round. It is killed when a test of that
+file fails, or runs into the time limit. One that survives shows a line that no test holds, or a
+change that changes nothing: HARMLESS lists those, with the reason. Everything happens in a copy of
+the project; the tests of a file run in a process forked from one that has loaded torch already.
+"""
+
+import argparse
+import ast
+import contextlib
+import copy
+import importlib
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# File -> its tests, those first that are quick to fail.
+TESTS = {
+    "kernels.py": ["tests/test_kernels.py", "tests/test_docs.py"],
+    "copsd.py": ["tests/test_grpo.py", "tests/test_copsd.py", "tests/test_watch.py"],
+    "parts/sampler.py": ["tests/test_sampler.py", "tests/test_docs.py"],
+    "parts/batch.py": ["tests/test_sampler.py", "tests/test_batch.py"],
+    "parts/metrics.py": ["tests/test_metrics.py", "tests/test_docs.py"],
+    "parts/grading.py": ["tests/test_grading.py"],
+    "parts/numerals.py": ["tests/test_numerals.py", "tests/test_grading.py"],
+    "parts/watch.py": ["tests/test_watch.py"],
+}
+# Tests that say nothing of the maths and take long.
+LEFT_OUT = "not readme and not bad_input and not every_flag and not bad_data_file"
+LEFT_OUT_FUNCTIONS = {"train", "measure_once"}  # the program around the maths of copsd.py
+SWAPS = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Div,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.Break: ast.Continue,
+    ast.Continue: ast.Break,
+}
+WORDS = [("min", "max"), ("amin", "amax"), ("any", "all"), ("low", "high"), ("exp", "expm1")]
+# (file, function, before, after) -> why no test can notice.
+HARMLESS: dict[tuple[str, str, str, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A file with one place changed: `old` is a node of its tree, `new` what stands there."""
+
+    file: str
+    function: str
+    tree: ast.Module
+    old: ast.AST
+    new: ast.AST
+
+    @property
+    def before(self) -> str:
+        """The first line of what was changed."""
+        return ast.unparse(self.old).split("\n")[0]
+
+    @property
+    def after(self) -> str:
+        """The first line of what it was changed to."""
+        return ast.unparse(self.new).split("\n")[0]
+
+    def source(self) -> str:
+        """Return the whole file, changed."""
+        # A copy of the tree that takes the new node for the copy of the old one.
+        changed = copy.deepcopy(self.tree, {id(self.old): self.new})
+        return ast.unparse(ast.fix_missing_locations(changed))
+
+    def __str__(self) -> str:
+        line = getattr(self.old, "lineno", 1)
+        text = (ROOT / self.file).read_text(encoding="utf-8").splitlines()[line - 1].strip()
+        return f"{self.file}:{line} {self.function}: {self.before} -> {self.after}  in  {text}"
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What HARMLESS knows it by, wherever its line moves."""
+        return self.file, self.function, self.before, self.after
+
+
+def changes(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes that may stand in a node's place, each one change away from it."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        yield ast.Constant(node.value + 1)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in SWAPS:
+        yield ast.Compare(node.left, [SWAPS[type(node.ops[0])]()], node.comparators)
+    if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
+        yield ast.BinOp(node.left, SWAPS[type(node.op)](), node.right)
+    if isinstance(node, ast.AugAssign) and type(node.op) in SWAPS:
+        yield ast.AugAssign(node.target, SWAPS[type(node.op)](), node.value)
+    if isinstance(node, ast.BoolOp):
+        yield ast.BoolOp(SWAPS[type(node.op)](), node.values)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+        yield node.operand
+    if isinstance(node, ast.Break | ast.Continue):
+        yield SWAPS[type(node)]()
+    if isinstance(node, ast.If):
+        yield ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield ast.Pass()
+    name = {ast.Name: "id", ast.Attribute: "attr"}.get(type(node))
+    for pair in WORDS if name else ():
+        for word, other in (pair, pair[::-1]):
+            parts = getattr(node, str(name)).split("_")
+            if word in parts:
+                swapped = copy.copy(node)
+                setattr(swapped, str(name), "_".join(other if p == word else p for p in parts))
+                yield swapped
+
+
+def mutable_nodes(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """Yield every node that may be changed, with the function it stands in.
+
+    Left out: error messages, annotations, docstrings, the decorators, and what is no function.
+    """
+
+    def _below(node: ast.AST, function: str) -> Iterator[tuple[str, ast.AST]]:
+        for name, value in ast.iter_fields(node):
+            for child in value if isinstance(value, list) else [value]:
+                skipped = isinstance(child, ast.Raise | ast.JoinedStr) or not isinstance(
+                    child, ast.AST
+                )
+                if skipped or name in ("annotation", "returns", "decorator_list"):
+                    continue
+                inside = child.name if isinstance(child, ast.FunctionDef) else function
+                if inside in LEFT_OUT_FUNCTIONS:
+                    continue
+                if inside:
+                    yield inside, child
+                yield from _below(child, inside)
+
+    yield from _below(tree, "")
+
+
+def mutants_of(file: str) -> list[Mutant]:
+    """Return every mutant of a file, in the order of its lines."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return [
+        Mutant(file, function, tree, node, ast.copy_location(other, node))
+        for function, node in mutable_nodes(tree)
+        for other in changes(node)
+    ]
+
+
+def _run_tests(folder: Path, tests: list[str]) -> None:
+    """Run in a forked process: end with 0 if all tests pass."""
+    os.chdir(folder)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path).resolve() != ROOT)]
+    with open(folder / "tests.log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT]
+    os._exit(int(importlib.import_module("pytest").main([*options, *tests])))
+
+
+def tests_pass(folder: Path, file: str, limit_s: float) -> bool | None:
+    """Say whether the file's tests pass in the copy; None if they run into the limit."""
+    tests = [test for test in TESTS[file] if not test.endswith("test_docs.py")]
+    if len(tests) < len(TESTS[file]):
+        module = file.removesuffix(".py").replace("/", ".")
+        tests.append(f"tests/test_docs.py::test_examples_in_docstrings_run[{module}]")
+    process = multiprocessing.get_context("fork").Process(target=_run_tests, args=(folder, tests))
+    process.start()
+    process.join(limit_s)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode == 0
+
+
+def sample_of(files: list[str], count: int, seed: int) -> list[Mutant]:
+    """Return `count` mutants, drawn by the seed; files take turns, so that each has its share."""
+    drawn = []
+    for file in files:
+        mutants = mutants_of(file)
+        random.Random(f"{seed}/{file}").shuffle(mutants)
+        drawn.append(mutants)
+    turns = [mutants[turn] for turn in range(count) for mutants in drawn if turn < len(mutants)]
+    return turns[:count]
+
+
+def run(mutants: list[Mutant], *, minutes: float, limit_s: float) -> int:
+    """Try mutants until the time is over, print what became of them, and return the exit code."""
+    ends = time.monotonic() + 60 * minutes
+    counts: dict[str, Counter[str]] = {}
+    survivors = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "copy"
+        ignored = shutil.ignore_patterns(
+            ".git", "__pycache__", "runs", "evaluations", ".hypothesis"
+        )
+        shutil.copytree(ROOT, folder, ignore=ignored)
+        for file in dict.fromkeys(mutant.file for mutant in mutants):
+            print(f"unchanged {file}", flush=True)
+            if not tests_pass(folder, file, 10 * limit_s):
+                print((folder / "tests.log").read_text(encoding="utf-8")[-2000:])
+                print(f"error: the tests of {file} do not pass as it is, so they can kill nothing")
+                return 1
+        for mutant in mutants:
+            if time.monotonic() > ends:
+                break
+            place = folder / mutant.file
+            whole = place.read_bytes()
+            place.write_text(mutant.source(), encoding="utf-8")
+            passed = tests_pass(folder, mutant.file, limit_s)
+            place.write_bytes(whole)
+            if passed and mutant.key in HARMLESS:
+                fate = "harmless"
+            else:
+                fate = {True: "survived", False: "killed", None: "timed out"}[passed]
+            counts.setdefault(mutant.file, Counter())[fate] += 1
+            print(f"{fate:9} {mutant}", flush=True)
+            if fate == "survived":
+                survivors.append(mutant)
+    return report(counts, survivors)
+
+
+def report(counts: dict[str, Counter[str]], survivors: list[Mutant]) -> int:
+    """Print a table and the survivors; return 1 where fewer than 90 % of all were killed."""
+    print(f"\n{'file':20} killed  timed out  survived  harmless")
+    for file, found in counts.items():
+        fates = (found["killed"], found["timed out"], found["survived"], found["harmless"])
+        print(f"{file:20} {fates[0]:6}  {fates[1]:9}  {fates[2]:8}  {fates[3]:8}")
+    total = sum(counts.values(), Counter())
+    killed = total["killed"] + total["timed out"]
+    tried = killed + total["survived"]
+    print(f"killed {killed} of {tried}, {killed / max(1, tried):.0%}, beside harmless ones")
+    for mutant in survivors:
+        print(f"survived: {mutant}")
+    return int(killed < 0.9 * tried)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--files", nargs="+", choices=TESTS, default=list(TESTS))
+    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=30.0, help="stop beginning new ones then")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of one mutant's tests")
+    given = parser.parse_args()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("matplotlib")
+    for heavy in ("torch", "transformers", "pytest"):
+        importlib.import_module(heavy)
+    importlib.import_module("torch").set_num_threads(1)
+    sample = sample_of(given.files, given.count, given.seed)
+    sys.exit(run(sample, minutes=given.minutes, limit_s=given.limit))

@@ -1,0 +1,63 @@
+"""Signals that ask a program to end: Ctrl-C, a scheduler's SIGTERM, a terminal's SIGHUP.
+
+The first one asks: a step is finished and saved, or what is kept is said. The second one acts.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGHUP in the yielded list, so that a step can be finished.
+
+    A second one acts at once, whichever it is. SIGHUP stays ignored where it is, as under nohup.
+    """
+    received: list[int] = []
+
+    def _remember(number: int, frame: Any) -> None:
+        received.append(number)
+        for each in before:
+            signal.signal(each, _at_once(each))
+
+    before: dict[int, Any] = {}
+    for number in STOPS:
+        if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, _remember)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _at_once(number: int) -> Any:
+    """Return what a signal does unasked: Ctrl-C raises KeyboardInterrupt, the others end it."""
+    return signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+
+
+@contextmanager
+def stops_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does; the second ends at once.
+
+    For work that is not finished step by step, so that it can say what it kept.
+    """
+
+    def _interrupt(number: int, frame: Any) -> None:
+        for each in before:
+            signal.signal(each, _at_once(each))
+        raise KeyboardInterrupt
+
+    before: dict[int, Any] = {}
+    for number in STOPS:
+        if number != signal.SIGINT and signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
