@@ -49,15 +49,17 @@ FAMILIES = {
     "SmolLM2-": "HuggingFaceTB",
     "gemma-": "google",
 }
+WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # the files that a model is loaded from
 
 
-def resolve_model(name: str, *, revision: str | None = None) -> Path:
+def resolve_model(name: str, *, revision: str | None = None, weights: bool = True) -> Path:
     """Return a model's folder: a local one, or else the hub's snapshot, downloaded or cached.
 
     name      a folder, also one beside the program, as "lab/tiny" is; "org/name"; or a bare name of
               a known family, such as "Qwen2.5-1.5B"
     revision  hub branch, tag or commit (None: main); the name of the snapshot's folder is the
               commit, to be recorded
+    weights   False: the folder of its configuration will do, which is all that is then fetched
 
     Never takes pickles or code. Raises ValueError for an unknown bare name, FileNotFoundError for
     what is not there.
@@ -66,8 +68,8 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     if not folder.is_dir():
         folder = PROJECT / name
     if not folder.is_dir():
-        folder = _snapshot(name, revision)
-    for pattern in ("config.json", "*.safetensors"):
+        folder = _snapshot(name, revision, WEIGHTS if weights else ["*.json"])
+    for pattern in ("config.json", "*.safetensors") if weights else ("config.json",):
         if not any(folder.glob(pattern)):
             raise FileNotFoundError(f"model {name}: there is no {pattern} in {folder}")
     return folder
@@ -85,7 +87,7 @@ def published_name(folder: Path) -> tuple[str, str | None]:
     return str(folder.resolve()), None
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     """Return the folder of the hub's snapshot."""
     owners = [owner for prefix, owner in FAMILIES.items() if name.startswith(prefix)]
     if "/" not in name and not owners:
@@ -97,7 +99,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
         folder = snapshot_download(
             name if "/" in name else f"{owners[0]}/{name}",
             revision=revision,
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"],
+            allow_patterns=patterns,
             ignore_patterns="*/*",  # subfolders hold the same weights in other formats
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from parts import runs
 from parts.chat import freeze_date
 from parts.data import keep_fitting, read_train_and_heldout
 from parts.family import context_length
+from parts.footprint import Lengths, check_memory, read_shape
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
 from parts.model import Lora, attach_lora, load_model, load_tokenizer, resolve_model
@@ -61,12 +62,15 @@ def load_setup(
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     tokenizer, day = freeze_date(load_tokenizer(folder), day)
+    context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    train, heldout = _load_problems(config, tokenizer, context, console)
+    lengths = longest_prompts(config, tokenizer, [*train, *heldout])
+    shape = read_shape(folder, config)
+    say(console, check_memory(shape, config, dtype, device, lengths))
     model = load_model(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
     )
     check_model(model, f"model {config.model}")
-    context = context_length(model.config)
-    train, heldout = _load_problems(config, tokenizer, context, console)
     identity = {
         "base_weights": runs.folder_fingerprint(folder),
         "prompt_template": template_hash(tokenizer, config.lang, config.thinking),
@@ -126,6 +130,26 @@ def teacher_prompt(
         english_problem=config.english_problem,
         english_solution=config.english_solution,
     )
+
+
+def longest_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> Lengths:
+    """Return the tokens of the longest prompts of both roles, as far as the longest texts tell."""
+
+    def _letters(problem: Problem) -> int:
+        parts = (problem.problem, problem.problem_en, problem.solution_en)
+        return sum(len(part or "") for part in parts)
+
+    # Tokenising all of thousands of problems once more takes seconds.
+    longest = sorted(problems, key=_letters)[-16:]
+    student = [len(student_prompt(config, problem, tokenizer)) for problem in longest]
+    teacher = [
+        len(teacher_prompt(config, problem, tokenizer))
+        for problem in longest
+        if _can_teach(config, problem)
+    ]
+    return Lengths(max(student), max(teacher, default=0))
 
 
 def _can_teach(config: Config, problem: Problem) -> bool:
