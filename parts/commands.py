@@ -86,6 +86,27 @@ SHOWN = (
     "device",
     "dtype",
 )
+# Those that its memory depends on.
+PLANNED = (
+    "method",
+    "model",
+    "teacher",
+    "group_size",
+    "kl_coef",
+    "batch_size",
+    "max_new_tokens",
+    "lora_rank",
+    "lora_targets",
+    "micro_batch",
+    "chunk_tokens",
+    "sample_rows",
+    "gradient_checkpointing",
+    "compile",
+    "device",
+    "dtype",
+    "eval_problems",
+    "eval_samples",
+)
 
 
 def flags_of(
@@ -244,6 +265,33 @@ def show_command(
     show.print_walk(setup, found, console)
     if html:
         show.write_page(found, html)
+
+
+@copsd.command("plan")
+@flags_of(Config, only=PLANNED)
+def plan_command(
+    given: Given,
+    gpu: Annotated[
+        float | None, typer.Option(help="Only a card of so many GB. Without it: 24, 40, 80, 141.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the longest prompt that the student reads.")
+    ] = 256,
+    teacher_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the longest prompt that the teacher reads.")
+    ] = 1024,
+) -> None:
+    """Say how much memory a run takes at most and what makes it fit, without loading the model.
+
+    Exit code 1: a card does not hold it, whatever the settings of Machine.
+    """
+    console = start()
+    from parts.footprint import CARDS_GB, Lengths, plan
+
+    cards = [gpu] if gpu else [*CARDS_GB]
+    with bad_input():
+        code = plan(given, Lengths(prompt_tokens, teacher_tokens), cards, console)
+    raise typer.Exit(code)
 
 
 @copsd.command("languages")

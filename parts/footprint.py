@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Column, Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from parts.model import adaptable_layers
-from parts.recipe import Config
+from parts.machine import DTYPES
+from parts.model import adaptable_layers, resolve_model
+from parts.recipe import Config, check_run, fill
+from parts.view import say
 
 GIB = 2**30
 CARDS_GB = (24, 40, 80, 141)  # of 10**9 bytes, as cards are sold
@@ -312,3 +316,74 @@ def check_memory(
     if least.peak > free:
         raise ValueError(f"{line}: {advice}")
     return f"{line}: may not fit; {advice}"
+
+
+def parts_table(found: Footprint, title: str) -> Table:
+    """Return what takes a run's memory, a row each."""
+    table = Table("", Column("GiB", justify="right"), title=title, box=None, title_justify="left")
+    rows = {
+        "weights": found.weights,
+        "adapter": found.adapter,
+        "gradient and optimiser": found.optimiser,
+        "sampling: keys and values": found.cache,
+        "sampling: choice of a token": found.choice,
+        "update: activations of a micro-batch": found.activations,
+        "update: one layer at work": found.layer,
+        "update: a chunk of logits": found.chunk,
+        "peak while sampling": found.sampling,
+        "peak in the update": found.update,
+    }
+    for name, count in rows.items():
+        table.add_row(name, f"{count / GIB:.2f}")
+    return table
+
+
+def cards_table(
+    shape: Shape, config: Config, dtype: torch.dtype, lengths: Lengths, cards: list[float]
+) -> tuple[Table, bool]:
+    """Return which cards, in GB, hold a run and with which flags, and whether all of them do."""
+    table = Table(
+        Column("card, GB", justify="right"),
+        Column("peak, GiB", justify="right"),
+        "fits",
+        box=None,
+    )
+    every = True
+    for card in cards:
+        limit = card * 10**9 - CONTEXT
+        changes = changes_that_fit(shape, config, dtype, lengths, limit)
+        if changes is None:
+            every = False
+            table.add_row(f"{card:g}", "-", "no: no setting of Machine makes it fit")
+            continue
+        peak = footprint(shape, replace(config, **changes), dtype, lengths).peak
+        said = f"with {flags_text(changes)}" if changes else "as it is"
+        table.add_row(f"{card:g}", f"{peak / GIB:.2f}", said)
+    return table, every
+
+
+def plan(given: dict[str, Any], lengths: Lengths, cards: list[float], console: Console) -> int:
+    """Print the memory of the run that typed flags ask for; 0 if every card holds it, else 1.
+
+    Reads no more of the model than its configuration and its recipe.
+    """
+    folder = resolve_model(given.get("model", Config.model), weights=False)
+    config = fill(given, folder)
+    check_run(config)
+    # The cards that are asked about have bfloat16, whatever this machine has.
+    auto = "float32" if config.device == "cpu" else "bfloat16"
+    dtype = DTYPES.get(auto if config.dtype == "auto" else config.dtype)
+    if dtype is None:
+        raise ValueError(f"unknown dtype {config.dtype!r}: valid are auto, {', '.join(DTYPES)}")
+    shape = read_shape(folder, config)
+    found = footprint(shape, config, dtype, lengths)
+    name = str(dtype).removeprefix("torch.")
+    tokens = f"prompts of {lengths.student} and {lengths.teacher} tokens"
+    title = (
+        f"{config.method.upper()} on {config.model}, {name}, {tokens}, {config.max_new_tokens} new"
+    )
+    console.print(parts_table(found, title))
+    table, every = cards_table(shape, config, dtype, lengths, cards)
+    console.print(table)
+    say(console, footprint_line(found))
+    return 0 if every else 1

@@ -40,6 +40,7 @@ PARTS = (
     "benchmarks",
     "runs",
     "steplog",
+    "footprint",
     "setup",
     "plan",
     "figures",
