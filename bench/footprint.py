@@ -81,8 +81,8 @@ def measure(flags: list[str]) -> tuple[int, int]:
     torch.compile(torch.neg)(torch.zeros(8))
     said = {}
 
-    def _remember(*arguments):
-        said["plan"] = footprint.footprint(*arguments[:3], arguments[4]).peak
+    def _remember(shape, config, dtype, device, lengths):
+        said["plan"] = footprint.footprint(shape, config, dtype, lengths).peak
         said["before"] = peak_bytes()
         return ""
 

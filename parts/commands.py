@@ -288,7 +288,7 @@ def plan_command(
     console = start()
     from parts.footprint import CARDS_GB, Lengths, plan
 
-    cards = [gpu] if gpu else [*CARDS_GB]
+    cards = [gpu] if gpu else CARDS_GB
     with bad_input():
         code = plan(given, Lengths(prompt_tokens, teacher_tokens), cards, console)
     raise typer.Exit(code)

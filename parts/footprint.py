@@ -12,10 +12,10 @@ own code, and what CUDA keeps for itself (CONTEXT).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -27,6 +27,7 @@ from parts.model import adaptable_layers, resolve_model
 from parts.recipe import Config, check_run, fill
 from parts.view import say
 
+Result = TypeVar("Result")
 GIB = 2**30
 CARDS_GB = (24, 40, 80, 141)  # of 10**9 bytes, as cards are sold
 CONTEXT = 0.8e9  # bytes of a card that hold no tensor: CUDA's context, cuBLAS's workspace, gaps
@@ -318,6 +319,29 @@ def check_memory(
     return f"{line}: may not fit; {advice}"
 
 
+def halve_until_it_fits(
+    attempt: Callable[[int], Result], size: int, start_again: Callable[[], None]
+) -> tuple[Result, int]:
+    """Return attempt(size) and the size with which it had memory enough, `size` or a smaller one.
+
+    attempt      takes the rows of a micro-batch; what it reads stays, so no token is sampled twice
+    start_again  undoes what a failed attempt left, such as a part of the gradient
+    """
+    while True:
+        try:
+            return attempt(size), size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # Not in the handler: there the traceback still holds the tensors of the failed attempt.
+        start_again()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        size //= 2
+        said = f"out of memory: micro-batches of {size} rows from here on; nothing is sampled again"
+        say(Console(stderr=True), said)
+
+
 def parts_table(found: Footprint, title: str) -> Table:
     """Return what takes a run's memory, a row each."""
     table = Table("", Column("GiB", justify="right"), title=title, box=None, title_justify="left")
@@ -339,7 +363,7 @@ def parts_table(found: Footprint, title: str) -> Table:
 
 
 def cards_table(
-    shape: Shape, config: Config, dtype: torch.dtype, lengths: Lengths, cards: list[float]
+    shape: Shape, config: Config, dtype: torch.dtype, lengths: Lengths, cards: Sequence[float]
 ) -> tuple[Table, bool]:
     """Return which cards, in GB, hold a run and with which flags, and whether all of them do."""
     table = Table(
@@ -362,7 +386,7 @@ def cards_table(
     return table, every
 
 
-def plan(given: dict[str, Any], lengths: Lengths, cards: list[float], console: Console) -> int:
+def plan(given: dict[str, Any], lengths: Lengths, cards: Sequence[float], console: Console) -> int:
     """Print the memory of the run that typed flags ask for; 0 if every card holds it, else 1.
 
     Reads no more of the model than its configuration and its recipe.

@@ -12,7 +12,7 @@ torchrun there is one rank, and every function here gives back what it was given
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -62,9 +62,13 @@ def own_device(device: str) -> str:
     return device
 
 
-def share(items: Sequence[Any]) -> range:
-    """Return the places of this rank's items: neighbours, and no rank has two more than another."""
-    return range(len(items) * number() // count(), len(items) * (number() + 1) // count())
+def share(items: int) -> slice:
+    """Return which of so many items are this rank's: neighbours, about as many as any other's.
+
+    >>> share(5)
+    slice(0, 5, None)
+    """
+    return slice(items * number() // count(), items * (number() + 1) // count())
 
 
 def gather(items: list[Any]) -> list[Any]:

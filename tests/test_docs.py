@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A file imports only files above it here, and the programs stand above them all.
 PARTS = (
     "machine",
+    "ranks",
     "files",
     "chat",
     "prompts",
@@ -42,6 +43,7 @@ PARTS = (
     "steplog",
     "footprint",
     "setup",
+    "steps",
     "plan",
     "figures",
     "report",
