@@ -554,7 +554,7 @@ def train(setup: Setup, run: runs.Run, console: Console) -> int:
     try:
         with StepView(console, None if config.token_budget else config.steps) as view:
             finished = LOOPS[config.method](setup, run, view)
-    except (FloatingPointError, ConnectionError) as error:
+    except FloatingPointError as error:
         say(console, f"error: {error}; {run.folder} keeps the last save")
         return 1
     if not finished:

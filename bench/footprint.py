@@ -82,7 +82,7 @@ def measure(flags: list[str]) -> tuple[int, int]:
     said = {}
 
     def _remember(shape, config, dtype, device, lengths):
-        said["plan"] = footprint.footprint(shape, config, dtype, lengths).peak
+        said["plan"] = footprint.footprint(shape, config, dtype, lengths, on_cpu=True).peak
         said["before"] = peak_bytes()
         return ""
 

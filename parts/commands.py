@@ -173,13 +173,15 @@ def start() -> Console:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     from transformers.utils import logging as transformers_logging
 
+    from parts import ranks
     from parts.machine import keep_freed_memory
     from parts.measure import language_detector
     from parts.view import say
 
+    ranks.join()
     keep_freed_memory()
     transformers_logging.disable_progress_bar()
-    console = Console()
+    console = Console(quiet=not ranks.is_first())
     if language_detector() is None:
         say(console, 'pycld2 is not installed: no metric of the written language, which is "-"')
     return console
@@ -224,6 +226,22 @@ def bad_input() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+@contextmanager
+def other_ranks() -> Iterator[None]:
+    """Part from the other ranks after work that ended well; exit 1, in a line, where one is lost.
+
+    What was saved is whole, and the same command goes on with it, with as many ranks as it has.
+    """
+    from parts import ranks
+
+    try:
+        yield
+    except ConnectionError as error:
+        typer.echo(f"error: {error}; the same command goes on from what is saved", err=True)
+        raise typer.Exit(1) from error
+    ranks.leave()
+
+
 @copsd.command("train")
 @flags_of(Config)
 def train_command(given: Given) -> None:
@@ -238,7 +256,9 @@ def train_command(given: Given) -> None:
 
     with bad_input():
         setup, run = prepare(*configure(given), console)
-    raise typer.Exit(method.train(setup, run, console))
+    with other_ranks():
+        code = method.train(setup, run, console)
+    raise typer.Exit(code)
 
 
 @copsd.command("show")
@@ -328,9 +348,11 @@ def run_comparison(given: Given) -> None:
     """
     console = start()
     import compare
+    from parts import ranks
     from parts.plan import make_plan
 
     with bad_input():
+        ranks.refuse("compare.py")
         plan = make_plan(given, console)
     raise typer.Exit(compare.run(plan, console))
 
@@ -346,7 +368,8 @@ def evaluate_command(given: Given, context: typer.Context) -> None:
 
     with bad_input():
         job = evaluator.prepare(given, console)
-    evaluator.run(job, console)
+    with other_ranks():
+        evaluator.run(job, console)
 
 
 @evaluation.command("report")

@@ -6,9 +6,9 @@ one micro-batch. Both are counted here for completions that all reach their leng
 
     peak = weights + adapter + optimiser + max(sampling, update)
 
-Nothing is loaded: the model is built on torch's meta device, where tensors have a shape and no
-data. bench/footprint.py measures how far a figure is from the truth. Not counted: Python, torch's
-own code, and what CUDA keeps for itself (CONTEXT).
+On a CPU there is also what its allocator wastes. Nothing is loaded: the model is built on torch's
+meta device, where tensors have a shape and no data. bench/footprint.py measures how far a figure is
+from the truth. Not counted: Python, torch's own code, and what CUDA keeps for itself (CONTEXT).
 """
 
 import os
@@ -69,6 +69,8 @@ class Footprint:
     activations: int  # update: what is kept for the backward pass
     layer: int  # update: one layer while it computes, forward or backward
     chunk: int  # update: logits in the loss, when no layer computes
+    gaps: int  # update: what a CPU's allocator cannot use again
+    loading: int  # what reading the weights takes
 
     @property
     def static(self) -> int:
@@ -83,12 +85,12 @@ class Footprint:
     @property
     def update(self) -> int:
         """Return the peak while a micro-batch is scored and its gradient taken."""
-        return self.static + self.activations + max(self.layer, self.chunk)
+        return self.static + self.activations + self.gaps + max(self.layer, self.chunk)
 
     @property
     def peak(self) -> int:
         """Return the peak of the whole run."""
-        return max(self.sampling, self.update)
+        return max(self.sampling, self.update, self.loading)
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,17 @@ def read_shape(folder: Path, config: Config) -> Shape:
     )
 
 
-def footprint(shape: Shape, config: Config, dtype: torch.dtype, lengths: Lengths) -> Footprint:
+def footprint(
+    shape: Shape, config: Config, dtype: torch.dtype, lengths: Lengths, *, on_cpu: bool
+) -> Footprint:
     """Return the bytes of a run of these settings at its most."""
     size = dtype.itemsize
+    weights = shape.parameters * size
     cache, choice = _sampling_bytes(shape, config, size, lengths)
     activations, layer = _update_bytes(shape, config, size, lengths)
     averages = 2 if config.teacher == "ema" else 1
     return Footprint(
-        weights=shape.parameters * size,
+        weights=weights,
         adapter=averages * shape.adapter * FP32,
         optimiser=3 * shape.adapter * FP32,
         cache=cache,
@@ -144,6 +149,9 @@ def footprint(shape: Shape, config: Config, dtype: torch.dtype, lengths: Lengths
         activations=activations,
         layer=layer,
         chunk=_chunk_bytes(shape, config, size),
+        gaps=_gaps_bytes(shape, config, size, lengths) if on_cpu else 0,
+        # A CPU's weights are the file, mapped; to hash it, it is mapped once more.
+        loading=2 * weights if on_cpu else weights,
     )
 
 
@@ -185,6 +193,18 @@ def _update_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> 
     return kept, passing
 
 
+def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
+    """Return what is free on a CPU's heap after a forward pass, in holes that stay empty.
+
+    torch asks for aligned memory. glibc then looks for a hole a little larger than the one that a
+    tensor of that size has left, and takes new memory instead. About half of what the layers have
+    had in turn ends so, measured with bench/footprint.py; a GPU's allocator uses its holes.
+    """
+    rows = min(config.micro_batch, config.batch_size)
+    tokens = rows * (lengths.student + config.max_new_tokens)
+    return tokens * shape.layers * _saved_bytes(shape, size) // 2
+
+
 def _chunk_bytes(shape: Shape, config: Config, size: int) -> int:
     """Return the bytes of the logits that exist at a time in the loss."""
     logits = config.chunk_tokens * shape.vocabulary
@@ -216,7 +236,13 @@ def _forward_bytes(shape: Shape, size: int) -> int:
 
 
 def changes_that_fit(
-    shape: Shape, config: Config, dtype: torch.dtype, lengths: Lengths, limit: float
+    shape: Shape,
+    config: Config,
+    dtype: torch.dtype,
+    lengths: Lengths,
+    limit: float,
+    *,
+    on_cpu: bool,
 ) -> dict[str, Any] | None:
     """Return the settings to change so that a run fits into `limit` bytes; None if none do.
 
@@ -225,11 +251,11 @@ def changes_that_fit(
     changes: dict[str, Any] = {}
     while True:
         changed = replace(config, **changes)
-        found = footprint(shape, changed, dtype, lengths)
+        found = footprint(shape, changed, dtype, lengths, on_cpu=on_cpu)
         if found.peak <= limit:
             return changes
         following = _next_change(changed, sampling=found.sampling > limit)
-        if found.static > limit or following is None:
+        if max(found.static, found.loading) > limit or following is None:
             return None
         changes |= following
 
@@ -303,7 +329,8 @@ def check_memory(
     It cannot where not even micro-batches of one row would, to which a step that runs out of memory
     falls back by itself (copsd.py). Where the device does not say what is free, nothing is refused.
     """
-    found = footprint(shape, config, dtype, lengths)
+    on_cpu = device == "cpu"
+    found = footprint(shape, config, dtype, lengths, on_cpu=on_cpu)
     line = footprint_line(found)
     free = free_bytes(device)
     if free is None:
@@ -311,9 +338,9 @@ def check_memory(
     line += f"; {free / GIB:.2f} free"
     if found.peak <= free:
         return line
-    changes = changes_that_fit(shape, config, dtype, lengths, free)
+    changes = changes_that_fit(shape, config, dtype, lengths, free, on_cpu=on_cpu)
     advice = f"fits with {flags_text(changes)}" if changes else "no setting of Machine makes it fit"
-    least = footprint(shape, replace(config, micro_batch=1), dtype, lengths)
+    least = footprint(shape, replace(config, micro_batch=1), dtype, lengths, on_cpu=on_cpu)
     if least.peak > free:
         raise ValueError(f"{line}: {advice}")
     return f"{line}: may not fit; {advice}"
@@ -342,9 +369,9 @@ def halve_until_it_fits(
         say(Console(stderr=True), said)
 
 
-def parts_table(found: Footprint, title: str) -> Table:
+def parts_table(found: Footprint) -> Table:
     """Return what takes a run's memory, a row each."""
-    table = Table("", Column("GiB", justify="right"), title=title, box=None, title_justify="left")
+    table = Table("", Column("GiB", justify="right"), box=None)
     rows = {
         "weights": found.weights,
         "adapter": found.adapter,
@@ -354,6 +381,7 @@ def parts_table(found: Footprint, title: str) -> Table:
         "update: activations of a micro-batch": found.activations,
         "update: one layer at work": found.layer,
         "update: a chunk of logits": found.chunk,
+        "update: holes in a CPU's heap": found.gaps,
         "peak while sampling": found.sampling,
         "peak in the update": found.update,
     }
@@ -375,12 +403,13 @@ def cards_table(
     every = True
     for card in cards:
         limit = card * 10**9 - CONTEXT
-        changes = changes_that_fit(shape, config, dtype, lengths, limit)
+        changes = changes_that_fit(shape, config, dtype, lengths, limit, on_cpu=False)
         if changes is None:
             every = False
             table.add_row(f"{card:g}", "-", "no: no setting of Machine makes it fit")
             continue
-        peak = footprint(shape, replace(config, **changes), dtype, lengths).peak
+        changed = replace(config, **changes)
+        peak = footprint(shape, changed, dtype, lengths, on_cpu=False).peak
         said = f"with {flags_text(changes)}" if changes else "as it is"
         table.add_row(f"{card:g}", f"{peak / GIB:.2f}", said)
     return table, every
@@ -400,13 +429,14 @@ def plan(given: dict[str, Any], lengths: Lengths, cards: Sequence[float], consol
     if dtype is None:
         raise ValueError(f"unknown dtype {config.dtype!r}: valid are auto, {', '.join(DTYPES)}")
     shape = read_shape(folder, config)
-    found = footprint(shape, config, dtype, lengths)
+    found = footprint(shape, config, dtype, lengths, on_cpu=config.device == "cpu")
     name = str(dtype).removeprefix("torch.")
-    tokens = f"prompts of {lengths.student} and {lengths.teacher} tokens"
-    title = (
-        f"{config.method.upper()} on {config.model}, {name}, {tokens}, {config.max_new_tokens} new"
+    say(
+        console,
+        f"{config.method.upper()} on {config.model} in {name}, prompts of up to {lengths.student} "
+        f"tokens (the teacher's {lengths.teacher}), completions of {config.max_new_tokens}",
     )
-    console.print(parts_table(found, title))
+    console.print(parts_table(found))
     table, every = cards_table(shape, config, dtype, lengths, cards)
     console.print(table)
     say(console, footprint_line(found))

@@ -39,6 +39,12 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def refuse(program: str) -> None:
+    """Raise ValueError where several ranks run a program that is for one."""
+    if count() > 1:
+        raise ValueError(f"{program} is for one process: start it without torchrun")
+
+
 def count() -> int:
     """Return how many ranks there are."""
     return dist.get_world_size() if dist.is_initialized() else 1

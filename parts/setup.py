@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from parts import runs
+from parts import ranks, runs
 from parts.chat import freeze_date
 from parts.data import keep_fitting, read_train_and_heldout
 from parts.family import context_length
@@ -59,7 +59,7 @@ def load_setup(
     day  what a chat template that writes today's date is to write; None: today
     Writes nothing. Raises ValueError or OSError for what is missing, broken or does not fit.
     """
-    device = pick_device(config.device)
+    device = ranks.own_device(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
     tokenizer, day = freeze_date(load_tokenizer(folder), day)
     context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=False))
@@ -99,14 +99,19 @@ def prepare(
     """
     run = runs.Run(Path(str(config.out)))
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
-    run.check(settings)
-    run.check_whole()
-    for when in ("before", "after"):
-        if (stored := run.read_evaluation(when)) is not None:
-            check_columns(stored, run.folder / f"{when}.json")
-    setup, identity = load_setup(config, folder, console, run.recorded_day() or day)
-    run.check(settings, identity)
-    run.create(settings, identity)
+    if ranks.is_first():
+        run.check(settings)
+        run.check_whole()
+        for when in ("before", "after"):
+            if (stored := run.read_evaluation(when)) is not None:
+                check_columns(stored, run.folder / f"{when}.json")
+        day = run.recorded_day() or day
+    setup, identity = load_setup(config, folder, console, ranks.decide(day))
+    if ranks.decide(identity) != identity:
+        raise ValueError("this machine has another model, data or prompts than that of rank 0")
+    if ranks.is_first():
+        run.check(settings, identity)
+        run.create(settings, identity)
     return setup, run
 
 
