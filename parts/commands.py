@@ -86,6 +86,21 @@ SHOWN = (
     "device",
     "dtype",
 )
+# Those that decide what it trains on.
+EXPORTED = (
+    "model",
+    "lang",
+    "data",
+    "eval_data",
+    "out",
+    "seed",
+    "english_problem",
+    "english_solution",
+    "swap_solutions",
+    "thinking",
+    "max_new_tokens",
+    "eval_problems",
+)
 # Those that its memory depends on.
 PLANNED = (
     "method",
@@ -312,6 +327,23 @@ def plan_command(
     with bad_input():
         code = plan(given, Lengths(prompt_tokens, teacher_tokens), cards, console)
     raise typer.Exit(code)
+
+
+@copsd.command("export-data")
+@flags_of(Config, only=EXPORTED)
+def export_command(
+    given: Given,
+    format: Annotated[str, typer.Option(help="Whose trainer reads it: trl.")] = "trl",
+    file: Annotated[
+        Path | None, typer.Option(help="Where to. Without it: the run's --out, and .jsonl.")
+    ] = None,
+) -> None:
+    """Write the training problems, with the prompts of both roles, for another trainer to read."""
+    console = start()
+    from parts.exports import export_data
+
+    with bad_input():
+        export_data(given, format, file, console)
 
 
 @copsd.command("languages")

@@ -69,7 +69,8 @@ class Footprint:
     activations: int  # update: what is kept for the backward pass
     layer: int  # update: one layer while it computes, forward or backward
     chunk: int  # update: logits in the loss, when no layer computes
-    gaps: int  # update: what a CPU's allocator cannot use again
+    cache_gaps: int  # sampling: what a CPU's allocator cannot use again
+    gaps: int  # update: the same
     loading: int  # what reading the weights takes
 
     @property
@@ -80,7 +81,7 @@ class Footprint:
     @property
     def sampling(self) -> int:
         """Return the peak while completions are sampled."""
-        return self.static + self.cache + self.choice
+        return self.static + self.cache + self.cache_gaps + self.choice
 
     @property
     def update(self) -> int:
@@ -149,6 +150,7 @@ def footprint(
         activations=activations,
         layer=layer,
         chunk=_chunk_bytes(shape, config, size),
+        cache_gaps=cache * 2 // 5 if on_cpu else 0,  # measured, as the other
         gaps=_gaps_bytes(shape, config, size, lengths) if on_cpu else 0,
         # A CPU's weights are the file, mapped; to hash it, it is mapped once more.
         loading=2 * weights if on_cpu else weights,
@@ -378,6 +380,7 @@ def parts_table(found: Footprint) -> Table:
         "gradient and optimiser": found.optimiser,
         "sampling: keys and values": found.cache,
         "sampling: choice of a token": found.choice,
+        "sampling: holes in a CPU's heap": found.cache_gaps,
         "update: activations of a micro-batch": found.activations,
         "update: one layer at work": found.layer,
         "update: a chunk of logits": found.chunk,

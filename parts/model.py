@@ -49,7 +49,7 @@ FAMILIES = {
     "SmolLM2-": "HuggingFaceTB",
     "gemma-": "google",
 }
-WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # the files that a model is loaded from
+TEXTS = ["*.json", "*.txt", "*.jinja"]  # a model's files beside its weights
 
 
 def resolve_model(name: str, *, revision: str | None = None, weights: bool = True) -> Path:
@@ -59,7 +59,7 @@ def resolve_model(name: str, *, revision: str | None = None, weights: bool = Tru
               a known family, such as "Qwen2.5-1.5B"
     revision  hub branch, tag or commit (None: main); the name of the snapshot's folder is the
               commit, to be recorded
-    weights   False: the folder of its configuration will do, which is all that is then fetched
+    weights   False: its configuration and tokenizer will do, and no more is then fetched
 
     Never takes pickles or code. Raises ValueError for an unknown bare name, FileNotFoundError for
     what is not there.
@@ -68,7 +68,7 @@ def resolve_model(name: str, *, revision: str | None = None, weights: bool = Tru
     if not folder.is_dir():
         folder = PROJECT / name
     if not folder.is_dir():
-        folder = _snapshot(name, revision, WEIGHTS if weights else ["*.json"])
+        folder = _snapshot(name, revision, [*TEXTS, "*.safetensors"] if weights else TEXTS)
     for pattern in ("config.json", "*.safetensors") if weights else ("config.json",):
         if not any(folder.glob(pattern)):
             raise FileNotFoundError(f"model {name}: there is no {pattern} in {folder}")

@@ -63,7 +63,7 @@ def load_setup(
     dtype = pick_dtype(config.dtype, device)
     tokenizer, day = freeze_date(load_tokenizer(folder), day)
     context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    train, heldout = _load_problems(config, tokenizer, context, console)
+    train, heldout = fitting_problems(config, tokenizer, context, console)
     lengths = longest_prompts(config, tokenizer, [*train, *heldout])
     shape = read_shape(folder, config)
     say(console, check_memory(shape, config, dtype, device, lengths))
@@ -165,7 +165,7 @@ def _can_teach(config: Config, problem: Problem) -> bool:
     )
 
 
-def _load_problems(
+def fitting_problems(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, console: Console
 ) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to train on and the held-out ones, without those too long to fit."""

@@ -44,6 +44,7 @@ PARTS = (
     "footprint",
     "setup",
     "steps",
+    "exports",
     "plan",
     "figures",
     "report",
