@@ -22,7 +22,8 @@ initial model, is estimated by Schulman's k3.
 
 Read from top to bottom: COPSD whole, GRPO whole, what a step of both shares, the program. Left out
 so that the methods stand alone: settings (parts/recipe.py), prompts (parts/prompts.py), sampling,
-grading, the run folder, measuring. Departures from the paper are listed in README.md.
+grading, what a step has around its method (parts/steps.py), the run folder, measuring. Departures
+from the paper are listed in README.md.
 
 A tensor's name ends in its axes: B rows, T positions, N the completion tokens of all rows, D hidden
 size, V vocabulary, G completions of a group. p is the teacher's distribution, q the student's.
@@ -35,10 +36,9 @@ if __name__ == "__main__":
     # flag answer at once. A command then imports this file and calls the functions at its end.
     commands.copsd()
 
-import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -46,31 +46,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kernels import chunked_divergence, chunked_logprob, reduce_loss
-from parts import data, measure, runs, steplog
-from parts.adapters import save_adapter
+from parts import measure, ranks, runs, steplog, steps
 from parts.chat import completion_text, prompt_opens_think
+from parts.footprint import halve_until_it_fits
 from parts.grading import is_correct
-from parts.machine import Stopwatch, stop_unless_finite
+from parts.machine import Stopwatch
 from parts.metrics import Ratio, bootstrap
-from parts.model import (
-    eos_ids,
-    final_hidden,
-    head_weight,
-    published_name,
-    teacher_view,
-    valid_ids,
-)
-from parts.prompts import Problem, find_language, pose_in_english
+from parts.model import eos_ids, final_hidden, head_weight, teacher_view, valid_ids
+from parts.prompts import Problem, find_language
 from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Setup
 from parts.steplog import Tally, count_tokens
+from parts.steps import count_skipped, rows_in_the_loss, share_done, take_step
 from parts.view import Watcher, say
-from parts.watch import Watching, is_look_due, look
+from parts.watch import Watching
 
 ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
 MAX_DRAWS = 4  # of --resample-dead-groups, for one step
-MAX_SKIPPED = 3  # updates in a row without a finite gradient before a run gives up
 
 
 # COPSD: the roll-out, the loss, the loop.
@@ -81,22 +74,25 @@ def roll_out(
 ) -> list[Rollout]:
     """Sample completions, y ~ q(. | x), from the student as it is now.
 
-    All `samples` of the first problem come first, then the next problem's.
+    All `samples` of the first problem come first, then the next problem's. Of several ranks, each
+    samples some problems, and all receive all.
     """
     config = setup.config
+    mine = ranks.share(len(problems))
     params = SamplingParams(
         config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed
     )
     groups = sample(
         setup.model,
-        [setup.student_prompt(problem) for problem in problems],
+        [setup.student_prompt(problem) for problem in problems[mine]],
         params,
         samples_per_prompt=samples,
+        first_index=mine.start,
         max_rows=config.sample_rows,
         eos_ids=eos_ids(setup.model, setup.tokenizer),
         valid_ids=valid_ids(setup.tokenizer),
     )
-    return [rollout for group in groups for rollout in group]
+    return ranks.gather([rollout for group in groups for rollout in group])
 
 
 def completion_hidden(
@@ -151,42 +147,60 @@ def copsd_loss(
     return loss_N, {**stats, "clipped_N": loss_N.detach() < stats["kl_N"]}
 
 
+def copsd_gradient(
+    setup: Setup,
+    rollouts: list[Rollout],
+    teacher_prompts: list[list[int]],
+    watch: Stopwatch,
+    rows_at_once: int,
+) -> Tally:
+    """Add this rank's share of the gradient of Eq. (1) over a step; return its share of the log.
+
+    A step does not fit in memory at once, so it is taken in micro-batches; each adds its share of
+    the one mean over the step's tokens, and so of the gradient.
+    """
+    tally = Tally()
+    mine = list(range(len(rollouts)))[ranks.share(len(rollouts))]
+    for rows in micro_batches(rollouts, rows_at_once, mine):
+        batch = [rollouts[row] for row in rows]
+        lengths = [len(rollout.completion_ids) for rollout in batch]
+        loss_N, stats = copsd_loss(setup, [teacher_prompts[row] for row in rows], batch)
+        loss = reduce_loss(  # Eq. (1), 1/N
+            loss_N,
+            lengths,
+            reduction=setup.config.reduction,
+            step_tokens=count_tokens(rollouts),
+            step_rows=len(rollouts),
+        )
+        watch.lap("score")
+        loss.backward()
+        watch.lap("update")
+        tally.add(loss, stats, rows, lengths)
+    return tally
+
+
 def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
     """Train from the last saved step to the end; return False if it was ended early."""
     config = setup.config
-    optimizer, step, sampled_tokens = begin(setup, run)
-    skipped = run.skipped_updates(step)
+    optimizer, step, sampled_tokens, skipped = steps.begin(setup, run)
+    rows_at_once = config.micro_batch
     with runs.stop_signals() as stopped:
         while (done := share_done(config, step, sampled_tokens)) < 1:
             step += 1
             watch = Stopwatch(str(setup.model.device))
 
             # Problems of this step, and one completion of each from the current student.
-            problems = draw_problems(setup, config.batch_size, step=step)
-            rollouts = roll_out(setup, problems, seed=rollout_seed(config, step))
+            problems = steps.draw_problems(setup, config.batch_size, step=step)
+            rollouts = roll_out(setup, problems, seed=steps.rollout_seed(config, step))
             step_tokens = count_tokens(rollouts)
             sampled_tokens += step_tokens
             watch.lap("rollout")
 
-            # The loss. A step does not fit in memory at once, so it is taken in micro-batches; each
-            # adds its share of the one mean over the step's tokens, and so of the gradient.
-            tally = Tally()
+            # The loss and its gradient. Out of memory, they are taken anew in smaller parts.
             teacher_prompts = [setup.teacher_prompt(problem) for problem in problems]
-            for rows in micro_batches(rollouts, config.micro_batch):
-                batch = [rollouts[row] for row in rows]
-                lengths = [len(rollout.completion_ids) for rollout in batch]
-                loss_N, stats = copsd_loss(setup, [teacher_prompts[row] for row in rows], batch)
-                loss = reduce_loss(  # Eq. (1), 1/N
-                    loss_N,
-                    lengths,
-                    reduction=config.reduction,
-                    step_tokens=step_tokens,
-                    step_rows=len(rollouts),
-                )
-                watch.lap("score")
-                loss.backward()
-                watch.lap("update")
-                tally.add(loss, stats, rows, lengths)
+            attempt = partial(copsd_gradient, setup, rollouts, teacher_prompts, watch)
+            tally, rows_at_once = halve_until_it_fits(attempt, rows_at_once, optimizer.zero_grad)
+            tally = steplog.merge(ranks.gather([tally]))
 
             # The update. The learning rate falls linearly to 0.
             lr = config.lr * (1 - done)
@@ -218,12 +232,8 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             }
             scores = {"kl_nats_per_token": tally.row_means("kl_N")}
             decode = setup.tokenizer.decode
-            metrics = look(setup, run, rollouts, metrics)
-            run.log(metrics, steplog.completion_rows(step, problems, rollouts, scores, decode))
-            ending = view.show(metrics) or stopped
-            if is_due(config, step, done) or ending:
-                save(run, setup, optimizer, step, done)
-            if ending and done < 1:
+            written = steplog.completion_rows(step, problems, rollouts, scores, decode)
+            if steps.finish_step(setup, run, view, optimizer, metrics, rollouts, written, stopped):
                 return False
     return True
 
@@ -260,7 +270,7 @@ def roll_out_groups(setup: Setup, problems: list[Problem], *, seed: int) -> list
             right = is_correct(text, str(problem.answer), think_open=think_open)
             rewards.append(float(right))
         groups.append(Group(problem, group, rewards))
-    return groups
+    return ranks.decide(groups)
 
 
 def replace_dead(setup: Setup, groups: list[Group], *, step: int, seed: int) -> list[Group]:
@@ -272,7 +282,7 @@ def replace_dead(setup: Setup, groups: list[Group], *, step: int, seed: int) -> 
     for draw in range(1, MAX_DRAWS + 1):
         missing = wanted - sum(not group.dead for group in groups)
         if missing > 0:
-            problems = draw_problems(setup, missing, step=step, draw=draw)
+            problems = steps.draw_problems(setup, missing, step=step, draw=draw)
             groups = groups + roll_out_groups(setup, problems, seed=seed + 10**9 * draw)
     return sorted(groups, key=lambda group: group.dead)
 
@@ -366,11 +376,56 @@ def loss_mean(config: Config, tokens: int, rows: int) -> tuple[str, int]:
     return {"token": "token", "sequence": "trajectory"}[config.loss_norm], tokens
 
 
+def grpo_gradient(
+    setup: Setup,
+    rollouts: list[Rollout],
+    advantage_B: Tensor,
+    kept: list[int],
+    old_logprobs: dict[int, Tensor],
+    watch: Stopwatch,
+    rows_at_once: int,
+) -> Tally:
+    """Add this rank's share of the gradient of Eq. (5) over a step; return its share of the log.
+
+    kept          the rows that count in the loss
+    old_logprobs  logprob_C by row, of the policy that sampled; filled at the first update
+    """
+    config = setup.config
+    tally = Tally()
+    kept_tokens = count_tokens([rollouts[row] for row in kept])
+    reduction, denominator = loss_mean(config, kept_tokens, len(kept))
+    groups = range(len(rollouts) // config.group_size)
+    mine = groups[ranks.share(len(groups))]  # groups stay whole
+    own = [row for row in kept if row // config.group_size in mine]
+    for rows in micro_batches(rollouts, rows_at_once, own):
+        batch = [rollouts[row] for row in rows]
+        lengths = [len(rollout.completion_ids) for rollout in batch]
+        advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
+        old = [old_logprobs[row] for row in rows if row in old_logprobs]
+        loss_N, stats = grpo_loss(
+            setup, batch, advantage_N.to(setup.model.device), torch.cat(old) if old else None
+        )
+        if not old:
+            old_logprobs.update(zip(rows, stats["logprob_N"].split(lengths), strict=True))
+        loss = reduce_loss(  # Eq. (5), 1/N
+            loss_N,
+            lengths,
+            reduction=reduction,
+            step_tokens=denominator,
+            step_rows=len(kept),
+        )
+        watch.lap("score")
+        loss.backward()
+        watch.lap("update")
+        tally.add(loss, stats, rows, lengths)
+    return tally
+
+
 def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
     """Train from the last saved step to the end; return False if it was ended early."""
     config = setup.config
-    optimizer, step, sampled_tokens = begin(setup, run)
-    skipped = run.skipped_updates(step)
+    optimizer, step, sampled_tokens, skipped = steps.begin(setup, run)
+    rows_at_once = config.micro_batch
     with runs.stop_signals() as stopped:
         while (done := share_done(config, step, sampled_tokens)) < 1:
             step += 1
@@ -378,8 +433,8 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
 
             # Problems of this step, and a group of completions of each, with rewards.
             wanted = config.batch_size // config.group_size
-            seed = rollout_seed(config, step)
-            problems = draw_problems(setup, wanted, step=step)
+            seed = steps.rollout_seed(config, step)
+            problems = steps.draw_problems(setup, wanted, step=step)
             drawn = roll_out_groups(setup, problems, seed=seed)
             if config.resample_dead_groups:
                 drawn = replace_dead(setup, drawn, step=step, seed=seed)
@@ -394,32 +449,16 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             reward_BG = torch.tensor([group.rewards for group in groups])
             advantage_B = advantages(reward_BG, config.scale_rewards).flatten()
             kept = rows_in_the_loss(config, rollouts)
-            counted = [rollouts[row] for row in kept]
-            reduction, denominator = loss_mean(config, count_tokens(counted), len(kept))
 
             # Updates on this batch. The log-probs before the first are the old ones for them all.
-            tally = Tally()
-            old_logprobs: dict[int, Tensor] = {}  # by the micro-batch's number
+            tallies = []
+            old_logprobs: dict[int, Tensor] = {}  # by row
+            attempt = partial(
+                grpo_gradient, setup, rollouts, advantage_B, kept, old_logprobs, watch
+            )
             for _ in range(config.inner_epochs):
-                for number, rows in enumerate(micro_batches(rollouts, config.micro_batch, kept)):
-                    batch = [rollouts[row] for row in rows]
-                    lengths = [len(rollout.completion_ids) for rollout in batch]
-                    advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
-                    loss_N, stats = grpo_loss(
-                        setup, batch, advantage_N.to(setup.model.device), old_logprobs.get(number)
-                    )
-                    old_logprobs.setdefault(number, stats["logprob_N"])
-                    loss = reduce_loss(  # Eq. (5), 1/N
-                        loss_N,
-                        lengths,
-                        reduction=reduction,
-                        step_tokens=denominator,
-                        step_rows=len(kept),
-                    )
-                    watch.lap("score")
-                    loss.backward()
-                    watch.lap("update")
-                    tally.add(loss, stats, rows, lengths)
+                part, rows_at_once = halve_until_it_fits(attempt, rows_at_once, optimizer.zero_grad)
+                tallies += ranks.gather([part])
 
                 # The update. The learning rate falls linearly to 0.
                 lr = config.lr * (1 - done)
@@ -428,7 +467,9 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                 watch.lap("update")
 
             # Log and save.
-            updated_tokens = config.inner_epochs * count_tokens(counted, prompts=True)
+            tally = steplog.merge(tallies)
+            student_tokens = count_tokens([rollouts[row] for row in kept], prompts=True)
+            updated_tokens = config.inner_epochs * student_tokens
             drawn_rewards = [group.rewards for group in drawn]
             done = share_done(config, step, sampled_tokens)
             metrics = {
@@ -448,12 +489,8 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             asked = [group.problem for group in groups for _ in group.rollouts]
             scores = {"reward": reward_BG.flatten().tolist(), "advantage": advantage_B.tolist()}
             decode = setup.tokenizer.decode
-            metrics = look(setup, run, rollouts, metrics)
-            run.log(metrics, steplog.completion_rows(step, asked, rollouts, scores, decode))
-            ending = view.show(metrics) or stopped
-            if is_due(config, step, done) or ending:
-                save(run, setup, optimizer, step, done)
-            if ending and done < 1:
+            written = steplog.completion_rows(step, asked, rollouts, scores, decode)
+            if steps.finish_step(setup, run, view, optimizer, metrics, rollouts, written, stopped):
                 return False
     return True
 
@@ -462,37 +499,6 @@ LOOPS = {"copsd": train_copsd, "grpo": train_grpo}
 
 
 # What a step of both methods shares.
-
-
-def draw_problems(setup: Setup, count: int, *, step: int, draw: int = 0) -> list[Problem]:
-    """Return the problems of a step, the first --english-share of them posed in English.
-
-    draw  counts the further draws that a step may ask for; they follow orders of their own
-    """
-    config = setup.config
-    order = data.pick_order(len(setup.train), seed=config.seed + draw, step=step - 1, batch=count)
-    return pose_in_english([setup.train[index] for index in order], config.english_share)
-
-
-def rollout_seed(config: Config, step: int) -> int:
-    """Return the seed of a step's rollouts, another one at every step of every run."""
-    return config.seed * 1_000_003 + step
-
-
-def share_done(config: Config, step: int, sampled_tokens: int) -> float:
-    """Return how much of the run is done after `step`, of its token budget or else of its steps."""
-    if config.token_budget:
-        return sampled_tokens / config.token_budget
-    return step / config.steps
-
-
-def rows_in_the_loss(config: Config, rollouts: list[Rollout]) -> list[int]:
-    """Return the rows that count in the loss: all, or with --mask-truncated those that ended."""
-    return [
-        row
-        for row, rollout in enumerate(rollouts)
-        if not (config.mask_truncated and rollout.finish_reason == "length")
-    ]
 
 
 def micro_batches(
@@ -504,74 +510,6 @@ def micro_batches(
         key=lambda row: len(rollouts[row].prompt_ids) + len(rollouts[row].completion_ids),
     )
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def take_step(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: float) -> float:
-    """Cut the gradient's norm, step, clear; return the norm before the cut.
-
-    A gradient that is not finite is dropped: one step with it would turn every weight into NaN.
-    """
-    optimizer.param_groups[0]["lr"] = lr
-    parameters = optimizer.param_groups[0]["params"]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if math.isfinite(grad_norm):
-        optimizer.step()
-        stop_unless_finite(parameters)
-    optimizer.zero_grad()
-    return grad_norm
-
-
-def count_skipped(skipped: int, grad_norm: float, step: int) -> int:
-    """Return how many updates in a row were dropped, this one included.
-
-    Raises FloatingPointError when they are too many.
-    """
-    if math.isfinite(grad_norm):
-        return 0
-    if skipped + 1 == MAX_SKIPPED:
-        raise FloatingPointError(
-            f"no finite gradient in {MAX_SKIPPED} updates up to step {step}: try a lower --lr"
-        )
-    return skipped + 1
-
-
-def begin(setup: Setup, run: runs.Run) -> tuple[torch.optim.AdamW, int, int]:
-    """Return the optimiser, the last saved step and the tokens sampled so far; 0 in a new run.
-
-    Adapter, optimiser and logs are brought to that step, so that a stopped run goes on exactly.
-    """
-    config = setup.config
-    optimizer = torch.optim.AdamW(
-        setup.lora.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
-    step, sampled_tokens, tensors = run.load_state()
-    run.cut_back(step)
-    if step:
-        own = {name: tensor for name, tensor in tensors.items() if name.startswith("lora/")}
-        setup.lora.load_state_dict({name.removeprefix("lora/"): own[name] for name in own})
-        runs.restore_optimizer(optimizer, tensors)
-    setup.model.train()
-    return optimizer, step, sampled_tokens
-
-
-def is_due(config: Config, step: int, done: float) -> bool:
-    """Say whether the adapter after `step` is one that is kept: as asked for, or as looked at."""
-    return step % config.save_every == 0 or done >= 1 or is_look_due(config, step, done)
-
-
-def save(
-    run: runs.Run, setup: Setup, optimizer: torch.optim.Optimizer, step: int, done: float
-) -> None:
-    """Save the state for going on and, where it is due, the adapter for use.
-
-    A run that was stopped in between so leaves no adapter that an unstopped one lacks.
-    """
-    if is_due(setup.config, step, done):
-        name, revision = published_name(Path(str(setup.model.name_or_path)))
-        save_adapter(setup.lora, run.adapter_folder(step), base_model=name, revision=revision)
-    adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
-    state = {**adapter, **runs.optimizer_tensors(optimizer)}
-    run.save_state(step, state, setup.config.keep, due=is_due(setup.config, step, done))
 
 
 @torch.no_grad()
@@ -635,7 +573,8 @@ def train(setup: Setup, run: runs.Run, console: Console, watching: Watching | No
 def measure_once(setup: Setup, run: runs.Run, console: Console, when: str) -> measure.Columns:
     """Return the evaluation "before" or "after" training; one that is done is read, not redone."""
     config = setup.config
-    if (stored := run.read_evaluation(when)) is not None:
+    stored = ranks.decide(run.read_evaluation(when) if ranks.is_first() else None)
+    if stored is not None:
         return measure.read_columns(stored)
     if not setup.heldout:
         return {}
@@ -645,5 +584,6 @@ def measure_once(setup: Setup, run: runs.Run, console: Console, when: str) -> me
     )
     kl = heldout_kl(setup, setup.heldout, seed=config.seed)
     columns[config.lang][measure.KL_NAME] = bootstrap(*kl)
-    run.write_evaluation(when, measure.plain_columns(columns))
+    if ranks.is_first():
+        run.write_evaluation(when, measure.plain_columns(columns))
     return columns

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parts import owner, runs
+from parts import owner, ranks, runs
 from parts.adapters import load_adapter
 from parts.benchmarks import BENCHMARKS, default_benchmark, find_files, has_language
 from parts.chat import freeze_date
@@ -159,7 +159,8 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             say(console, taken_over)
     # An evaluation that goes on keeps the day that its template writes.
     days = [run.recorded_day() for run in kept.values()]
-    tokenizer, day = freeze_date(load_tokenizer(folder), next(filter(None, days), None))
+    day = ranks.decide(next(filter(None, days), None))
+    tokenizer, day = freeze_date(load_tokenizer(folder), day)
     model, weights = load_weights(settings, folder, device=config.device, dtype=config.dtype)
     context = context_length(model.config)
     parts = []
@@ -188,7 +189,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             run.check(asdict(one), identity)
             done = read_done(run, problems)
             records.append((run, asdict(one), identity))
-        parts.append(Part(language, one, problems, run, done))
+        parts.append(Part(language, one, problems, run, ranks.decide(done)))
     if out:
         attempts = settings.samples * sum(len(part.problems) for part in parts)
         require_space(out, attempts * COMPLETION_BYTES, "what is written of the completions")
@@ -198,8 +199,8 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
 
 
 def kept_runs(out: Path | None, chosen: list[Language]) -> dict[str, runs.Run]:
-    """Return the folder of each language, by its code; {} where nothing is to be kept."""
-    if out is None:
+    """Return the folder of each language, by its code; {} where this process is to keep nothing."""
+    if out is None or not ranks.is_first():
         return {}
     if len(chosen) == 1:
         return {chosen[0].iso3: runs.Run(out, "settings")}
@@ -319,7 +320,7 @@ def load_weights(
 
     An adapter that is missing or is not this model's is an error, never the model without it.
     """
-    where = pick_device(device)
+    where = ranks.own_device(pick_device(device))
     model = load_model(folder, device=where, dtype=pick_dtype(dtype, where))
     check_model(model, f"model {settings.model}")
     base = runs.folder_fingerprint(folder)

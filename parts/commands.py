@@ -145,6 +145,42 @@ SHOWN = (
     "device",
     "dtype",
 )
+# Those that decide what it trains on.
+EXPORTED = (
+    "model",
+    "lang",
+    "data",
+    "eval_data",
+    "out",
+    "seed",
+    "english_problem",
+    "english_solution",
+    "swap_solutions",
+    "thinking",
+    "max_new_tokens",
+    "eval_problems",
+)
+# Those that its memory depends on.
+PLANNED = (
+    "method",
+    "model",
+    "teacher",
+    "group_size",
+    "kl_coef",
+    "batch_size",
+    "max_new_tokens",
+    "lora_rank",
+    "lora_targets",
+    "micro_batch",
+    "chunk_tokens",
+    "sample_rows",
+    "gradient_checkpointing",
+    "compile",
+    "device",
+    "dtype",
+    "eval_problems",
+    "eval_samples",
+)
 
 
 def flags_of(
@@ -211,13 +247,15 @@ def start() -> Console:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     from transformers.utils import logging as transformers_logging
 
+    from parts import ranks
     from parts.machine import keep_freed_memory
     from parts.measure import language_detector
     from parts.view import say
 
+    ranks.join()
     keep_freed_memory()
     transformers_logging.disable_progress_bar()
-    console = Console()
+    console = Console(quiet=not ranks.is_first())
     if language_detector() is None:
         say(console, 'pycld2 is not installed: no metric of the written language, which is "-"')
     return console
@@ -296,6 +334,22 @@ def bad_input() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+@contextmanager
+def other_ranks() -> Iterator[None]:
+    """Part from the other ranks after work that ended well; exit 1, in a line, where one is lost.
+
+    What was saved is whole, and the same command goes on with it, with as many ranks as it has.
+    """
+    from parts import ranks
+
+    try:
+        yield
+    except ConnectionError as error:
+        typer.echo(f"error: {error}; the same command goes on from what is saved", err=True)
+        raise typer.Exit(1) from error
+    ranks.leave()
+
+
 @copsd.command("train")
 @flags_of(Config)
 def train_command(
@@ -326,8 +380,9 @@ def train_command(
         check_tracker(track)
         setup, run = prepare(*configure(given), console)
     watching = Watching(track, show_rollout, stop_on_collapse)
-    with working(console, run.kept):
-        raise typer.Exit(method.train(setup, run, console, watching))
+    with working(console, run.kept), other_ranks():
+        code = method.train(setup, run, console, watching)
+    raise typer.Exit(code)
 
 
 @copsd.command("show")
@@ -355,6 +410,50 @@ def show_command(
         show.print_walk(setup, found, console)
         if html:
             show.write_page(found, html)
+
+
+@copsd.command("plan")
+@flags_of(Config, only=PLANNED)
+def plan_command(
+    given: Given,
+    gpu: Annotated[
+        float | None, typer.Option(help="Only a card of so many GB. Without it: 24, 40, 80, 141.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the longest prompt that the student reads.")
+    ] = 256,
+    teacher_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the longest prompt that the teacher reads.")
+    ] = 1024,
+) -> None:
+    """Say how much memory a run takes at most and what makes it fit, without loading the model.
+
+    Exit code 1: a card does not hold it, whatever the settings of Machine.
+    """
+    console = start()
+    from parts.footprint import CARDS_GB, Lengths, plan
+
+    cards = [gpu] if gpu else CARDS_GB
+    with bad_input():
+        code = plan(given, Lengths(prompt_tokens, teacher_tokens), cards, console)
+    raise typer.Exit(code)
+
+
+@copsd.command("export-data")
+@flags_of(Config, only=EXPORTED)
+def export_command(
+    given: Given,
+    format: Annotated[str, typer.Option(help="Whose trainer reads it: trl.")] = "trl",
+    file: Annotated[
+        Path | None, typer.Option(help="Where to. Without it: the run's --out, and .jsonl.")
+    ] = None,
+) -> None:
+    """Write the training problems, with the prompts of both roles, for another trainer to read."""
+    console = start()
+    from parts.exports import export_data
+
+    with bad_input():
+        export_data(given, format, file, console)
 
 
 @copsd.command("languages")
@@ -391,9 +490,11 @@ def run_comparison(given: Given) -> None:
     """
     console = start()
     import compare
+    from parts import ranks
     from parts.plan import make_plan
 
     with bad_input():
+        ranks.refuse("compare.py")
         plan = make_plan(given, console)
     kept = f"finished arms are kept in {plan.out}, and the same command goes on from there"
     with working(console, lambda: kept):
@@ -411,7 +512,7 @@ def evaluate_command(given: Given, context: typer.Context) -> None:
 
     with bad_input():
         job = evaluator.prepare(given, console)
-    with working(console, job.kept):
+    with working(console, job.kept), other_ranks():
         evaluator.run(job, console)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from parts import ranks
 from parts.chat import completion_text, prompt_opens_think
 from parts.grading import grade
 from parts.metrics import LEVEL_WEIGHTS, Attempt, Estimate, Graded, read_summary, summarise
@@ -101,9 +102,13 @@ def evaluate(
     """Sample `samples` completions of every problem under the student's prompt and grade each.
 
     first_index  the first problem's place in the whole evaluation: its random stream depends on it
+    Several ranks divide the problems, and each returns all of them.
     Never cuts a prompt: one that does not fit the model's context is the sampler's ValueError.
     """
     check_answers(problems)
+    mine = ranks.share(len(problems))
+    first_index += mine.start
+    problems = problems[mine]
     think_open = prompt_opens_think(tokenizer, thinking)
     end_ids = eos_ids(model, tokenizer)
     groups = sample(
@@ -128,7 +133,7 @@ def evaluate(
             seed = f"{params.seed}/{index}/{number}"
             attempts.append(_attempt(text, rollout, problem, seed, think_open))
         results.append(_graded(problem, rollouts[0].prompt_ids, attempts))
-    return results
+    return ranks.gather(results)
 
 
 def _attempt(text: str, rollout: Rollout, problem: Problem, seed: str, think_open: bool) -> Attempt:

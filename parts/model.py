@@ -33,6 +33,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -75,15 +76,17 @@ FAMILIES = {
     "SmolLM2-": "HuggingFaceTB",
     "gemma-": "google",
 }
+TEXTS = ["*.json", "*.txt", "*.jinja"]  # a model's files beside its weights
 
 
-def resolve_model(name: str, *, revision: str | None = None) -> Path:
+def resolve_model(name: str, *, revision: str | None = None, weights: bool = True) -> Path:
     """Return a model's folder: a local one, or else the hub's snapshot, downloaded or cached.
 
     name      a folder, also one beside the program, as "lab/tiny" is; "org/name"; or a bare name of
               a known family, such as "Qwen2.5-1.5B"
     revision  hub branch, tag or commit (None: main); the name of the snapshot's folder is the
               commit, to be recorded
+    weights   False: its configuration and tokenizer will do, and no more is then fetched
 
     Never takes pickles or code. Raises ValueError for an unknown bare name, FileNotFoundError for
     what is not there.
@@ -92,8 +95,8 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     if not folder.is_dir():
         folder = PROJECT / name
     if not folder.is_dir():
-        folder = _snapshot(name, revision)
-    for pattern in ("config.json", "*.safetensors"):
+        folder = _snapshot(name, revision, [*TEXTS, "*.safetensors"] if weights else TEXTS)
+    for pattern in ("config.json", "*.safetensors") if weights else ("config.json",):
         if not any(folder.glob(pattern)):
             raise FileNotFoundError(f"model {name}: there is no {pattern} in {folder}")
     return folder
@@ -111,7 +114,7 @@ def published_name(folder: Path) -> tuple[str, str | None]:
     return str(folder.resolve()), None
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     """Return the folder of the hub's snapshot."""
     owners = [owner for prefix, owner in FAMILIES.items() if name.startswith(prefix)]
     if "/" not in name and not owners:
@@ -123,7 +126,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
         folder = snapshot_download(
             name if "/" in name else f"{owners[0]}/{name}",
             revision=revision,
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"],
+            allow_patterns=patterns,
             ignore_patterns="*/*",  # subfolders hold the same weights in other formats
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -132,6 +135,15 @@ def _snapshot(name: str, revision: str | None) -> Path:
             f"model {name}: no such folder, and none from the hub: {reason}"
         ) from error
     return Path(folder)
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """Return the configuration in folder; ValueError where it is broken or is not honoured."""
+    name = f"model {folder}"
+    with loading(folder, name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_family(config, name)
+    return config
 
 
 def load_model(
@@ -147,12 +159,10 @@ def load_model(
     family that is not honoured (parts/family.py), and for weights that the files lack.
     """
     name = f"model {folder}"
-    with _whole(folder, name):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    check_family(config, name)
+    config = load_config(folder)
     switch_off_dropout(config)
     # It may also be of a family without this kind of attention.
-    with _whole(folder, f"{name} ({config.model_type})"):
+    with loading(folder, f"{name} ({config.model_type})"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -182,7 +192,7 @@ def load_model(
 
 
 @contextmanager
-def _whole(folder: Path, name: str) -> Iterator[None]:
+def loading(folder: Path, name: str) -> Iterator[None]:
     """Raise ValueError, in one line, for whatever a broken file makes the libraries raise.
 
     Their code trusts the files, so that a text in place of a number, or another size than that of
@@ -217,7 +227,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     Raises ValueError if it has no chat template, with which prompts are built.
     """
-    with _whole(folder, f"the tokenizer in {folder}"):
+    with loading(folder, f"the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise ValueError(

@@ -7,7 +7,6 @@ Not done: the model's generation_config is never read, no prompt is cut, the glo
 never touched.
 """
 
-import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

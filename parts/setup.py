@@ -7,14 +7,15 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parts import runs
+from parts import ranks, runs
 from parts.chat import freeze_date
 from parts.data import keep_fitting, read_problem_sets
 from parts.family import context_length
 from parts.files import require_space
+from parts.footprint import Lengths, check_memory, read_shape
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
-from parts.model import Lora, attach_lora, load_model, load_tokenizer, resolve_model
+from parts.model import Lora, attach_lora, load_config, load_model, load_tokenizer, resolve_model
 from parts.prefixes import KeptPrompts
 from parts.prompts import Problem, build_prompt, is_teachable, pose_in_english, template_hash
 from parts.recipe import Config, fill, settle
@@ -62,15 +63,18 @@ def load_setup(
     day  what a chat template that writes today's date is to write; None: today
     Writes nothing. Raises ValueError or OSError for what is missing, broken or does not fit.
     """
-    device = pick_device(config.device)
+    device = ranks.own_device(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
     tokenizer, day = freeze_date(load_tokenizer(folder), day)
+    context = context_length(load_config(folder))
+    train, dev, heldout = fitting_problems(config, tokenizer, context, console)
+    lengths = longest_prompts(config, tokenizer, [*train, *dev, *heldout])
+    shape = read_shape(folder, config)
+    say(console, check_memory(shape, config, dtype, device, lengths))
     model = load_model(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
     )
     check_model(model, f"model {config.model}")
-    context = context_length(model.config)
-    train, dev, heldout = _load_problems(config, tokenizer, context, console)
     identity = {
         "base_weights": runs.folder_fingerprint(folder),
         **runs.files_fingerprints(folder),
@@ -100,21 +104,26 @@ def prepare(
     """
     run = runs.Run(Path(str(config.out)))
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
-    run.check(settings)
-    taken_over = run.claim()
-    for said in ([taken_over] if taken_over else []) + run.check_whole():
-        say(console, said)
-    for when in ("before", "after"):
-        if (stored := run.read_evaluation(when)) is not None:
-            check_columns(stored, run.folder / f"{when}.json")
-    setup, identity = load_setup(config, folder, console, run.recorded_day() or day)
-    run.check(settings, identity)
-    runs.check_state(run, setup.lora.state_dict(), setup.lora.parameters())
-    # A state is the adapter, its moving average, and two numbers of the optimiser's for each.
-    adapter = sum(tensor.numel() for tensor in setup.lora.parameters()) * 4  # bytes
-    saved = adapter * (5 if config.teacher == "ema" else 4)
-    require_space(run.folder, saved, "the first save")
-    run.create(settings, identity)
+    if ranks.is_first():
+        run.check(settings)
+        taken_over = run.claim()
+        for said in ([taken_over] if taken_over else []) + run.check_whole():
+            say(console, said)
+        for when in ("before", "after"):
+            if (stored := run.read_evaluation(when)) is not None:
+                check_columns(stored, run.folder / f"{when}.json")
+        day = run.recorded_day() or day
+    setup, identity = load_setup(config, folder, console, ranks.decide(day))
+    if ranks.decide(identity) != identity:
+        raise ValueError("this machine has another model, data or prompts than that of rank 0")
+    if ranks.is_first():
+        run.check(settings, identity)
+        runs.check_state(run, setup.lora.state_dict(), setup.lora.parameters())
+        # A state is the adapter, its moving average, and two numbers of the optimiser's for each.
+        adapter = sum(tensor.numel() for tensor in setup.lora.parameters()) * 4  # bytes
+        saved = adapter * (5 if config.teacher == "ema" else 4)
+        require_space(run.folder, saved, "the first save")
+        run.create(settings, identity)
     return setup, run
 
 
@@ -140,6 +149,26 @@ def teacher_prompt(
     )
 
 
+def longest_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> Lengths:
+    """Return the tokens of the longest prompts of both roles, as far as the longest texts tell."""
+
+    def _letters(problem: Problem) -> int:
+        parts = (problem.problem, problem.problem_en, problem.solution_en)
+        return sum(len(part or "") for part in parts)
+
+    # Tokenising all of thousands of problems once more takes seconds.
+    longest = sorted(problems, key=_letters)[-16:]
+    student = [len(student_prompt(config, problem, tokenizer)) for problem in longest]
+    teacher = [
+        len(teacher_prompt(config, problem, tokenizer))
+        for problem in longest
+        if _can_teach(config, problem)
+    ]
+    return Lengths(max(student), max(teacher, default=0))
+
+
 def _can_teach(config: Config, problem: Problem) -> bool:
     return is_teachable(
         problem,
@@ -148,7 +177,7 @@ def _can_teach(config: Config, problem: Problem) -> bool:
     )
 
 
-def _load_problems(
+def fitting_problems(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, console: Console
 ) -> tuple[list[Problem], list[Problem], list[Problem]]:
     """Return read_problem_sets' three, without the problems too long to fit."""

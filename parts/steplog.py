@@ -50,6 +50,17 @@ class Tally:
         }
 
 
+def merge(tallies: list[Tally]) -> Tally:
+    """Return what several ranks, or several updates on one batch, leave together."""
+    whole = Tally()
+    for tally in tallies:
+        whole.loss += tally.loss
+        whole.rows += tally.rows
+        for name, tensors in tally.tokens.items():
+            whole.tokens.setdefault(name, []).extend(tensors)
+    return whole
+
+
 def count_tokens(rollouts: list[Rollout], *, prompts: bool = False) -> int:
     """Return the completion tokens of all rollouts, with or without the prompts before them."""
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from parts import ranks
 from parts.chat import completion_text, prompt_opens_think
 from parts.files import parse_json
 from parts.grading import extract_answer
@@ -195,7 +196,7 @@ class Watching:
         rollout = partial(last_completion, run.folder) if self.show_rollout else None
         with ExitStack() as stack:
             watchers: list[Watcher] = []
-            if self.track:
+            if self.track and ranks.is_first():
                 watchers.append(stack.enter_context(open_tracker(self.track, run, asdict(config))))
             watchers.append(stack.enter_context(StepView(console, steps, rollout)))
             yield Watch(run, watchers, self.stop_on_collapse)
@@ -224,7 +225,7 @@ class Watch:
         said = []
         if self.collapsed:
             said.append(f"{self.collapsed} (without --stop-on-collapse the run would go on)")
-        if best := write_best(self.run):
+        if ranks.is_first() and (best := write_best(self.run)):
             said.append(best)
         return said
 

@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A file imports only files above it here, and the programs stand above them all.
 PARTS = (
     "machine",
+    "ranks",
     "stops",
     "typed",
     "files",
@@ -45,9 +46,12 @@ PARTS = (
     "benchmarks",
     "runs",
     "steplog",
+    "footprint",
     "setup",
     "track",
     "watch",
+    "steps",
+    "exports",
     "plan",
     "figures",
     "report",

@@ -1,0 +1,85 @@
+"""A run's training problems as data for other trainers, with the prompts of both roles written out.
+
+TRL's SDFTTrainer (trl.experimental.sdft) is the nearest relative of COPSD. It reads a column
+"prompt", from which the student writes, and a column "privileged_context", what the teacher reads
+beside it. Here the latter is the teacher's whole prompt, as training here has it: bench/trl_sdft.py
+tells the trainer to take it so.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from parts.chat import freeze_date
+from parts.family import context_length
+from parts.files import json_lines, write_text
+from parts.model import load_config, load_tokenizer, resolve_model
+from parts.prompts import Problem, render_prompt
+from parts.recipe import Config, fill, settle
+from parts.setup import fitting_problems
+from parts.view import say
+
+FORMATS = ("trl",)
+
+
+def export_data(given: dict[str, Any], kind: str, file: Path | None, console: Console) -> None:
+    """Write the problems that a run with these flags trains on as JSON lines.
+
+    file  None: the run's --out with .jsonl behind it
+    Reads the tokenizer and the configuration of the model, not its weights. Raises ValueError or
+    OSError.
+    """
+    if kind not in FORMATS:
+        raise ValueError(f"unknown format {kind!r}; valid: {', '.join(FORMATS)}")
+    folder = resolve_model(given.get("model", Config.model), weights=False)
+    config = settle(fill({**given, "method": "copsd"}, folder))
+    tokenizer, _ = freeze_date(load_tokenizer(folder), None)
+    context = context_length(load_config(folder))
+    train, _, _ = fitting_problems(config, tokenizer, context, console)
+    target = file or Path(f"{config.out}.jsonl")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, json_lines(trl_rows(config, train, tokenizer)))
+    say(console, f"{len(train)} problems for TRL's SDFTTrainer: {target}")
+    say(console, f"next: python bench/trl_sdft.py --data {target} --model {config.model}")
+
+
+def trl_rows(
+    config: Config, problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each problem: id, prompt, privileged_context, answer.
+
+    Both prompts are text in which the chat template is written out, for the student's ends in words
+    that the template does not have (parts/prompts.py).
+    """
+    shown = {
+        "english_problem": config.english_problem,
+        "english_solution": config.english_solution,
+    }
+    for problem in problems:
+        texts = {
+            role: render_prompt(
+                problem, problem.language, tokenizer, role=role, thinking=config.thinking, **shown
+            )
+            for role in ("student", "teacher")
+        }
+        yield {
+            "id": problem.id,
+            "prompt": _as_tokenised_later(texts["student"], tokenizer),
+            "privileged_context": _as_tokenised_later(texts["teacher"], tokenizer),
+            "answer": problem.answer,
+        }
+
+
+def _as_tokenised_later(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text that becomes our ids where special tokens are added, as TRL has them added.
+
+    A template that writes the token of the beginning would else have it twice.
+    """
+    wanted = tokenizer.encode(text, add_special_tokens=False)
+    for form in (text, text.removeprefix(str(tokenizer.bos_token))):
+        if tokenizer.encode(form) == wanted:
+            return form
+    raise ValueError("this tokenizer adds tokens to a text: TRL would train on other prompts")

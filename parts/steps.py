@@ -1,0 +1,154 @@
+"""What a step of either method has around its method: drawing, updating, logging, saving."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parts import ranks, runs
+from parts.adapters import save_adapter
+from parts.data import pick_order
+from parts.machine import stop_unless_finite
+from parts.model import published_name
+from parts.prompts import Problem, pose_in_english
+from parts.recipe import Config
+from parts.sampler import Rollout
+from parts.setup import Setup
+from parts.view import Watcher
+from parts.watch import is_look_due, look
+
+MAX_SKIPPED = 3  # updates in a row without a finite gradient before a run gives up
+
+
+def draw_problems(setup: Setup, count: int, *, step: int, draw: int = 0) -> list[Problem]:
+    """Return the problems of a step, the first --english-share of them posed in English.
+
+    draw  counts the further draws that a step may ask for; they follow orders of their own
+    """
+    config = setup.config
+    order = pick_order(len(setup.train), seed=config.seed + draw, step=step - 1, batch=count)
+    return pose_in_english([setup.train[index] for index in order], config.english_share)
+
+
+def rollout_seed(config: Config, step: int) -> int:
+    """Return the seed of a step's rollouts, another one at every step of every run."""
+    return config.seed * 1_000_003 + step
+
+
+def share_done(config: Config, step: int, sampled_tokens: int) -> float:
+    """Return how much of the run is done after `step`, of its token budget or else of its steps."""
+    if config.token_budget:
+        return sampled_tokens / config.token_budget
+    return step / config.steps
+
+
+def rows_in_the_loss(config: Config, rollouts: list[Rollout]) -> list[int]:
+    """Return the rows that count in the loss: all, or with --mask-truncated those that ended."""
+    return [
+        row
+        for row, rollout in enumerate(rollouts)
+        if not (config.mask_truncated and rollout.finish_reason == "length")
+    ]
+
+
+def take_step(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: float) -> float:
+    """Cut the gradient's norm, step, clear; return the norm before the cut.
+
+    A gradient that is not finite is dropped: one step with it would turn every weight into NaN.
+    """
+    optimizer.param_groups[0]["lr"] = lr
+    parameters = optimizer.param_groups[0]["params"]
+    ranks.sum_gradients(parameters)
+    grad_norm = ranks.decide(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item())
+    if math.isfinite(grad_norm):
+        optimizer.step()
+        stop_unless_finite(parameters)
+    optimizer.zero_grad()
+    return grad_norm
+
+
+def count_skipped(skipped: int, grad_norm: float, step: int) -> int:
+    """Return how many updates in a row were dropped, this one included.
+
+    Raises FloatingPointError when they are too many.
+    """
+    if math.isfinite(grad_norm):
+        return 0
+    if skipped + 1 == MAX_SKIPPED:
+        raise FloatingPointError(
+            f"no finite gradient in {MAX_SKIPPED} updates up to step {step}: try a lower --lr"
+        )
+    return skipped + 1
+
+
+def begin(setup: Setup, run: runs.Run) -> tuple[torch.optim.AdamW, int, int, int]:
+    """Return the optimiser, the last saved step, the tokens sampled and the updates last skipped.
+
+    The numbers are 0 in a new run; the last is of updates in a row, up to that step.
+    Adapter, optimiser and logs are brought to that step, so that a stopped run goes on exactly.
+    """
+    config = setup.config
+    optimizer = torch.optim.AdamW(
+        setup.lora.parameters(), lr=config.lr, weight_decay=config.weight_decay
+    )
+    saved = skipped = None
+    if ranks.is_first():
+        saved = run.load_state()
+        run.cut_back(saved[0])
+        skipped = run.skipped_updates(saved[0])
+    step, sampled_tokens, tensors = ranks.decide(saved)
+    if step:
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("lora/")}
+        setup.lora.load_state_dict({name.removeprefix("lora/"): own[name] for name in own})
+        runs.restore_optimizer(optimizer, tensors)
+    setup.model.train()
+    return optimizer, step, sampled_tokens, ranks.decide(skipped)
+
+
+def finish_step(
+    setup: Setup,
+    run: runs.Run,
+    view: Watcher,
+    optimizer: torch.optim.Optimizer,
+    metrics: dict[str, Any],
+    rollouts: list[Rollout],
+    completions: list[dict[str, Any]],
+    stopped: list[int],
+) -> bool:
+    """Log a step, show it, and save where it is due; say whether the run ends here before its end.
+
+    A signal ends it, or the view, such as at an alarm.
+    """
+    step = metrics["step"]
+    done = metrics["progress"]
+    if ranks.is_first():
+        metrics = look(setup, run, rollouts, metrics)
+        run.log(metrics, completions)
+    ending = view.show(ranks.decide(metrics)) or bool(stopped)
+    stop = any(ranks.gather([ending]))  # whichever rank it reached
+    if is_due(setup.config, step, done) or stop:
+        save(run, setup, optimizer, step, done)
+    return stop and done < 1
+
+
+def is_due(config: Config, step: int, done: float) -> bool:
+    """Say whether the adapter after `step` is one that is kept: as asked for, or as looked at."""
+    return step % config.save_every == 0 or done >= 1 or is_look_due(config, step, done)
+
+
+def save(
+    run: runs.Run, setup: Setup, optimizer: torch.optim.Optimizer, step: int, done: float
+) -> None:
+    """Save the state for going on and, where it is due, the adapter for use.
+
+    A run that was stopped in between so leaves no adapter that an unstopped one lacks.
+    """
+    if not ranks.is_first():
+        return
+    if is_due(setup.config, step, done):
+        name, revision = published_name(Path(str(setup.model.name_or_path)))
+        save_adapter(setup.lora, run.adapter_folder(step), base_model=name, revision=revision)
+    adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
+    state = {**adapter, **runs.optimizer_tensors(optimizer)}
+    run.save_state(step, state, setup.config.keep, due=is_due(setup.config, step, done))

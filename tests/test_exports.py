@@ -1,0 +1,57 @@
+"""Data for other trainers: what they tokenise is what is trained on here."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from parts import commands
+from parts.chat import freeze_date
+from parts.data import load_problems
+from parts.exports import _as_tokenised_later
+from parts.model import load_tokenizer
+from parts.prompts import build_prompt
+
+
+def test_trl_reads_the_ids_that_are_trained_on(tmp_path, lab_folder):
+    file = tmp_path / "hau.jsonl"
+    flags = ["export-data", "--format", "trl", "--lang", "hau", "--file", str(file)]
+    result = CliRunner().invoke(commands.copsd, flags)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    problems = load_problems(lab_folder.parent / "problems" / "hau" / "train.jsonl", language="hau")
+    assert [row["id"] for row in rows] == [problem.id for problem in problems]
+    tokenizer = AutoTokenizer.from_pretrained(lab_folder)
+    own, _ = freeze_date(load_tokenizer(lab_folder), None)
+    for row, problem in list(zip(rows, problems, strict=True))[::50]:
+        assert row.keys() == {"id", "prompt", "privileged_context", "answer"}
+        # As SDFTTrainer tokenises a column of text.
+        read = tokenizer(text=[row["prompt"], row["privileged_context"]])["input_ids"]
+        assert read == [
+            build_prompt(problem, "hau", own, role=role) for role in ("student", "teacher")
+        ]
+        assert problem.solution_en in row["privileged_context"]
+        assert problem.solution_en not in row["prompt"] and row["answer"] == problem.answer
+
+
+class Beginning:
+    """A tokenizer that puts <s> before a text."""
+
+    bos_token = "<s>"
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[str]:
+        return [*(["<s>"] if add_special_tokens else []), *text.replace("<s>", "<s> ").split()]
+
+
+def test_the_token_of_the_beginning_is_not_read_twice():
+    tokenizer = Beginning()
+    assert _as_tokenised_later("<s> user: 2 + 3", tokenizer) == " user: 2 + 3"
+    with pytest.raises(ValueError, match="other prompts"):
+        _as_tokenised_later("user: 2 + 3", tokenizer)
+
+
+def test_an_unknown_format_is_refused(tmp_path):
+    flags = ["export-data", "--format", "verl", "--file", str(tmp_path / "x")]
+    result = CliRunner().invoke(commands.copsd, flags)
+    assert result.exit_code == 2 and "valid: trl" in result.stderr

@@ -1,0 +1,157 @@
+"""Several processes, one run: what torchrun's ranks give is what one process gives."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from parts import ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--steps", "2", "--batch-size", "6", "--micro-batch", "2", "--eval-problems", "0"]
+GRPO = [*SMALL, "--method", "grpo", "--group-size", "2", "--temperature", "1.5", "--lr", "1e-3"]
+
+
+def command(program: str, flags: list[str], count: int) -> list[str]:
+    if count == 1:
+        return [sys.executable, program, *flags]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    place = ["--master-addr", "127.0.0.1", "--master-port", port]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    return [*torchrun, *place, program, *flags]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(program: str, flags: list[str], count: int) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(program, flags, count),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def assert_alike(one: Path, other: Path) -> None:
+    """Two runs have the same completions, and the same losses and adapter but for rounding."""
+    adapters = [
+        sorted(each.glob("adapters/*/adapter_model.safetensors"))[-1] for each in (one, other)
+    ]
+    first, second = map(load_file, adapters)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=5e-5, rtol=1e-3)
+    logs = [rows(each / "metrics.jsonl") for each in (one, other)]
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]] != []
+    for mine, theirs in zip(*logs, strict=True):
+        for name, value in mine.items():
+            if "time_s" not in name and "memory" not in name:
+                assert theirs[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    texts = [
+        [
+            (row["step"], row["problem_id"], row["completion"])
+            for row in rows(each / "completions.jsonl")
+        ]
+        for each in (one, other)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("flags", [SMALL, GRPO], ids=["copsd", "grpo"])
+def test_two_ranks_train_as_one_process_does(tmp_path, flags):
+    for count in (1, 2):
+        out = ["--out", str(tmp_path / str(count))]
+        done = run("copsd.py", ["train", *flags, *out], count)
+        assert done.stdout.count("done in") == 1, "one of them prints"
+    assert_alike(tmp_path / "1", tmp_path / "2")
+
+
+def test_a_rank_that_dies_ends_the_run_which_goes_on_with_another_number(tmp_path):
+    flags = ["train", *SMALL, "--steps", "12", "--save-every", "1"]
+    straight = tmp_path / "straight"
+    run("copsd.py", [*flags, "--out", str(straight)], 1)
+    out = tmp_path / "killed"
+    flags += ["--out", str(out)]
+    started = subprocess.Popen(
+        command("copsd.py", flags, 2),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = out / "metrics.jsonl"
+    until = time.monotonic() + 200
+    while not (log.is_file() and len(rows(log)) >= 2) and time.monotonic() < until:
+        time.sleep(0.05)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, said = started.communicate(timeout=200)
+    assert started.returncode != 0
+    assert len(rows(log)) < 12, "it was killed too late to show anything"
+    assert "another process of this run has ended" in said or "SIGTERM" in said
+    run("copsd.py", flags, 1)  # alone, from the last save
+    assert_alike(straight, out)
+
+
+def test_two_ranks_evaluate_into_one_file(tmp_path):
+    flags = ["--pass-at-k", "2", "--limit", "5"]
+    for count in (1, 2):
+        run("eval.py", [*flags, "--out", str(tmp_path / str(count))], count)
+    one, other = (rows(tmp_path / str(count) / "problems.jsonl") for count in (1, 2))
+    assert [row["id"] for row in other] == [row["id"] for row in one]
+    assert other == one
+    assert (tmp_path / "2" / "summary.json").read_bytes() == (
+        tmp_path / "1" / "summary.json"
+    ).read_bytes()
+
+
+# One process
+
+
+def test_without_torchrun_nothing_is_divided_or_changed():
+    items = [3, 1, 2]
+    assert ranks.gather(items) is items and ranks.decide(items) is items
+    assert (ranks.count(), ranks.number(), ranks.is_first()) == (1, 0, True)
+    assert ranks.own_device("cuda") == "cuda"
+    weight = torch.ones(2, requires_grad=True)
+    ranks.sum_gradients([weight])
+    assert weight.grad is None
+    ranks.refuse("compare.py")
+
+
+@pytest.mark.parametrize("items", [0, 1, 5, 8])
+def test_shares_are_neighbours_that_add_up(monkeypatch, items):
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    found = []
+    for number in range(3):
+        monkeypatch.setattr(ranks, "number", lambda number=number: number)
+        found.append(list(range(items))[ranks.share(items)])
+    assert [item for part in found for item in part] == list(range(items))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_a_program_for_one_process_refuses_several(monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    with pytest.raises(ValueError, match="without torchrun"):
+        ranks.refuse("compare.py")
