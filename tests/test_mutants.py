@@ -1,14 +1,13 @@
 """bench/mutants.py: a mutant is the file with one thing changed."""
 
 import ast
-import sys
 from pathlib import Path
 
 import pytest
 
+from bench import mutants
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-import mutants  # type: ignore[import-not-found]
 
 
 @pytest.mark.parametrize(
