@@ -118,6 +118,8 @@ def start(
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    for name in ("said", "errors"):
+        Path(f"{words or out}.{name}").touch()
     if pid := os.fork():
         return pid
     code = 70
@@ -136,7 +138,7 @@ def start(
         program.app([*program.arguments, "--out", str(out)])
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
+        code = int(end.code or 0)  # None is a good end
     except BaseException:
         traceback.print_exc()
         code = 1
