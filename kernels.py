@@ -379,17 +379,23 @@ def _prepare(function: Callable, compile: bool) -> Callable:
 
 @functools.cache
 def _compiler_works(device_type: str) -> bool:
-    """Compile something small to see whether torch.compile can; warn, once, if not.
+    """Say whether torch.compile can be used; warn, once, if not."""
+    if reason := compile_fault(device_type):
+        warnings.warn(f"divergences run eagerly, as torch.compile fails: {reason}", stacklevel=3)
+    return reason is None
+
+
+@functools.cache
+def compile_fault(device_type: str) -> str | None:
+    """Compile something small; return why that does not work, in a line, None where it does.
 
     On a CPU it needs a C++ compiler.
     """
     try:
         torch.compile(torch.neg)(torch.zeros(8, device=device_type))
     except TorchDynamoException as error:
-        reason = str(error).splitlines()[0]
-        warnings.warn(f"divergences run eagerly, as torch.compile fails: {reason}", stacklevel=3)
-        return False
-    return True
+        return str(error).splitlines()[0]
+    return None
 
 
 def _check_options(

@@ -118,33 +118,45 @@ def start(
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    for name in ("said", "errors"):
+        Path(f"{words or out}.{name}").touch()
     if pid := os.fork():
         return pid
     code = 70
     try:
-        os.setsid()
-        for number, name in ((1, "said"), (2, "errors")):
-            file = os.open(f"{words or out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, number)
-        sys.stdout = os.fdopen(1, "w", closefd=False)
-        sys.stderr = os.fdopen(2, "w", closefd=False)
+        code = _be(program, out, words or out, hook, patch)
+    finally:
+        os._exit(code)  # whatever happened, this is not the bench
+
+
+def _be(program: Program, out: Path, words: Path, hook: Hook | None, patch: Patch | None) -> int:
+    """Be the forked process; return its exit code."""
+    os.setsid()
+    for number, name in ((1, "said"), (2, "errors")):
+        os.dup2(os.open(f"{words}.{name}", os.O_WRONLY | os.O_TRUNC), number)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    code = 1
+    try:
         evaluator.CHUNK = 2  # so that a small evaluation has several
         if patch:
             patch()
         if hook:
             sys.addaudithook(hook)
         program.app([*program.arguments, "--out", str(out)])
-        code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
+        code = int(end.code or 0)  # None is a good end
+    except KeyboardInterrupt:  # before the program began
+        print("stopped")
+        code = 130
     except BaseException:
         traceback.print_exc()
-        code = 1
-    finally:
-        owner.release()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    owner.release()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 def wait(pid: int, words: Path) -> Ended:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parts.files import read_object, whole_file, write_text
+from parts.checkpoints import write_tensors
+from parts.files import read_object, write_text
 from parts.model import Lora, adaptable_layers, attach_lora, copy_exactly, refuse_not_finite
 from parts.typed import typed
 
@@ -88,8 +89,7 @@ def save_adapter(lora: Lora, folder: Path, *, base_model: str, revision: str | N
     # ASCII, other than write_json: peft reads the file in whatever encoding the machine is set to.
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     tensors = {f"{PREFIX}{name}{SUFFIX}": tensor for name, tensor in lora.sets["current"].items()}
-    with whole_file(folder / TENSORS_FILE) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+    write_tensors(folder / TENSORS_FILE, tensors, {"format": "pt"})
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:

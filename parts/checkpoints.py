@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from parts.files import PARTIAL, file_digest, read_sealed, whole_file, write_sealed
@@ -83,8 +84,7 @@ def save(
     folder.mkdir(exist_ok=True)
     file = _file(folder, step, TENSORS)
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with whole_file(file) as partial:
-        save_file(contiguous, partial, metadata={"step": str(step)})
+    write_tensors(file, contiguous, {"step": str(step)})
     voucher = {
         "step": step,
         "due": due,
@@ -93,6 +93,16 @@ def save(
     }
     write_sealed(_file(folder, step, VOUCHER), voucher)
     _remove_older(folder, step, keep=keep, spare=spare)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors as safetensors does, whole or not at all; raises CannotWrite.
+
+    Its own writer goes through a temporary file, which a kill would leave behind for ever.
+    """
+    content = tensor_bytes(dict(tensors), metadata=metadata)
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def measured(file: Path, size: int | None = None) -> dict[str, Any]:

@@ -301,14 +301,15 @@ def working(console: Console, kept: Callable[[], str]) -> Iterator[None]:
     disk; 1: numbers that are not finite.
     """
     from parts.files import CannotWrite
-    from parts.stops import stops_raise
+    from parts.stops import stops_act, stops_raise
     from parts.view import say
 
     try:
         with stops_raise():
             yield
     except KeyboardInterrupt as stop:
-        say(console, f"stopped; {kept()}")
+        with stops_act():  # a second one does not wait for the words
+            say(console, f"stopped; {kept()}")
         raise typer.Exit(130) from stop
     except CannotWrite as error:
         say_error(str(error))

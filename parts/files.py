@@ -21,8 +21,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 PARTIAL = ".partial"  # the suffix of a file that is being written
 SEAL = "sha256"  # the key under which an object carries the digest of the rest of itself
 BLOCK = 2**20  # bytes that are read at a time
@@ -32,12 +30,10 @@ class CannotWrite(OSError):
     """A file cannot be written. The message is one line; what the file held before, it holds."""
 
 
-def cannot_write(path: Path, error: Exception) -> CannotWrite:
+def cannot_write(path: Path, error: OSError) -> CannotWrite:
     """Return what to raise where writing failed: the file, the reason, and what to do."""
-    number = error.errno if isinstance(error, OSError) else None
-    # safetensors has no numbers, only the system's words.
-    full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    reason = os.strerror(number) if number else " ".join(str(error).split())
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason = error.strerror or " ".join(str(error).split())
     remedy = "free some space there" if full else "see that it can be written"
     return CannotWrite(f"cannot write {path}: {reason}; {remedy}, then repeat the command")
 
@@ -53,7 +49,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise cannot_write(path, error) from error
     finally:
         with suppress(OSError):  # it is there after an error only

@@ -25,6 +25,7 @@ from parts.view import Summary, estimates_table
 
 Grid = dict[str, dict[str, "Evaluation"]]  # language -> name of the run -> its evaluation
 PAGE = Path(__file__).with_name("page.html")  # all of the page but its data
+PAGE_BYTES = 8_000_000  # of completions on one page, about
 LATEX_WORDS = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
@@ -272,7 +273,8 @@ def write_report(evaluations: list[Evaluation], tests: list[Table], out: Path) -
     evaluations  every run in every language, once, or ValueError, before anything is written. Those
                  in a language are of the same problems. The others are set against the first run.
     tests        tables that stand below those of the evaluations
-    out          made if it is missing: report.html, .md, .tex and .csv, and each figure as PNG, PDF
+    out          made if it is missing: report.html, .md, .tex and .csv, each figure as PNG and PDF,
+                 and where there are very many completions report-2.html and so on
     """
     tables = [*report_tables(evaluations), *tests]
     figures = report_figures(evaluations)
@@ -283,7 +285,7 @@ def write_report(evaluations: list[Evaluation], tests: list[Table], out: Path) -
         curves_figure(panels, pictures[name], columns=1 if name == "languages" else 2)
     pngs = {name: png.read_bytes() for name, (png, _) in pictures.items()}
     texts = {
-        "report.html": _page(evaluations, tables, pngs),
+        **_pages(evaluations, tables, pngs),
         "report.md": _markdown(tables, list(figures)),
         "report.tex": "\n".join(map(latex_table, tables)),
     }
@@ -296,15 +298,60 @@ def write_report(evaluations: list[Evaluation], tests: list[Table], out: Path) -
     return [*files, *(path for paths in pictures.values() for path in paths)]
 
 
-def _page(evaluations: list[Evaluation], tables: list[Table], pngs: Mapping[str, bytes]) -> str:
-    """Return the page of completions, with all its data inside."""
-    data = {
-        "tables": [{"title": str(table.title), "lines": _lines(table)} for table in tables],
-        "figures": {name: base64.b64encode(png).decode() for name, png in pngs.items()},
-        "runs": [
-            {"name": e.name, "settings": e.settings, "problems": e.problems} for e in evaluations
-        ],
+def _pages(
+    evaluations: list[Evaluation], tables: list[Table], pngs: Mapping[str, bytes]
+) -> dict[str, str]:
+    """Return the pages of completions by file name, each with its data inside.
+
+    A browser has a hard time with more than some PAGE_BYTES, so that problems beyond go on in
+    report-2.html and so on. The tables and figures are on the first page.
+    """
+    parts = _page_problems(evaluations)
+    names = ["report.html", *(f"report-{number}.html" for number in range(2, len(parts) + 1))]
+    return {
+        name: _page(
+            {
+                "tables": [{"title": str(table.title), "lines": _lines(table)} for table in tables],
+                "figures": {name: base64.b64encode(png).decode() for name, png in pngs.items()},
+                "runs": [
+                    {
+                        "name": e.name,
+                        "settings": e.settings,
+                        "problems": [
+                            p for p in e.problems if (e.settings["lang"], p["id"]) in part
+                        ],
+                    }
+                    for e in evaluations
+                ],
+                "pages": names,
+                "page": number,
+            }
+            | ({"tables": [], "figures": {}} if number else {})
+        )
+        for number, (name, part) in enumerate(zip(names, parts, strict=True))
     }
+
+
+def _page_problems(evaluations: list[Evaluation]) -> list[set[tuple[str, str]]]:
+    """Return the problems of each page, by language and id; all attempts at one share a page."""
+    sizes: Counter[tuple[str, str]] = Counter()
+    for e in evaluations:
+        for problem in e.problems:
+            length = sum(len(attempt["completion"]) for attempt in problem["attempts"])
+            sizes[e.settings["lang"], problem["id"]] += length
+    parts: list[set[tuple[str, str]]] = [set()]
+    filled = 0
+    for problem, size in sizes.items():
+        if parts[-1] and filled + size > PAGE_BYTES:
+            parts.append(set())
+            filled = 0
+        parts[-1].add(problem)
+        filled += size
+    return parts
+
+
+def _page(data: Mapping[str, Any]) -> str:
+    """Return one page with its data."""
     embedded = json.dumps(data, ensure_ascii=False, allow_nan=False)
     # Only "</script>" can end the script that holds the data, so no completion may write a "<".
     embedded = embedded.replace("<", "\\u003c")

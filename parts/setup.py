@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kernels import compile_fault
 from parts import ranks, runs
 from parts.chat import freeze_date
 from parts.data import keep_fitting, read_problem_sets
@@ -65,6 +66,8 @@ def load_setup(
     """
     device = ranks.own_device(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
+    if config.compile and (fault := compile_fault(device.partition(":")[0])):
+        raise ValueError(f"--compile does not work here; leave it out: {fault}")
     tokenizer, day = freeze_date(load_tokenizer(folder), day)
     context = context_length(load_config(folder))
     train, dev, heldout = fitting_problems(config, tokenizer, context, console)

@@ -1,5 +1,7 @@
 """parts/commands.py: the command lines answer at once, and say in one line what is wrong."""
 
+import errno
+import io
 import os
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 from conftest import ROOT
+from rich.console import Console
 from typer.testing import CliRunner
 
 import compare
@@ -16,7 +19,7 @@ import copsd
 import eval as evaluator
 import show
 from parts import commands
-from parts.files import write_json
+from parts.files import CannotWrite, write_json
 from parts.prompts import languages
 from parts.recipe import CompareConfig, Config, EvalConfig
 
@@ -310,3 +313,57 @@ def test_without_the_detector_of_languages_one_line_says_so(monkeypatch, capsys)
     monkeypatch.undo()
     commands.start()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_output_that_goes_away_ends_no_work(tmp_path, number):
+    class Gone(io.StringIO):
+        failed = 0
+
+        def flush(self):
+            self.failed += 1
+            raise OSError(number, os.strerror(number))
+
+        def fileno(self):
+            return spare.fileno()
+
+    with (tmp_path / "spare").open("w") as spare:
+        stream = Gone()
+        output = commands.Output(stream)
+        for _ in range(3):
+            print("a line", file=output, flush=True)
+    assert stream.failed == 3 and output.failure and output.failure.errno == number
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "stopped; all is kept"),
+        (CannotWrite("cannot write x: full; free some"), 2, "error: cannot write x: full; free"),
+        (FloatingPointError("NaN"), 1, "error: NaN"),
+    ],
+)
+def test_work_that_cannot_be_finished_says_why(capsys, error, code, said):
+    with pytest.raises(typer.Exit) as end, commands.working(Console(), lambda: "all is kept"):
+        raise error
+    captured = capsys.readouterr()
+    assert end.value.exit_code == code and said in captured.out + captured.err
+    assert (captured.out + captured.err).count("\n") == 1
+
+
+def test_a_broken_pipe_does_not_cost_the_save(tmp_path):
+    command = (
+        f"{sys.executable} copsd.py train {' '.join(SMALL)} --out {tmp_path / 'run'} | head -1"
+    )
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.count("\n") == 1 and result.stderr == ""
+    assert (tmp_path / "run" / "resume" / "step_00001.json").is_file()
+
+
+def test_names_cannot_drive_the_terminal(tmp_path):
+    folder = tmp_path / "\x1b[31mred\x07"
+    folder.mkdir()
+    write_json(folder / "other.json", {})
+    result = run_cli("eval", "--limit", "1", "--out", str(folder))
+    assert result.exit_code == 2 and "\x1b" not in result.stderr and "\x07" not in result.stderr
+    assert r"\x1b[31mred\x07" in result.stderr

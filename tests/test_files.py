@@ -3,18 +3,27 @@
 import doctest
 import json
 import math
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from parts import files
+from parts.checkpoints import write_tensors
 from parts.files import (
+    CannotWrite,
     append_rows,
+    file_digest,
     json_lines,
     read_json,
     read_object,
     read_rows,
+    read_sealed,
+    require_space,
     whole_file,
     write_json,
+    write_sealed,
     write_text,
 )
 
@@ -138,3 +147,105 @@ def test_what_is_appended_stands_on_a_line_of_its_own(tmp_path, torn):
     path.write_text(torn, encoding="utf-8")  # nothing but a torn line
     append_rows(path, [{"id": 3}])
     assert read_rows(path) == [{"id": 3}]
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_a_full_disk_is_one_line_that_names_the_file_and_the_remedy(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("old\n")
+    full = tmp_path / (f"{name}.partial" if name == "x.txt" else "link.jsonl")
+    full.symlink_to("/dev/full")
+    with pytest.raises(CannotWrite) as error:
+        if name == "x.txt":
+            write_text(path, "new" * 10000)
+        else:
+            append_rows(full, [{"id": "x" * 10000}])
+    said = str(error.value)
+    assert said.startswith(f"cannot write {path if name == 'x.txt' else full}: No space left")
+    assert "free some space there" in said and "\n" not in said
+    assert path.read_text() == "old\n"
+
+
+def test_a_tensor_file_on_a_full_disk_is_the_same_error(tmp_path):
+    (tmp_path / "x.safetensors.partial").symlink_to("/dev/full")
+    with pytest.raises(CannotWrite, match="free some space there"):
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(10000)}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_are_written_as_their_library_writes_them(tmp_path):
+    tensors = {"b": torch.randn(3, 4), "a": torch.ones(2, dtype=torch.bfloat16)}
+    write_tensors(tmp_path / "ours", tensors, {"format": "pt"})
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_rows_that_were_written_in_part_are_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "x.jsonl"
+    append_rows(path, [{"id": 1}])
+    cut = []
+
+    def remember(file, size):
+        cut.append((file, size))
+
+    monkeypatch.setattr(files.os, "truncate", remember)
+
+    class Torn:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *raised):
+            self.stream.close()
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    plain = Path.open
+    monkeypatch.setattr(Path, "open", lambda *each, **more: Torn(plain(*each, **more)))
+    with pytest.raises(CannotWrite):
+        append_rows(path, [{"id": 2}])
+    assert cut == [(path, len('{"id": 1}\n'))]
+
+
+def test_space_is_asked_for_before_it_is_needed(tmp_path):
+    require_space(tmp_path / "not" / "yet", 1, "a save")
+    with pytest.raises(CannotWrite, match=r"a save needs 1048576.0 GiB and .* are free; free some"):
+        require_space(tmp_path / "not" / "yet", 2**50, "a save")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sealed_object_knows_itself(tmp_path):
+    path = tmp_path / "x.json"
+    write_sealed(path, {"a": [1, (2, 3)], "b": math.nan, "ƙ": None})
+    assert read_sealed(path) == {"a": [1, [2, 3]], "b": None, "ƙ": None}
+    path.write_text(path.read_text().replace("3", "4"))
+    with pytest.raises(ValueError, match=r"x.json is damaged: it is not what its own digest says"):
+        read_sealed(path)
+    write_json(path, {"a": 1})  # of an older version
+    assert read_sealed(path) == {"a": 1}
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, '{"a":' * 10**5, "[" * 10**5 + "]" * 10**5])
+def test_json_that_is_nested_without_end_is_broken(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=r"x.json.*broken JSON"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.jsonl").write_text(content + "\n")
+    with pytest.raises(ValueError, match=r"x.jsonl is broken before its last line"):
+        read_rows(tmp_path / "x.jsonl")
+
+
+def test_a_digest_is_of_so_many_bytes(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"abcdef")
+    start = tmp_path / "start"
+    start.write_bytes(b"abc")
+    assert file_digest(path, 3) == file_digest(start)
+    assert file_digest(start, 6) != file_digest(path, 6)
+    assert file_digest(start, 6) != file_digest(start)

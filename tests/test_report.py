@@ -276,3 +276,28 @@ def test_a_browser_shows_the_filtered_problems_with_their_verdicts(written, tmp_
         assert count == expected, filters
         assert all(text in problems for text in shown), filters
         assert not any(text in problems for text in absent), filters
+
+
+def test_very_many_completions_are_paged_with_all_attempts_at_a_problem_on_one(
+    tmp_path, monkeypatch
+):
+    found = two_runs()
+    whole = write_report(found, [], tmp_path / "whole")
+    assert [path.name for path in whole if path.suffix == ".html"] == ["report.html"]
+    monkeypatch.setattr("parts.report.PAGE_BYTES", 1)
+    paths = write_report(found, [], tmp_path / "paged")
+    pages = [path for path in paths if path.suffix == ".html"]
+    assert len(pages) > 1 and all(path.is_file() for path in pages)
+    seen: list[tuple[str, str]] = []
+    for number, page in enumerate(pages):
+        text = page.read_text(encoding="utf-8")
+        embedded = text.split('id="data">', 1)[1].split("</script>", 1)[0]
+        data = json.loads(embedded)
+        assert data["page"] == number and data["pages"] == [path.name for path in pages]
+        assert bool(data["tables"]) == (number == 0)
+        here = {(r["settings"]["lang"], p["id"]) for r in data["runs"] for p in r["problems"]}
+        assert len(here) == 1
+        seen += here
+    assert sorted(seen) == sorted(
+        {(e.settings["lang"], p["id"]) for e in found for p in e.problems}
+    )

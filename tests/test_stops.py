@@ -1,0 +1,69 @@
+"""parts/stops.py: the first signal asks, the second acts, whichever it is."""
+
+import os
+import signal
+
+import pytest
+
+from parts.stops import STOPS, stop_signals, stops_act, stops_raise
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Start each test with the handlers of a program at work, and put pytest's back."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    for number in STOPS:
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def handlers_now():
+    return {number: signal.getsignal(number) for number in STOPS}
+
+
+@pytest.mark.parametrize("first", STOPS)
+def test_after_any_first_signal_any_second_one_acts(first):
+    before = handlers_now()
+    with stop_signals() as stopped:
+        signal.raise_signal(first)
+        assert stopped == [first]
+        assert handlers_now() == before  # what they do unasked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert handlers_now() == before
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_one_ends_the_process(first, second):
+    if (child := os.fork()) == 0:
+        with stop_signals():
+            signal.raise_signal(first)
+            signal.raise_signal(second)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -second
+
+
+def test_under_nohup_a_lost_terminal_changes_nothing():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_signals() as stopped, stops_raise():
+        signal.raise_signal(signal.SIGHUP)
+    assert stopped == []
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_elsewhere_a_stop_interrupts_as_ctrl_c_does(number):
+    before = handlers_now()
+    with pytest.raises(KeyboardInterrupt), stops_raise():
+        signal.raise_signal(number)
+    assert handlers_now() == before
+
+
+def test_while_a_stop_is_said_every_signal_acts():
+    before = handlers_now()
+    with stops_act():
+        assert set(handlers_now().values()) == {signal.SIG_DFL}
+    assert handlers_now() == before
