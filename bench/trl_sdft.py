@@ -4,9 +4,10 @@
     python copsd.py export-data --format trl --model Qwen2.5-1.5B --lang hau --file hau.jsonl
     python bench/trl_sdft.py --data hau.jsonl --model Qwen/Qwen2.5-1.5B --vllm
 
-What differs from copsd.py: no entry clip; the divergence is of the untempered distributions, while
-rollouts are tempered; a micro-batch's mean over its completions' means, not the step's mean over
-tokens; problems in TRL's own order, shuffled; pads stand before prompts; no held-out evaluation.
+What differs from copsd.py: there is no entry clip; a micro-batch's loss is the mean of its
+completions' means, not a share of the step's mean over tokens; pads stand before prompts; problems
+come in TRL's own order, and vLLM's random numbers are its own; nothing is held out and evaluated;
+logits of whole micro-batches exist at once, in full_logits.
 """
 
 import argparse
