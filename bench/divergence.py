@@ -128,7 +128,7 @@ def _floor(arguments: argparse.Namespace) -> Contestant:
 
 def _liger(beta: float) -> Contestant:
     """Return Liger's loss without its hard part, at its own chunk size, compiled as by default."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
 
     fused = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=TEMPERATURE
@@ -146,7 +146,7 @@ def _liger(beta: float) -> Contestant:
 
 def _trl(beta: float) -> Contestant:
     """Return TRL's tiled divergence."""
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # pyright: ignore[reportMissingImports]
 
     def trl(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> Tensor:
         """Visit tiles of tokens and vocabulary, twice."""

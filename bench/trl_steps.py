@@ -16,16 +16,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-from datasets import Dataset
+from datasets import Dataset  # pyright: ignore[reportMissingImports]
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
-from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer  # pyright: ignore[reportMissingImports]
 
 from parts.data import load_problems, pick_order
 from parts.grading import is_correct
 from parts.model import load_tokenizer, resolve_model
-from parts.prompts import Problem, render_prompt
+from parts.prompts import Problem, build_prompt
 from parts.recipe import Config, fill
 
 
@@ -54,18 +54,23 @@ class Clock(TrainerCallback):
 def make_rows(config: Config, tokenizer: Any, problems: list[Problem]) -> list[dict[str, str]]:
     """Return the trainer's rows: our student's prompt, and what the teacher reads beyond it.
 
-    TRL puts its teacher's text together from both, so the texts of the two teachers differ; they
-    are equally long.
+    TRL puts its teacher's text together from both. So the texts of the two teachers differ, but
+    not, to within a few tokens, their lengths.
     """
     rows = []
     for problem in problems:
-        texts = {
-            role: render_prompt(problem, problem.language, tokenizer, role=role)
+        student, teacher = (
+            build_prompt(problem, problem.language, tokenizer, role=role)
             for role in ("student", "teacher")
-        }
-        beyond = len(texts["teacher"]) - len(texts["student"])
-        row = {"prompt": texts["student"], "answer": str(problem.answer)}
-        rows.append({**row, "privileged_context": texts["teacher"][:beyond]})
+        )
+        beyond = teacher[: len(teacher) - len(student)]
+        rows.append(
+            {
+                "prompt": tokenizer.decode(student),
+                "privileged_context": tokenizer.decode(beyond),
+                "answer": str(problem.answer),
+            }
+        )
     return rows
 
 
