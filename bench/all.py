@@ -116,7 +116,7 @@ def make_quick(rows: dict[str, list[str]]) -> dict[str, list[str]]:
         "copsd": steps,
         "grpo": steps,
         "lab-decode": ["--rows", "4"],
-        "lab-command": ["--flags", "--steps 1 --batch-size 2 --eval-problems 0"],
+        "lab-command": ["--flags=--steps 1 --batch-size 2 --eval-problems 0"],
     }
     return {name: [*rows[name], *flags, "--repeats", "1"] for name, flags in small.items()}
 

@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--what", default="decode", choices=["decode", "command"])
     parser.add_argument("--against", metavar="COMMIT", help="an older commit of this project")
     parser.add_argument("--rows", type=int, default=64, help="of the decode step")
-    parser.add_argument("--flags", default="", help="flags of the command, for both")
+    parser.add_argument("--flags", default="", help="--flags=...: of the command, for both")
     add_common_flags(parser, repeats=3)
     return parser.parse_args()
 
