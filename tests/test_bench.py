@@ -1,0 +1,108 @@
+"""The benchmarks: what their records become, and that all of them run at tiny sizes."""
+
+import subprocess
+import sys
+from pathlib import Path
+from threading import Lock
+
+import pytest
+
+from bench import records
+from bench.all import TARGETS, make_quick, make_rows, parse_arguments, run_row
+from bench.process import own_process
+from bench.records import Record, Target
+from parts.files import append_rows, json_lines
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = Record("step", "ours", "s", (1.0, 2.0, 4.0), 100.0)
+PEER = Record("step", "trl", "s", (3.0, 3.0, 8.0), 400.0)
+FLOOR = Record("step", "floor", "s", (1.0, 1.0, 1.0))
+
+
+def test_ratios_are_taken_within_a_repeat():
+    assert records.ratios(OURS, PEER) == [3.0, 1.5, 2.0]
+    faster = Record("sampler", "ours", "tokens/s", (30.0,))
+    assert records.ratios(faster, Record("sampler", "generate", "tokens/s", (10.0,))) == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("other", "target", "reached"),
+    [
+        (PEER, Target(2.0), True),
+        (PEER, Target(2.1), False),
+        (PEER, Target(2.0, memory=0.25), True),
+        (PEER, Target(2.0, memory=0.2), False),
+        (FLOOR, Target(2.0), True),  # the median of ours is twice the floor
+        (FLOOR, Target(1.9), False),
+    ],
+)
+def test_a_target_is_reached_by_the_medians(other, target, reached):
+    assert records.reached(OURS, other, target) == reached
+
+
+def test_the_table_says_what_is_missing_and_what_is_missed():
+    missing = records.missing("step", "liger", "liger-kernel")
+    targets = {("step", "trl"): Target(1.5, memory=0.5), ("step", "floor"): Target(1.25)}
+    lines = records.table([PEER, OURS, FLOOR, missing], targets).splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["ours", "floor", "liger", "trl"]
+    ours, floor, liger, trl = lines[2:]
+    assert "2.0000 (1.0000 to 4.0000) s" in ours and "as fast" not in ours
+    assert "2.00 (1.00 to 4.00) x its time" in floor and "at most 1.25 x: missed" in floor
+    assert "liger-kernel is not installed" in liger
+    assert "2.00 (1.50 to 3.00) x as fast" in trl and "| 0.25 |" in trl and "reached" in trl
+
+
+def test_the_last_record_of_a_contestant_counts(tmp_path):
+    path = tmp_path / "results.jsonl"
+    older = Record("step", "ours", "s", (9.0,))
+    append_rows(path, [{"machine": {"cpu": "any"}}, vars(older), vars(PEER), vars(OURS)])
+    assert records.read(path) == [OURS, PEER]
+    assert records.parse(json_lines([vars(OURS)])) == OURS
+
+
+def test_a_process_is_measured_and_its_complaint_is_told(tmp_path):
+    code = "held = bytearray(300 * 2**20); print('there', len(held))"
+    printed, peak_mib = own_process([sys.executable, "-c", code], tmp_path)
+    assert printed == f"there {300 * 2**20}\n" and peak_mib > 300
+    with pytest.raises(RuntimeError, match="no such thing"):
+        own_process([sys.executable, "-c", "raise ValueError('no such thing')"], tmp_path)
+
+
+def test_a_row_that_fails_is_a_record(tmp_path):
+    command = ["divergence.py", "--against", "nobody", "--tokens", "4", "--vocab", "8"]
+    assert not run_row("broken", [*command, "--hidden", "2"], tmp_path, 1, Lock())
+    (record,) = records.read(tmp_path / "results.jsonl")
+    assert record.who == "failed" and record.row == "broken" and not record.values
+    assert record.note
+
+
+def test_every_target_is_of_a_row_that_is_measured(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["all.py", "--against", "af3eb05"])
+    rows = make_rows(parse_arguments())
+    assert make_quick(rows).keys() <= rows.keys()
+    kinds = {row for row, _ in TARGETS if row.startswith("divergence ")}
+    assert {f"divergence-{row.split()[1][:-1]}-{row.split()[3]}" for row in kinds} <= rows.keys()
+
+
+def test_all_benchmarks_run_at_tiny_sizes(tmp_path):
+    command = [sys.executable, "bench/all.py", "--quick", "--threads", "1", "--out", str(tmp_path)]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    found = {
+        (record.row, record.who): record for record in records.read(tmp_path / "results.jsonl")
+    }
+    measured = {row for (row, who), record in found.items() if who == "ours" and record.values}
+    assert measured == {
+        "divergence jsd, clip none",
+        "sampler, 8 rows, 4 a prompt, ragged ends",
+        "COPSD step",
+        "GRPO step",
+        "lab, decode step of 4 rows",
+        "lab, first command",
+    }
+    peer = found["COPSD step", "trl"]
+    assert peer.values or "trl is not installed" in peer.note
+    assert all(record.values[0] > 0 for (_, who), record in found.items() if who == "floor")
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "| GRPO step | floor |" in table and "commit" in table
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
