@@ -65,7 +65,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=96, help="per completion, at most")
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--flags", default="", help="--flags=...: further ones of copsd.py train, ours")
+    parser.add_argument(
+        "--flags", default="", help="--flags=...: further ones of copsd.py train, ours"
+    )
     parser.add_argument("--floor-of", help="time the floor of these counts of tokens and stop")
     add_common_flags(parser, repeats=3)
     return parser.parse_args()
