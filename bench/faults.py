@@ -371,7 +371,8 @@ def signalled(bench: Bench, program: Program, number: int, times: int) -> str:
         os.kill(pid, number)
         time.sleep(0.02)
     ended = wait(pid, out)
-    if not (ended.code in (0, -number) or ended.is_clear):
+    before_it_began = not out.exists() and "Traceback" not in ended.errors
+    if not (ended.code in (0, -number) or ended.is_clear or before_it_began):
         return bench.explain(program, out, ended.errors)
     return bench.again(program, out)
 
