@@ -45,7 +45,7 @@ from safetensors.torch import load_file, save_file
 import compare  # noqa: F401 (loaded here once, and not in each process)
 import copsd
 import eval as evaluator
-from parts import commands, owner
+from parts import commands, owner, steps
 from parts.files import PARTIAL
 from parts.view import text_table
 
@@ -460,7 +460,7 @@ def _nan_gradient() -> None:
 
 
 def _unseen_update() -> None:
-    copsd.stop_unless_finite = lambda parameters: None  # the next rollout is to see it
+    steps.stop_unless_finite = lambda parameters: None  # the next rollout is to see it
 
 
 # The table.

@@ -40,9 +40,12 @@ def whole_prompt(prompt: Any, privileged_context: str) -> str:
 
 def main() -> None:
     """Train."""
-    from datasets import load_dataset
+    from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     from peft import LoraConfig
-    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+    from trl.experimental.sdft import (  # pyright: ignore[reportMissingImports]
+        SDFTConfig,
+        SDFTTrainer,
+    )
 
     given = parse_arguments()
     settings = SDFTConfig(

@@ -95,7 +95,7 @@ def load_setup(
         seed=config.seed,
         ema=config.teacher == "ema",
     )
-    return Setup(config, model, tokenizer, lora, train, heldout, dev), identity
+    return Setup(config, model, tokenizer, lora, train, heldout, dev=dev), identity
 
 
 def prepare(

@@ -122,10 +122,10 @@ def finish_step(
     """
     step = metrics["step"]
     done = metrics["progress"]
+    metrics = ranks.decide(look(setup, run, rollouts, metrics))
     if ranks.is_first():
-        metrics = look(setup, run, rollouts, metrics)
         run.log(metrics, completions)
-    ending = view.show(ranks.decide(metrics)) or bool(stopped)
+    ending = view.show(metrics) or bool(stopped)
     stop = any(ranks.gather([ending]))  # whichever rank it reached
     if is_due(setup.config, step, done) or stop:
         save(run, setup, optimizer, step, done)

@@ -79,7 +79,8 @@ def look(
     found = {**metrics, **text_metrics(setup, rollouts)}
     if is_look_due(setup.config, metrics["step"], metrics["progress"]):
         found |= dev_metrics(setup)
-    return {**found, "alarms": alarms([*run.metrics(), found])}
+    logged = run.metrics() if ranks.is_first() else []  # another machine may not have the file
+    return {**found, "alarms": alarms([*logged, found])}
 
 
 def text_metrics(setup: Setup, rollouts: list[Rollout]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Data for other trainers: what they tokenise is what is trained on here."""
 
 import json
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -45,7 +46,7 @@ class Beginning:
 
 
 def test_the_token_of_the_beginning_is_not_read_twice():
-    tokenizer = Beginning()
+    tokenizer: Any = Beginning()
     assert _as_tokenised_later("<s> user: 2 + 3", tokenizer) == " user: 2 + 3"
     with pytest.raises(ValueError, match="other prompts"):
         _as_tokenised_later("user: 2 + 3", tokenizer)
