@@ -38,6 +38,7 @@ if __name__ == "__main__":
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,8 +46,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kernels import chunked_divergence, chunked_logprob, reduce_loss
-from parts import data, measure, runs, steplog
+from kernels import chunked_divergence, chunked_logprob, clip_products, reduce_loss
+from parts import controls, data, measure, runs, steplog
 from parts.adapters import save_adapter
 from parts.chat import completion_text, prompt_opens_think
 from parts.grading import is_correct
@@ -61,7 +62,7 @@ from parts.model import (
     valid_ids,
 )
 from parts.prompts import Problem, find_language, pose_in_english
-from parts.recipe import Config
+from parts.recipe import LABELS, Config
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Setup
 from parts.steplog import Tally, count_tokens
@@ -119,13 +120,14 @@ def completion_hidden(
 
 
 def copsd_loss(
-    setup: Setup, teacher_prompts: list[list[int]], rollouts: list[Rollout]
+    setup: Setup, teacher_prompts: list[list[int]], rollouts: list[Rollout], *, cosine: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return Eq. (1)'s summand at every completion token, loss_N in nats, and what to log of each.
 
     teacher_prompts  the teacher's prompt for each rollout: both roles score the same completions
     The gradient goes to the student only. What is logged is by name: the unclipped divergence, both
-    entropies, and whether the clip made the token's loss smaller.
+    entropies, and whether the clip made the token's loss smaller; `cosine` adds what tells how far
+    the clip turns the gradient.
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
@@ -135,24 +137,35 @@ def copsd_loss(
     # before training; `teacher_view` puts everything back afterwards.
     with teacher_view(setup.lora, config.teacher):
         teacher_ND = completion_hidden(setup.model, teacher_prompts, completions)
-    loss_N, stats = chunked_divergence(  # Eq. (1), D
-        student_ND,
-        teacher_ND,
-        head_weight(setup.model),
-        kind=config.divergence,
-        beta=config.beta,
-        temperature=config.temperature,
-        clip_mode=config.clip_mode,
-        clip=config.clip,
-        chunk_tokens=config.chunk_tokens,
-        compile=config.compile,
-    )
-    return loss_N, {**stats, "clipped_N": loss_N.detach() < stats["kl_N"]}
+    states = (student_ND, teacher_ND, head_weight(setup.model))
+    options = {
+        "kind": config.divergence,
+        "beta": config.beta,
+        "temperature": config.temperature,
+        "clip_mode": config.clip_mode,
+        "clip": config.clip,
+        "chunk_tokens": config.chunk_tokens,
+    }
+    loss_N, stats = chunked_divergence(*states, **options, compile=config.compile)  # Eq. (1), D
+    stats["clipped_N"] = loss_N.detach() < stats["kl_N"]
+    if cosine:
+        stats |= zip(steplog.CLIP_PRODUCTS, clip_products(*states, **options), strict=True)
+    return loss_N, stats
+
+
+# Who writes the completions and what is learned of them. All but the first are controls.
+SOURCES = {
+    "student": (roll_out, copsd_loss),
+    "teacher": (controls.teacher_writes, copsd_loss),
+    "reference": (controls.reference_label, partial(controls.hard_label_loss, completion_hidden)),
+    "garbage": (controls.garbage_label, partial(controls.hard_label_loss, completion_hidden)),
+}
 
 
 def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
     """Train from the last saved step to the end; return False if a signal stopped it early."""
     config = setup.config
+    write, loss_of = SOURCES[config.completion]
     optimizer, step, sampled_tokens = begin(setup, run)
     skipped = 0
     with runs.stop_signals() as stopped:
@@ -162,7 +175,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
 
             # Problems of this step, and one completion of each from the current student.
             problems = draw_problems(setup, config.batch_size, step=step)
-            rollouts = roll_out(setup, problems, seed=rollout_seed(config, step))
+            rollouts = write(setup, problems, seed=rollout_seed(config, step))
             step_tokens = count_tokens(rollouts)
             sampled_tokens += step_tokens
             watch.lap("rollout")
@@ -170,11 +183,13 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             # The loss. A step does not fit in memory at once, so it is taken in micro-batches; each
             # adds its share of the one mean over the step's tokens, and so of the gradient.
             tally = Tally()
+            cosine = steplog.asks_for_cosine(config, step)
             teacher_prompts = [setup.teacher_prompt(problem) for problem in problems]
             for rows in micro_batches(rollouts, config.micro_batch):
                 batch = [rollouts[row] for row in rows]
                 lengths = [len(rollout.completion_ids) for rollout in batch]
-                loss_N, stats = copsd_loss(setup, [teacher_prompts[row] for row in rows], batch)
+                prompts = [teacher_prompts[row] for row in rows]
+                loss_N, stats = loss_of(setup, prompts, batch, cosine=cosine)
                 loss = reduce_loss(  # Eq. (1), 1/N
                     loss_N,
                     lengths,
@@ -200,6 +215,8 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             # Log and save.
             student_tokens = count_tokens(rollouts, prompts=True)
             teacher_tokens = step_tokens + sum(map(len, teacher_prompts))
+            if config.completion in LABELS:
+                teacher_tokens = 0  # a label has no teacher but itself
             done = share_done(config, step, sampled_tokens)
             metrics = {
                 "step": step,

@@ -8,14 +8,14 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parts import runs
-from parts.chat import freeze_date
+from parts.chat import freeze_date, prompt_opens_think
 from parts.data import keep_fitting, read_train_and_heldout
 from parts.family import context_length
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
 from parts.model import Lora, attach_lora, load_model, load_tokenizer, resolve_model
 from parts.prompts import Problem, build_prompt, is_teachable, pose_in_english, template_hash
-from parts.recipe import Config, fill, settle
+from parts.recipe import LABELS, Config, fill, settle
 from parts.selfcheck import check_model
 from parts.view import say
 
@@ -65,6 +65,11 @@ def load_setup(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
     )
     check_model(model, f"model {config.model}")
+    if config.completion in LABELS and prompt_opens_think(tokenizer, config.thinking):
+        raise ValueError(
+            f"--completion {config.completion} would be a thought without an answer, as prompts "
+            "open a think block; valid with it: --thinking off"
+        )
     context = context_length(model.config)
     train, heldout = _load_problems(config, tokenizer, context, console)
     identity = {
@@ -142,7 +147,9 @@ def _load_problems(
     """Return the problems to train on and the held-out ones, without those too long to fit."""
     train, heldout = read_train_and_heldout(config, console)
     # GRPO's reward is the grader's verdict, so it needs answers to train, too.
-    check_answers([*heldout, *(train if config.method == "grpo" else [])])
+    # So do the controls that show the answer to the teacher, or teach it as a label.
+    is_needed = config.method == "grpo" or config.answer_only or config.completion == "garbage"
+    check_answers([*heldout, *(train if is_needed else [])])
     must_teach = config.method == "copsd"
 
     def _fitting(problems: list[Problem], needs_teacher: bool) -> list[Problem]:
