@@ -227,7 +227,7 @@ def full_table(experiment: Experiment, by_language: Mapping[str, Arms], what: st
             costs = [f"{np.mean(found[key]):.0f}" for key in COSTS]
             evidence = experiment.evidence.get(name) or "-"
             rows.append([title, evidence, ends, *cells, kl, *costs])
-    return markdown_table(*_varying(header, rows))
+    return markdown_table(header, rows)  # two tables to lay side by side: all columns stay
 
 
 def pairs_table(experiment: Experiment) -> str:

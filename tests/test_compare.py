@@ -17,6 +17,7 @@ from parts import commands, measure, outcome
 from parts import plan as plans
 from parts.adapters import load_adapter
 from parts.data import load_problems
+from parts.experiments import GRPO
 from parts.files import read_json, read_rows, write_json
 from parts.metrics import ratios
 from parts.model import load_model, load_tokenizer
@@ -330,13 +331,15 @@ def test_the_sweep_picks_the_best_rate_and_the_lowest_of_equals(tmp_path):
     for rate, count in right.items():
         some = [1.0] * int(count) + [0.0] * (4 - int(count))
         found[compare.sweep_folder(plan, "grpo", rate)] = measured(some)
-    assert pick_rate(plan, "grpo", found) == 0.2
-    accuracies = compare.sweep_accuracies(plan, "grpo", found)
+    assert pick_rate(plan, GRPO, found) == 0.2
+    accuracies = compare.sweep_accuracies(plan, GRPO, found)
     assert accuracies == {0.8: 0.5, 0.4: 0.75, 0.2: 0.75, 0.1: 0.25}
 
 
 def test_ablations_change_one_setting_at_a_time():
-    arms = ablation_arms(Config(clip_mode="none"))
+    variants = ablation_arms(Config(clip_mode="none"))
+    arms = {variant.name: variant.settings for variant in variants}
+    assert all(variant.title == variant.name for variant in variants)
     assert arms["recipe"] == {}
     assert all(len(settings) == 1 for name, settings in arms.items() if name != "recipe")
     assert "clip mode=none" not in arms and arms["clip mode=entry"] == {"clip_mode": "entry"}
