@@ -54,7 +54,7 @@ ABOVE = {
     "kernels": set(),
     "copsd": {"kernels", "parts"},
     "eval": {"parts"},
-    "show": {"copsd", "parts"},
+    "show": {"copsd", "kernels", "parts"},
     "compare": {"copsd", "parts"},
 }
 SOURCES = [ROOT / f"{name}.py" for name in ABOVE] + [ROOT / f"parts/{name}.py" for name in PARTS]
