@@ -72,7 +72,7 @@ def garbage_text(problem: Problem, seed: int) -> str:
     r"""Return the text of `garbage_label`; the solution's own box is left out.
 
     >>> garbage_text(Problem("7", "?", "?", r"We get 3 + 4 = \boxed{7}.", "41", "hau"), seed=0)
-    '3 get + 4 = We \\boxed{41}'
+    'We = + 3 get 4 \\boxed{41}'
     """
     words = [word for word in str(problem.solution_en).split() if "boxed" not in word]
     random.Random(f"{seed}/{problem.id}").shuffle(words)
