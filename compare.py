@@ -2,15 +2,20 @@
 
     python compare.py --lang hau --seeds 3     base, GRPO and COPSD
     python compare.py --ablate --lang hau      COPSD's recipe, and each of its parts changed
+    python compare.py --attribute --lang hau   where the gain comes from: COPSD and its controls
+    python compare.py --family --lang hau      every method
 
-An experiment is a list of arms, and an arm is a name and settings: a run that `copsd.py train` with
-the settings in its config.json makes again. The folder of an experiment holds
+An experiment is a list of arms (parts/experiments.py), and an arm is a name and settings: a run
+that `copsd.py train` with the settings in its config.json makes again. The folder of an experiment
+holds
 
     config.json                  its settings; another experiment's folder is refused
     LANG/train, dev, test.jsonl  what arms train on, what rates are picked on, what is reported
-    LANG/sweep/METHOD-RATE/      runs of half the budget, in the first language, from which each
-                                 method's learning rate is picked
-    LANG/ARM-SEED/               a run, and results.json: its checkpoints on the test problems
+    LANG/sweep/ARM-RATE/         runs of half the budget, in the first language, from which each
+                                 arm's learning rate is picked
+    LANG/ARM-SEED/               a run; results.json: its checkpoints on the test problems;
+                                 prompts.json: what student and teacher read of some problems, whole
+    LANG/ARM-seconds-SEED/       the same with another budget, so that it trains as long as COPSD
     compare.json, RESULTS.md     every estimate and test; the tables (parts/outcome.py), and figures
 """
 
@@ -20,7 +25,7 @@ if __name__ == "__main__":
     # Read before torch is loaded: `--help` and a mistyped flag answer at once. See copsd.py.
     commands.comparison()
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,19 +36,23 @@ import copsd
 from parts import outcome
 from parts.adapters import put_adapter
 from parts.data import load_problems
-from parts.files import read_sealed, write_sealed
+from parts.experiments import Variant
+from parts.files import read_sealed, write_json, write_sealed
 from parts.measure import Ruler
 from parts.metrics import Graded, ratios
 from parts.outcome import Results, accuracy
 from parts.plan import SWEEP_SEED, Plan
 from parts.prompts import Problem, pose_in_english
+from parts.recipe import LABELS
 from parts.runs import Run
 from parts.setup import Setup, configure, prepare
 from parts.view import ArmsProgress, say
 
 CHECKPOINTS = 6  # of a run, at which it is measured
 KL_PROBLEMS = 64  # at every checkpoint; a KL per token needs fewer problems than an accuracy
-PAIRS = (("base", "grpo"), ("base", "copsd"), ("grpo", "copsd"))
+SHOWN_PROBLEMS = 4  # in prompts.json
+# An arm whose training takes as long as COPSD's but for this share is not run a second time.
+NEARLY = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class Arm:
     size: float = 1.0  # in budgets
     is_sweep: bool = False  # measured greedily, once, at its end
     is_trained: bool = True
+    in_english: bool = False  # measured on the English side of the test problems
+    is_extra: bool = False  # one that nobody could know of when the experiment began
 
 
 class Stopped(Exception):
@@ -101,28 +112,87 @@ def arms_of(plan: Plan, found: dict[Path, Results]) -> Iterator[Arm]:
                 "seed": SWEEP_SEED,
             }
             yield from sweep_arms(plan, half)
-            rates = {method: pick_rate(plan, method, found) for method in plan.variants}
-        for name, changes in plan.variants.items():
-            rate = {"lr": rates[name]} if name in rates else {}
-            for seed in plan.seeds:
-                title = f"{lang}, {outcome.label(name)}, seed {seed}"
-                settings = {**common, **changes, **rate, "seed": seed}
-                yield Arm(name, title, arm_folder(plan, lang, name, seed), settings)
+            rates = {variant.name: pick_rate(plan, variant, found) for variant in plan.trained}
+        for variant in plan.design.variants:
+            yield from seed_arms(plan, lang, variant, common, rates)
+        if plan.design.in_full:
+            yield from seconds_arms(plan, lang, common, rates, found)
+
+
+def seed_arms(
+    plan: Plan, lang: str, variant: Variant, common: dict[str, Any], rates: dict[str, float]
+) -> Iterator[Arm]:
+    """Yield a variant's run of each seed; one that is not trained is measured once.
+
+    common  the settings that all arms share
+    rates   the learning rates that were picked, by the variants' names
+    """
+    if not variant.is_trained:
+        yield Arm(
+            name=variant.name,
+            title=f"{lang}, {variant.title}",
+            folder=plan.out / lang / variant.name,
+            settings={**common, **variant.settings, "seed": 0},
+            size=0.1,
+            is_trained=False,
+            in_english=variant.in_english,
+        )
+        return
+    rate = {"lr": rates[variant.name]} if variant.name in rates else {}
+    for seed in plan.seeds:
+        title = f"{lang}, {variant.title}, seed {seed}"
+        settings = {**common, **variant.settings, **rate, "seed": seed}
+        yield Arm(variant.name, title, arm_folder(plan, lang, variant.name, seed), settings)
+
+
+def seconds_arms(
+    plan: Plan,
+    lang: str,
+    common: dict[str, Any],
+    rates: dict[str, float],
+    found: dict[Path, Results],
+) -> Iterator[Arm]:
+    """Yield the arms once more with budgets that take as many seconds of training as COPSD.
+
+    Where their first run took as many, all but NEARLY, it counts.
+    """
+    aim = training_seconds(plan, lang, "copsd", found)
+    for variant in plan.trained:
+        ratio = aim / training_seconds(plan, lang, variant.name, found)
+        if abs(ratio - 1) <= NEARLY:
+            continue
+        budget = max(int(common["token_budget"] * ratio), largest_step(plan))
+        longer = {**common, "token_budget": budget}
+        longer["save_every"] = max(1, int(common["save_every"] * ratio))
+        for arm in seed_arms(plan, lang, variant, longer, rates):
+            yield replace(
+                arm,
+                title=f"{arm.title}, at equal seconds",
+                folder=seconds_folder(plan, lang, variant.name, arm.settings["seed"]),
+                is_extra=True,
+            )
+
+
+def training_seconds(plan: Plan, lang: str, name: str, found: dict[Path, Results]) -> float:
+    """Return how long an arm's runs trained, without measuring: the mean over seeds."""
+    runs = [found[arm_folder(plan, lang, name, seed)] for seed in plan.seeds]
+    return sum(run["final"]["train_s"] for run in runs) / len(runs)
 
 
 def sweep_arms(plan: Plan, common: dict[str, Any]) -> Iterator[Arm]:
-    """Yield a run of each method at each factor of its learning rate."""
-    for method, changes in plan.variants.items():
-        for rate in sweep_rates(plan, method):
-            title = f"{plan.langs[0]}, sweep, {outcome.label(method)}, lr {rate:g}"
-            settings = {**common, **changes, "lr": rate}
-            folder = sweep_folder(plan, method, rate)
-            yield Arm(method, title, folder, settings, size=0.5, is_sweep=True)
+    """Yield a run of each trained arm at each factor of its learning rate."""
+    for variant in plan.trained:
+        for rate in sweep_rates(plan, variant):
+            title = f"{plan.langs[0]}, sweep, {variant.title}, lr {rate:g}"
+            settings = {**common, **variant.settings, "lr": rate}
+            folder = sweep_folder(plan, variant.name, rate)
+            yield Arm(variant.name, title, folder, settings, size=0.5, is_sweep=True)
 
 
-def sweep_rates(plan: Plan, method: str) -> list[float]:
-    """Return the learning rates that a method is tried with."""
-    lr = plan.configs[method, plan.langs[0]].lr
+def sweep_rates(plan: Plan, variant: Variant) -> list[float]:
+    """Return the learning rates that an arm is tried with: factors of its method's."""
+    method = variant.settings.get("method", "copsd")
+    lr = variant.settings.get("lr", plan.configs[method, plan.langs[0]].lr)
     return [factor * lr for factor in plan.factors]
 
 
@@ -131,22 +201,29 @@ def arm_folder(plan: Plan, lang: str, name: str, seed: int) -> Path:
     return plan.out / lang / f"{name.replace(' ', '-')}-{seed}"
 
 
-def sweep_folder(plan: Plan, method: str, rate: float) -> Path:
+def seconds_folder(plan: Plan, lang: str, name: str, seed: int) -> Path:
+    """Return where an arm's run at equal seconds is kept, if it has one of its own."""
+    return plan.out / lang / f"{name.replace(' ', '-')}-seconds-{seed}"
+
+
+def sweep_folder(plan: Plan, name: str, rate: float) -> Path:
     """Return where a run of the sweep is kept."""
-    return plan.out / plan.langs[0] / "sweep" / f"{method}-{rate:g}"
+    return plan.out / plan.langs[0] / "sweep" / f"{name}-{rate:g}"
 
 
-def sweep_accuracies(plan: Plan, method: str, found: dict[Path, Results]) -> dict[float, float]:
+def sweep_accuracies(
+    plan: Plan, variant: Variant, found: dict[Path, Results]
+) -> dict[float, float]:
     """Return, by learning rate, the greedy accuracy on the development problems."""
     return {
-        rate: accuracy(found[sweep_folder(plan, method, rate)]["final"])
-        for rate in sweep_rates(plan, method)
+        rate: accuracy(found[sweep_folder(plan, variant.name, rate)]["final"])
+        for rate in sweep_rates(plan, variant)
     }
 
 
-def pick_rate(plan: Plan, method: str, found: dict[Path, Results]) -> float:
+def pick_rate(plan: Plan, variant: Variant, found: dict[Path, Results]) -> float:
     """Return the learning rate with the best accuracy of the sweep, the lowest of equals."""
-    accuracies = sweep_accuracies(plan, method, found)
+    accuracies = sweep_accuracies(plan, variant, found)
     return max(sorted(accuracies), key=lambda rate: accuracies[rate])
 
 
@@ -169,16 +246,19 @@ def run(plan: Plan, console: Console) -> int:
 
     130 when a signal stopped it: finished arms are kept, and the same command goes on.
     """
-    trained = len(plan.langs) * len(plan.variants) * len(plan.seeds)
-    sweeps = len(plan.factors) * len(plan.variants)
+    trained = len(plan.langs) * len(plan.trained) * len(plan.seeds)
+    untrained = len(plan.langs) * (1 + len(plan.design.variants) - len(plan.trained))
+    sweeps = len(plan.factors) * len(plan.trained)
     progress = ArmsProgress(
         console,
-        arms=trained + len(plan.langs) + sweeps,
-        units=trained + 0.1 * len(plan.langs) + 0.5 * sweeps,
+        arms=trained + untrained + sweeps,
+        units=trained + 0.1 * untrained + 0.5 * sweeps,
     )
     found: dict[Path, Results] = {}
     try:
         for arm in arms_of(plan, found):
+            if arm.is_extra:
+                progress.expect(arm.size)
             progress.start(arm.title, arm.size)
             earlier = (arm.folder / "results.json").is_file()
             found[arm.folder] = run_arm(plan, arm, progress)
@@ -209,6 +289,9 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
         day = Run(plan.out / plan.langs[0] / "base").recorded_day()
         setup, run = prepare(config, model_folder, Console(quiet=True), day)
         refuse_missing_problems(arm, setup)
+        if arm.in_english:
+            setup = ask_in_english(setup)
+    write_json(arm.folder / "prompts.json", whole_prompts(setup))
     if not arm.is_trained:
         results: Results = {"points": [], "final": measure_arm(plan, setup, kl=True, sampled=True)}
     else:
@@ -229,6 +312,45 @@ def refuse_missing_problems(arm: Arm, setup: Setup) -> None:
             f"{arm.folder}: {missing} of {len(asked)} test problems do not fit the model's context "
             "with their prompts; lower --max-new-tokens"
         )
+
+
+def ask_in_english(setup: Setup) -> Setup:
+    """Return the same with its test problems posed in English; ValueError if one lacks that side.
+
+    So a model is asked that solves what a perfect translator has read to it.
+    """
+    missing = sum(not problem.problem_en for problem in setup.heldout)
+    if missing:
+        raise ValueError(
+            f"{missing} of {len(setup.heldout)} test problems have no English side, which this "
+            "experiment asks the base model"
+        )
+    return replace(setup, heldout=pose_in_english(setup.heldout, 1.0))
+
+
+def whole_prompts(setup: Setup) -> list[dict[str, str | None]]:
+    """Return some problems as the arm's student and, where it has one, teacher read them, whole.
+
+    Beside them the label, where the completion is one that nobody samples. What was sampled stands
+    in completions.jsonl.
+    """
+    config = setup.config
+    decode = setup.tokenizer.decode
+    is_label = config.completion in LABELS
+    shown = []
+    for problem in setup.train[:SHOWN_PROBLEMS]:
+        teaches = config.method != "grpo" and not is_label and setup.can_teach(problem)
+        row = {
+            "problem": problem.id,
+            "student": str(decode(setup.student_prompt(problem))),
+            "teacher": str(decode(setup.teacher_prompt(problem))) if teaches else None,
+        }
+        if is_label:
+            write, _ = copsd.SOURCES[config.completion]
+            (label,) = write(setup, [problem], seed=config.seed)
+            row["label"] = str(decode(label.completion_ids))
+        shown.append(row)
+    return shown
 
 
 def read_results(path: Path) -> Results:
@@ -299,29 +421,56 @@ def measure_arm(plan: Plan, setup: Setup, *, kl: bool, sampled: bool) -> Results
 def write_outcome(plan: Plan, found: dict[Path, Results], console: Console) -> None:
     """Write and print the tables, and draw the figures."""
     by_language = {}
+    equal_seconds = {}
     for lang in plan.langs:
-        arms = {"base": [found[plan.out / lang / "base"]]}
-        for name in plan.variants:
-            arms[name] = [found[arm_folder(plan, lang, name, seed)] for seed in plan.seeds]
-        by_language[lang] = arms
-    names = list(plan.variants)
+        by_language[lang] = results_by_arm(plan, lang, found, arm_folder)
+        if plan.design.in_full:
+            equal_seconds[lang] = results_by_arm(plan, lang, found, seconds_folder)
     sweep = {}
     if plan.factors:
         sweep = {
-            method: outcome.Sweep(
-                plan.factors, sweep_accuracies(plan, method, found), pick_rate(plan, method, found)
+            variant.name: outcome.Sweep(
+                plan.factors,
+                sweep_accuracies(plan, variant, found),
+                pick_rate(plan, variant, found),
             )
-            for method in names
+            for variant in plan.trained
         }
+    variants = plan.design.variants
     experiment = outcome.Experiment(
-        name="ablation" if plan.options.ablate else "comparison",
+        name=plan.design.name,
         arms=by_language,
-        pairs=[("recipe", name) for name in names[1:]] if plan.options.ablate else list(PAIRS),
+        pairs=list(plan.design.pairs),
         sweep=sweep,
         length_limit=plan.main.max_new_tokens,
+        titles={variant.name: variant.title for variant in variants},
+        evidence={variant.name: variant.evidence for variant in variants},
+        equal_seconds=equal_seconds,
     )
     results = Path(plan.options.results) if plan.options.results else None
     files = outcome.write_experiment(experiment, plan.out, results)
     for table in outcome.tables(experiment):
         say(console, table + "\n")
     say(console, f"written: {', '.join(map(str, files))}")
+
+
+def results_by_arm(
+    plan: Plan,
+    lang: str,
+    found: dict[Path, Results],
+    folder_of: Callable[[Plan, str, str, int], Path],
+) -> dict[str, list[Results]]:
+    """Return a language's results by arm, the base first.
+
+    folder_of  arm_folder or seconds_folder; an arm that has no run there has one run for both
+    """
+    arms = {"base": [found[plan.out / lang / "base"]]}
+    for variant in plan.design.variants:
+        if not variant.is_trained:
+            arms[variant.name] = [found[plan.out / lang / variant.name]]
+            continue
+        folders = [folder_of(plan, lang, variant.name, seed) for seed in plan.seeds]
+        if folders[0] not in found:
+            folders = [arm_folder(plan, lang, variant.name, seed) for seed in plan.seeds]
+        arms[variant.name] = [found[folder] for folder in folders]
+    return arms

@@ -45,8 +45,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kernels import chunked_divergence, chunked_logprob, reduce_loss
-from parts import measure, ranks, runs, steplog, steps
+from kernels import chunked_divergence, chunked_logprob, clip_products, reduce_loss
+from parts import controls, measure, ranks, runs, steplog, steps
 from parts.chat import completion_text, prompt_opens_think
 from parts.footprint import halve_until_it_fits
 from parts.grading import is_correct
@@ -54,7 +54,7 @@ from parts.machine import Stopwatch
 from parts.metrics import Ratio, bootstrap
 from parts.model import eos_ids, final_hidden, head_weight, teacher_view, valid_ids
 from parts.prompts import Problem, find_language
-from parts.recipe import Config
+from parts.recipe import LABELS, Config
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Setup
 from parts.steplog import Tally, count_tokens
@@ -116,13 +116,14 @@ def completion_hidden(
 
 
 def copsd_loss(
-    setup: Setup, teacher_prompts: list[list[int]], rollouts: list[Rollout]
+    setup: Setup, teacher_prompts: list[list[int]], rollouts: list[Rollout], *, cosine: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return Eq. (1)'s summand at every completion token, loss_N in nats, and what to log of each.
 
     teacher_prompts  the teacher's prompt for each rollout: both roles score the same completions
     The gradient goes to the student only. What is logged is by name: the unclipped divergence, both
-    entropies, and whether the clip made the token's loss smaller.
+    entropies, and whether the clip made the token's loss smaller; `cosine` adds what tells how far
+    the clip turns the gradient.
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
@@ -132,19 +133,29 @@ def copsd_loss(
     read = setup.kept_prompts.completion_hidden if config.teacher == "fixed" else completion_hidden
     with teacher_view(setup.lora, config.teacher):
         teacher_ND = read(setup.model, teacher_prompts, completions)
-    loss_N, stats = chunked_divergence(  # Eq. (1), D
-        student_ND,
-        teacher_ND,
-        head_weight(setup.model),
-        kind=config.divergence,
-        beta=config.beta,
-        temperature=config.temperature,
-        clip_mode=config.clip_mode,
-        clip=config.clip,
-        chunk_tokens=config.chunk_tokens,
-        compile=config.compile,
-    )
-    return loss_N, {**stats, "clipped_N": loss_N.detach() < stats["kl_N"]}
+    states = (student_ND, teacher_ND, head_weight(setup.model))
+    options = {
+        "kind": config.divergence,
+        "beta": config.beta,
+        "temperature": config.temperature,
+        "clip_mode": config.clip_mode,
+        "clip": config.clip,
+        "chunk_tokens": config.chunk_tokens,
+    }
+    loss_N, stats = chunked_divergence(*states, **options, compile=config.compile)  # Eq. (1), D
+    stats["clipped_N"] = loss_N.detach() < stats["kl_N"]
+    if cosine:
+        stats |= zip(steplog.CLIP_PRODUCTS, clip_products(*states, **options), strict=True)
+    return loss_N, stats
+
+
+# Who writes the completions and what is learned of them. All but the first are controls.
+SOURCES = {
+    "student": (roll_out, copsd_loss),
+    "teacher": (controls.teacher_writes, copsd_loss),
+    "reference": (controls.reference_label, partial(controls.hard_label_loss, completion_hidden)),
+    "garbage": (controls.garbage_label, partial(controls.hard_label_loss, completion_hidden)),
+}
 
 
 def copsd_gradient(
@@ -152,6 +163,7 @@ def copsd_gradient(
     rollouts: list[Rollout],
     teacher_prompts: list[list[int]],
     watch: Stopwatch,
+    cosine: bool,
     rows_at_once: int,
 ) -> Tally:
     """Add this rank's share of the gradient of Eq. (1) over a step; return its share of the log.
@@ -159,12 +171,14 @@ def copsd_gradient(
     A step does not fit in memory at once, so it is taken in micro-batches; each adds its share of
     the one mean over the step's tokens, and so of the gradient.
     """
+    _, loss_of = SOURCES[setup.config.completion]
     tally = Tally()
     mine = list(range(len(rollouts)))[ranks.share(len(rollouts))]
     for rows in micro_batches(rollouts, rows_at_once, mine):
         batch = [rollouts[row] for row in rows]
         lengths = [len(rollout.completion_ids) for rollout in batch]
-        loss_N, stats = copsd_loss(setup, [teacher_prompts[row] for row in rows], batch)
+        prompts = [teacher_prompts[row] for row in rows]
+        loss_N, stats = loss_of(setup, prompts, batch, cosine=cosine)
         loss = reduce_loss(  # Eq. (1), 1/N
             loss_N,
             lengths,
@@ -182,6 +196,7 @@ def copsd_gradient(
 def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
     """Train from the last saved step to the end; return False if it was ended early."""
     config = setup.config
+    write, _ = SOURCES[config.completion]
     optimizer, step, sampled_tokens, skipped = steps.begin(setup, run)
     rows_at_once = config.micro_batch
     with runs.stop_signals() as stopped:
@@ -191,14 +206,15 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
 
             # Problems of this step, and one completion of each from the current student.
             problems = steps.draw_problems(setup, config.batch_size, step=step)
-            rollouts = roll_out(setup, problems, seed=steps.rollout_seed(config, step))
+            rollouts = write(setup, problems, seed=steps.rollout_seed(config, step))
             step_tokens = count_tokens(rollouts)
             sampled_tokens += step_tokens
             watch.lap("rollout")
 
             # The loss and its gradient. Out of memory, they are taken anew in smaller parts.
             teacher_prompts = [setup.teacher_prompt(problem) for problem in problems]
-            attempt = partial(copsd_gradient, setup, rollouts, teacher_prompts, watch)
+            cosine = steplog.asks_for_cosine(config, step)
+            attempt = partial(copsd_gradient, setup, rollouts, teacher_prompts, watch, cosine)
             tally, rows_at_once = halve_until_it_fits(attempt, rows_at_once, optimizer.zero_grad)
             tally = steplog.merge(ranks.gather([tally]))
 
@@ -215,6 +231,8 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             # Log and save.
             student_tokens = count_tokens(rollouts, prompts=True)
             teacher_tokens = step_tokens + sum(map(len, teacher_prompts))
+            if config.completion in LABELS:
+                teacher_tokens = 0  # a label has no teacher but itself
             done = share_done(config, step, sampled_tokens)
             metrics = {
                 "step": step,

@@ -16,6 +16,7 @@ tokens.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -151,6 +152,77 @@ def chunked_divergence(
         "clipped_frac": clipped_frac,
     }
     return loss_N, stats
+
+
+def clip_products(
+    student_ND: Tensor,
+    teacher_ND: Tensor,
+    head_VD: Tensor,
+    *,
+    kind: str,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    clip_mode: str = "entry",
+    clip: float | None = None,
+    chunk_tokens: int = 256,
+) -> Tensor:
+    """Return products_3N, from which `gradient_cosine` says how far the clip turns the gradient.
+
+    Let u be the gradient of a token's D on the student's logits, [V], without the clip, and c with
+    it, both by Eq. (3). The rows are c.u, c.c and u.u at each token, in fp32 or fp64 and
+    but for a factor 1 / T^2 that they share. Arguments are
+    as in `chunked_divergence`; nothing carries a gradient, and logits of at most chunk_tokens rows
+    exist at a time. It costs two of that function's three matrix products, so training asks for it
+    at some steps only. Raises ValueError as `divergence` does.
+    """
+    _check_options(kind, beta, temperature, clip_mode, clip)
+    _check_projection(head_VD, chunk_tokens, student_ND, teacher_ND)
+    dtype = torch.promote_types(head_VD.dtype, torch.float32)
+    numbers = torch.tensor([temperature, beta, clip or 0.0], dtype=dtype, device=head_VD.device)
+    plain = _Options(kind, *numbers[:2], clip=None)
+    clipped = plain._replace(clip=numbers[2]) if clip_mode == "entry" else plain
+    head_VD = head_VD.detach()
+    chunks = zip(
+        student_ND.detach().split(chunk_tokens),
+        teacher_ND.detach().split(chunk_tokens),
+        strict=True,
+    )
+    products = []
+    for student_CD, teacher_CD in chunks:
+        student_CV = student_CD @ head_VD.T
+        teacher_CV = teacher_CD @ head_VD.T
+        normalisers = _normalise(student_CV, plain), _normalise(teacher_CV, plain)
+        plain_CV, kl_C = _logit_gradient(student_CV, teacher_CV, normalisers, plain)
+        clipped_CV, _ = _logit_gradient(student_CV, teacher_CV, normalisers, clipped)
+        if clip_mode == "token":
+            clipped_CV = plain_CV * (kl_C <= numbers[2]).unsqueeze(-1)
+        pairs = (clipped_CV, plain_CV), (clipped_CV, clipped_CV), (plain_CV, plain_CV)
+        products.append(torch.stack([(one * other).sum(-1) for one, other in pairs]))
+    return torch.cat(products, dim=1)
+
+
+def gradient_cosine(products_3N: Tensor) -> float:
+    """Return the cosine between the clipped and the unclipped gradient on all tokens' logits.
+
+    products_3N  of `clip_products`; those of several micro-batches may be joined along N
+    1: the clip changes no direction. Below 0: a small step on the logits against the clipped
+    gradient raises the unclipped divergence. nan where one of the two gradients is zero. Every
+    token weighs the same, as in the mean over tokens.
+
+    In the example of `divergence` the clip turns the gradient round:
+
+    >>> q = torch.tensor([[0.3, 0.6, 0.1]]).log()
+    >>> p = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    >>> for clip in (0.05, 0.2, 0.5):
+    ...     products_3N = clip_products(q, p, torch.eye(3), kind="forward_kl", clip=clip)
+    ...     print(clip, round(gradient_cosine(products_3N), 2))
+    0.05 -0.87
+    0.2 -0.87
+    0.5 1.0
+    """
+    dot, clipped_square, plain_square = products_3N.double().sum(-1).tolist()
+    lengths = math.sqrt(clipped_square) * math.sqrt(plain_square)
+    return dot / lengths if lengths > 0 else math.nan
 
 
 def chunked_logprob(
@@ -294,6 +366,15 @@ def _score(
     student_entropy_C = -(log_q_CV.exp() * log_q_CV).sum(-1)
     scores_4C = torch.stack([loss_C, kl_C, teacher_entropy_C, student_entropy_C])
     return scores_4C, slope_CV.sum(-1, keepdim=True)
+
+
+def _logit_gradient(
+    student_CV: Tensor, teacher_CV: Tensor, normalisers, options: _Options
+) -> tuple[Tensor, Tensor]:
+    """Return D's gradient on the student's logits, but for the factor 1 / T, and D unclipped."""
+    _, log_q_CV, summand_CV, slope_CV = _terms(student_CV, teacher_CV, normalisers, options)
+    slope_sum_C1 = slope_CV.sum(-1, keepdim=True)
+    return slope_CV - log_q_CV.exp() * slope_sum_C1, summand_CV.sum(-1)  # Eq. (3)
 
 
 def _gradient_(

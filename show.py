@@ -14,8 +14,10 @@ from statistics import fmean
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from copsd import completion_hidden, roll_out
+from kernels import clip_products, gradient_cosine
 from parts import runs
 from parts.adapters import load_adapter
 from parts.chat import completion_text, freeze_date, prompt_opens_think
@@ -95,10 +97,13 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
     furthest = distances.index(max(distances))
     rollout = rollouts[furthest]
     rows = explained[furthest]
+    with teacher_view(setup.lora, "fixed"):
+        clip_note = _clip_note(setup, problem, rollout)
     after = None
     notes = [
         f"shown: of {DRAWN} completions, the one that the teacher disagrees with most",
         _reward_note(setup, problem, rollout, "GRPO hears of this rollout"),
+        clip_note,
     ]
     if trained:
         after = _explain(setup, problem, rollout)
@@ -148,13 +153,40 @@ def write_page(found: Walk, path: Path) -> None:
     )
 
 
-def _explain(setup: Setup, problem: Problem, rollout: Rollout) -> list[TokenRow]:
-    """Return a row for each token of the rollout, under the student as it is at the moment."""
-    config = setup.config
+def _hidden(setup: Setup, problem: Problem, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Return student_ND, of the student as it is at the moment, and teacher_ND."""
     completions = [rollout.completion_ids]
     student_ND = completion_hidden(setup.model, [rollout.prompt_ids], completions)
     with teacher_view(setup.lora, "fixed"):
         teacher_ND = completion_hidden(setup.model, [setup.teacher_prompt(problem)], completions)
+    return student_ND, teacher_ND
+
+
+def _clip_note(setup: Setup, problem: Problem, rollout: Rollout) -> str:
+    """Say how far the clip turns the gradient of this rollout; where none is set, the paper's."""
+    config = setup.config
+    is_set = config.clip_mode != "none"
+    mode = config.clip_mode if is_set else Config.clip_mode
+    clip = config.clip if is_set else Config.clip
+    products_3N = clip_products(
+        *_hidden(setup, problem, rollout),
+        head_weight(setup.model),
+        kind=config.divergence,
+        beta=config.beta,
+        temperature=config.temperature,
+        clip_mode=mode,
+        clip=clip,
+    )
+    return (
+        f"cosine of the gradient on the logits with and without the {mode} clip of {clip:g} nats: "
+        f"{gradient_cosine(products_3N):.3f}{'' if is_set else ' (it is not set here)'}"
+    )
+
+
+def _explain(setup: Setup, problem: Problem, rollout: Rollout) -> list[TokenRow]:
+    """Return a row for each token of the rollout, under the student as it is at the moment."""
+    config = setup.config
+    student_ND, teacher_ND = _hidden(setup, problem, rollout)
     return explain_tokens(
         student_ND,
         teacher_ND,

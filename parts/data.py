@@ -402,6 +402,10 @@ def read_problem_sets(
             replace(problem, solution_en=other.solution_en)
             for problem, other in zip(train, others, strict=True)
         ]
+    if config.answer_only:
+        train = [
+            replace(p, solution_en=f"\\boxed{{{p.answer}}}" if p.answer else None) for p in train
+        ]
     return train, dev, heldout
 
 

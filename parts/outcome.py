@@ -7,7 +7,7 @@ figures.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from parts.prompts import find_language
 from parts.report import markdown_table
 from parts.view import cell
 
-LABELS = {"base": "base", "grpo": "GRPO", "copsd": "COPSD"}
 POINTS = 7  # of a curve over training
 KL_TITLE = "KL to the teacher, nats/token"
 COSTS = {"sampled_tokens": "sampled tokens", "train_s": "seconds", "updates": "updates"}
+LANGUAGE_METRICS = ("in the problem's language", "in English")  # of greedy attempts
 # A paired test is made on these; the others have no value for some problems, or are no success.
 TESTED = ("greedy accuracy", "pass@", "format rate", "English greedy accuracy")
 
@@ -32,17 +32,22 @@ TESTED = ("greedy accuracy", "pass@", "format rate", "English greedy accuracy")
 # far.
 Results = dict[str, Any]
 Measured = dict[str, Any]
-Arms = Mapping[str, list[Results]]  # by arm: its runs, one a seed
+Arms = Mapping[str, list[Results]]  # by arm, the base first: its runs, one a seed
 Curve = list[tuple[float, float, float, float]]  # x, value, low, high
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """How a method's learning rate was picked."""
+    """How an arm's learning rate was picked."""
 
     factors: list[float]  # of the recipe's rate
     accuracies: dict[float, float]  # by learning rate, on the development problems
     picked: float
+
+    @property
+    def at_edge(self) -> bool:
+        """Say whether a better rate may lie beyond those that were tried."""
+        return self.picked in (min(self.accuracies), max(self.accuracies))
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,17 @@ class Experiment:
     name: str
     arms: dict[str, Arms]  # by language
     pairs: list[tuple[str, str]]
-    sweep: dict[str, Sweep]  # by method, {} where rates were not picked
+    sweep: dict[str, Sweep]  # by arm, {} where rates were not picked
     length_limit: int  # of a completion, in tokens
+    titles: Mapping[str, str] = field(default_factory=dict)  # of arms; the others show their name
+    evidence: Mapping[str, str] = field(default_factory=dict)  # for what arms do, in a column
+    # By language, the arms once more at equal seconds. Where there are some, every table is in
+    # full: an arm has a row with all intervals, the language it answers in, and more of pass@k.
+    equal_seconds: Mapping[str, Arms] = field(default_factory=dict)
 
-
-def label(name: str) -> str:
-    """Return what an arm is called in tables and figures."""
-    return LABELS.get(name, name)
+    def title(self, name: str) -> str:
+        """Return what an arm is called in tables and figures."""
+        return self.titles.get(name, name)
 
 
 def accuracy(measured: Measured) -> float:
@@ -91,24 +100,30 @@ def _stored_ratio(measured: Measured, metric: str) -> Ratio:
     return measured["greedy"][metric]
 
 
-def metrics_of(measured: Measured) -> list[str]:
+def metrics_of(measured: Measured, *, in_full: bool = False) -> list[str]:
     """Return the metrics that the tables show, in their order."""
     english = ["English greedy accuracy"] if "english" in measured else []
-    ks = sorted({1, _samples(measured)})
+    samples = _samples(measured)
+    ks = {1, samples}
+    if in_full:
+        ks |= {2**power for power in range(samples.bit_length())}
     return [
         "greedy accuracy",
-        *(f"pass@{k}" for k in ks),
+        *(f"pass@{k}" for k in sorted(ks)),
         "format rate",
         "accuracy given a box",
+        *(LANGUAGE_METRICS if in_full else []),
         *english,
         "mean tokens",
     ]
 
 
-def summarise_language(arms: Arms, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def summarise_language(
+    arms: Arms, pairs: Sequence[tuple[str, str]], *, in_full: bool = False
+) -> dict[str, Any]:
     """Return every arm's estimates and, for each pair of arms, differences with their p-values."""
     finals = {name: [run["final"] for run in runs] for name, runs in arms.items()}
-    metrics = metrics_of(next(iter(finals.values()))[0])
+    metrics = metrics_of(next(iter(finals.values()))[0], in_full=in_full)
     summary: dict[str, Any] = {"arms": {}, "pairs": {}}
     for name, runs in finals.items():
         found = {metric: over_seeds(metric, runs) for metric in metrics}
@@ -140,10 +155,23 @@ def compare_arms(metric: str, first: list[Measured], second: list[Measured]) -> 
 
 
 def tables(experiment: Experiment) -> list[str]:
-    """Return the tables in Markdown: all arms, their differences; a comparison has two more."""
-    found = [arms_table(experiment), pairs_table(experiment)]
+    """Return the tables in Markdown: all arms, their differences; a comparison has two more.
+
+    In full: all arms at equal sampled tokens, all arms at equal seconds, differences, the sweep.
+    """
+    if experiment.equal_seconds:
+        found = [
+            full_table(experiment, experiment.arms, "at equal sampled tokens"),
+            full_table(experiment, experiment.equal_seconds, "at equal seconds"),
+            pairs_table(experiment),
+        ]
+    else:
+        found = [arms_table(experiment), pairs_table(experiment)]
+        if experiment.sweep:
+            found = [summary_table(experiment), *found]
     if experiment.sweep:
-        found = [summary_table(experiment), *found, sweep_table(experiment.sweep)]
+        found.append(sweep_table(experiment))
+        found += edge_note(experiment)
     return found
 
 
@@ -158,7 +186,7 @@ def summary_table(experiment: Experiment) -> str:
             ratio = _mean_over_seeds("greedy accuracy", [run["final"] for run in runs])
             cells.append(cell("greedy accuracy", bootstrap(*ratio)))
         rows.append([find_language(lang).english, *cells])
-    return markdown_table(["greedy accuracy", *map(label, names)], rows)
+    return markdown_table(["greedy accuracy", *map(experiment.title, names)], rows)
 
 
 def arms_table(experiment: Experiment) -> str:
@@ -171,8 +199,35 @@ def arms_table(experiment: Experiment) -> str:
             header = ["", *metrics, *COSTS.values()]
             cells = [_seeds_cell(metric, found[metric]) for metric in metrics]
             costs = [f"{np.mean(found[key]):.0f}" for key in COSTS]
-            rows.append([f"{find_language(lang).english}: {label(name)}", *cells, *costs])
+            title = f"{find_language(lang).english}: {experiment.title(name)}"
+            rows.append([title, *cells, *costs])
     return markdown_table(*_varying(header, rows))
+
+
+def full_table(experiment: Experiment, by_language: Mapping[str, Arms], what: str) -> str:
+    """Return every language's arms with 95 % intervals over problems, and the ends of the seeds.
+
+    what  "at equal seconds", and so on: the head of the first column
+    """
+    rows = []
+    header: list[str] = []
+    for lang, arms in by_language.items():
+        for name, found in summarise_language(arms, [], in_full=True)["arms"].items():
+            metrics = [metric for metric in found if metric not in (*COSTS, KL_TITLE)]
+            header = [what, "evidence", "seeds", *metrics, KL_TITLE, *COSTS.values()]
+            title = f"{find_language(lang).english}: {experiment.title(name)}"
+            seeds = [f"{value:.3f}" for value in found["greedy accuracy"]["by_seed"]]
+            ends = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else "-"
+            cells = []
+            for metric in metrics:
+                numbers = found[metric]
+                estimate = Estimate(numbers["value"], numbers["low"], numbers["high"])
+                cells.append(cell(metric, estimate))
+            kl = f"{found[KL_TITLE]['value']:.3f}"
+            costs = [f"{np.mean(found[key]):.0f}" for key in COSTS]
+            evidence = experiment.evidence.get(name) or "-"
+            rows.append([title, evidence, ends, *cells, kl, *costs])
+    return markdown_table(header, rows)  # two tables to lay side by side: all columns stay
 
 
 def pairs_table(experiment: Experiment) -> str:
@@ -180,23 +235,33 @@ def pairs_table(experiment: Experiment) -> str:
     rows = []
     header: list[str] = []
     for lang, arms in experiment.arms.items():
-        for pair, tests in summarise_language(arms, experiment.pairs)["pairs"].items():
-            second, first = pair.split(" - ")
+        in_full = bool(experiment.equal_seconds)
+        summary = summarise_language(arms, experiment.pairs, in_full=in_full)
+        for pair, tests in summary["pairs"].items():
+            second, first = map(experiment.title, pair.split(" - "))
             header = ["", *tests]
-            title = f"{find_language(lang).english}: {label(second)} against {label(first)}"
+            title = f"{find_language(lang).english}: {second} against {first}"
             rows.append([title, *(_difference_cell(test) for test in tests.values())])
     return markdown_table(*_varying(header, rows))
 
 
-def sweep_table(sweep: dict[str, Sweep]) -> str:
-    """Return each method's accuracy on the development problems by learning rate, and the pick."""
-    factors = next(iter(sweep.values())).factors
+def sweep_table(experiment: Experiment) -> str:
+    """Return each arm's accuracy on the development problems by learning rate, and the pick."""
+    factors = next(iter(experiment.sweep.values())).factors
     header = ["dev accuracy at lr times", *(f"{factor:g}" for factor in factors), "picked lr"]
-    rows = [
-        [label(method), *(f"{a:.3f}" for a in found.accuracies.values()), f"{found.picked:g}"]
-        for method, found in sweep.items()
-    ]
+    rows = []
+    for name, found in experiment.sweep.items():
+        accuracies = [f"{accuracy:.3f}" for accuracy in found.accuracies.values()]
+        rows.append([experiment.title(name), *accuracies, f"{found.picked:g}"])
     return markdown_table(header, rows)
+
+
+def edge_note(experiment: Experiment) -> list[str]:
+    """Return a sentence that names the arms whose rate stands at the sweep's edge, [] if none."""
+    names = [experiment.title(name) for name, found in experiment.sweep.items() if found.at_edge]
+    if not names:
+        return []
+    return [f"At the edge of the sweep, so that a better rate may lie beyond: {', '.join(names)}."]
 
 
 def write_experiment(experiment: Experiment, out: Path, results: Path | None) -> list[Path]:
@@ -205,17 +270,25 @@ def write_experiment(experiment: Experiment, out: Path, results: Path | None) ->
     results  another Markdown file, whose section for this experiment is written anew; the figures
              go beside it, too
     """
+    in_full = bool(experiment.equal_seconds)
     summaries = {
-        lang: summarise_language(arms, experiment.pairs) for lang, arms in experiment.arms.items()
+        lang: summarise_language(arms, experiment.pairs, in_full=in_full)
+        for lang, arms in experiment.arms.items()
     }
-    sweep = {method: asdict(found) for method, found in experiment.sweep.items()}
-    write_json(out / "compare.json", {"languages": summaries, "sweep": sweep})
+    sweep = {name: asdict(found) for name, found in experiment.sweep.items()}
+    content: dict[str, Any] = {"languages": summaries, "sweep": sweep}
+    if in_full:
+        content["at equal seconds"] = {
+            lang: summarise_language(arms, experiment.pairs, in_full=True)
+            for lang, arms in experiment.equal_seconds.items()
+        }
+    write_json(out / "compare.json", content)
     files = [out / "compare.json"]
     for file in (out / "RESULTS.md", *([results] if results else [])):
         figures = figures_of(experiment)
         for name, panels in figures.items():
             # One picture holds a panel a language in a row; the others are two panels wide.
-            columns = len(panels) if name == "comparison" else 2
+            columns = len(panels) if name == experiment.name else 2
             pictures = [file.with_name(f"{name}.{suffix}") for suffix in ("png", "svg")]
             curves_figure(panels, pictures[:1] if file == results else pictures, columns=columns)
             files += pictures[:1]
@@ -254,11 +327,12 @@ def figures_of(experiment: Experiment) -> dict[str, list[Panel]]:
     if not experiment.sweep:
         return {}
     overview = []
-    figures = {"comparison": overview}
+    figures = {experiment.name: overview}
     for lang, arms in experiment.arms.items():
+        titled = {experiment.title(name): runs for name, runs in arms.items()}
         title = f"{find_language(lang).english}: greedy accuracy"
-        overview.append(_training_panel(arms, title, "accuracy", "greedy accuracy"))
-        figures[f"comparison_{lang}"] = language_panels(arms, experiment.length_limit)
+        overview.append(_training_panel(titled, title, "accuracy", "greedy accuracy"))
+        figures[f"{experiment.name}_{lang}"] = language_panels(titled, experiment.length_limit)
     return figures
 
 
@@ -303,13 +377,13 @@ def over_training(
     start = (0.0, share(arms["base"][0]["final"], metric))
     curves = {}
     for name, runs in arms.items():
-        if name == "base":
+        if not runs[0]["points"]:  # it was not trained
             continue
         lines = []
         for run in runs:
             points = [(point[x] / unit, share(point, metric)) for point in run["points"]]
             lines.append([start, *points])
-        curves[label(name)] = band(lines)
+        curves[name] = band(lines)
     return curves
 
 
@@ -331,9 +405,7 @@ def at_the_end(
 ) -> dict[str, Curve]:
     """Return a curve for every arm: a value of its last measurement that depends on x."""
     return {
-        label(name): _mean_and_ends(
-            xs, np.array([[value(run["final"], x) for x in xs] for run in runs])
-        )
+        name: _mean_and_ends(xs, np.array([[value(run["final"], x) for x in xs] for run in runs]))
         for name, runs in arms.items()
     }
 

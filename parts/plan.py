@@ -5,13 +5,14 @@ Nothing here trains or measures; compare.py does, with what this file returns.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
 from parts.data import DEV_SEED, hub_training_file, load_aloud, split_heldout, write_problems
+from parts.experiments import ATTRIBUTION, COMPARISON, FAMILY, Design, Variant
 from parts.files import read_sealed
 from parts.machine import pick_device, pick_dtype
 from parts.model import resolve_model
@@ -24,7 +25,6 @@ from parts.view import say
 SWEEP_SEED = 1000  # of the runs that pick a rate; no reported run may have it
 MAX_SEEDS = 1000  # runs of each arm
 LAYOUT = 2  # of the folder: an older one holds other results.json files
-ARMS = {"grpo": {"method": "grpo"}, "copsd": {"method": "copsd"}}
 # Setting, and the values it is tried with, in the table's order. The recipe as it is comes first.
 ABLATIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("clip_mode", ("none", "entry", "token")),
@@ -53,8 +53,13 @@ class Plan:
     seeds: list[int]
     factors: list[float]  # of the sweep; none where rates are not picked
     configs: dict[tuple[str, str], Config]  # by method and language: its recipe
-    variants: dict[str, dict[str, Any]]  # the arms, and what each sets
+    design: Design  # its arms
     out: Path
+
+    @property
+    def trained(self) -> list[Variant]:
+        """The arms that are trained."""
+        return [variant for variant in self.design.variants if variant.is_trained]
 
     @property
     def main(self) -> Config:
@@ -77,10 +82,12 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
     own |= {"lang", "out", "dev_problems"}
     shared = {name: value for name, value in given.items() if name not in own}
     langs = parse_list(options.lang, "lang", lambda code: find_language(code).iso3)
-    factors = parse_list(options.sweep, "sweep", float)
-    if not all(0 < factor < math.inf for factor in factors):
-        raise ValueError(f"--sweep is {options.sweep!r}; valid: factors above 0, such as 0.5,1,2")
-    methods = ["copsd"] if options.ablate else list(ARMS)
+    design = pick_design(options)
+    factors = parse_factors(options.sweep or design.sweep or "1")
+    # COPSD's recipe is what every arm is measured with, so it is there in any case.
+    methods = dict.fromkeys(
+        [*(v.settings.get("method", "copsd") for v in design.variants), "copsd"]
+    )
     # All arms have COPSD's length limit, so that a budget means the same in each.
     limit = configure({**shared, "method": "copsd", "lang": langs[0]})[0].max_new_tokens
     shared["max_new_tokens"] = limit
@@ -96,19 +103,58 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
     if main.eval_problems < 1:
         valid = "1 or more, for arms are compared on them"
         raise ValueError(f"--eval-problems is {main.eval_problems}; valid: {valid}")
-    kind = "ablate" if options.ablate else "compare"
+    if options.ablate:
+        design = replace(design, variants=ablation_arms(main))
+        pairs = tuple(("recipe", variant.name) for variant in design.variants[1:])
+        design = replace(design, pairs=pairs)
+    refuse_equal_arms(design, {**shared, "lang": langs[0]})
     plan = Plan(
         options=options,
         given=shared,
         langs=langs,
         seeds=parse_seeds(options.seeds),
-        factors=[] if options.ablate else factors,
+        factors=factors if design.sweep else [],
         configs=configs,
-        variants=ablation_arms(main) if options.ablate else ARMS,
-        out=Path(options.out or f"runs/{kind}-{Path(main.model).name}-{'-'.join(langs)}"),
+        design=design,
+        out=Path(options.out or f"runs/{design.folder}-{Path(main.model).name}-{'-'.join(langs)}"),
     )
     open_folder(plan, console)
     return plan
+
+
+def pick_design(options: CompareConfig) -> Design:
+    """Return the experiment that the flags name; ValueError where they name two.
+
+    An ablation's arms come later, for they are those that the recipe does not have.
+    """
+    designs = {
+        "ablate": Design("ablation", "ablate", (), (), sweep=None),
+        "attribute": ATTRIBUTION,
+        "family": FAMILY,
+    }
+    asked = [name for name in designs if getattr(options, name)]
+    if len(asked) > 1:
+        flags = " and ".join(f"--{name}" for name in asked)
+        raise ValueError(f"{flags} are experiments of their own; ask for one of them")
+    return designs[asked[0]] if asked else COMPARISON
+
+
+def refuse_equal_arms(design: Design, shared: dict[str, Any]) -> None:
+    """Raise ValueError where two arms would be the same run, or one's settings fit nothing.
+
+    shared  the settings of all arms
+    """
+    names: dict[str, str] = {}
+    for variant in design.variants:
+        if not variant.is_trained:
+            continue
+        config, _ = configure({**shared, **variant.settings, "out": "one folder"})
+        other = names.setdefault(repr(config), variant.name)
+        if other != variant.name:
+            raise ValueError(
+                f"the arms {other!r} and {variant.name!r} would be the same run; leave out the "
+                f"flags that set what they differ in"
+            )
 
 
 def open_folder(plan: Plan, console: Console | None) -> None:
@@ -129,6 +175,8 @@ def open_folder(plan: Plan, console: Console | None) -> None:
         "dev_problems": options.dev_problems,
         "ablate": options.ablate,
     }
+    if plan.design.in_full:
+        settings["arms"] = {variant.name: variant.settings for variant in plan.design.variants}
     for method, lang in plan.configs:
         if lang == plan.langs[0]:
             recipe = asdict(plan.configs[method, lang]).items()
@@ -159,6 +207,14 @@ def parse_list(text: str, what: str, convert: Callable[[str], Value]) -> list[Va
     return values
 
 
+def parse_factors(text: str) -> list[float]:
+    """Return the factors of "0.5,1,2", which the learning rates of a sweep are."""
+    factors = parse_list(text, "sweep", float)
+    if not all(0 < factor < math.inf for factor in factors):
+        raise ValueError(f"--sweep is {text!r}; valid: factors above 0, such as 0.5,1,2")
+    return factors
+
+
 def parse_seeds(text: str) -> list[int]:
     """Return the seeds of "3", which is 0, 1 and 2, or of "0,4,7"."""
     seeds = parse_list(text, "seeds", int)
@@ -171,14 +227,15 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def ablation_arms(config: Config) -> dict[str, dict[str, Any]]:
+def ablation_arms(config: Config) -> tuple[Variant, ...]:
     """Return the recipe as it is, and an arm for each value of ABLATIONS that it does not have."""
-    arms: dict[str, dict[str, Any]] = {"recipe": {}}
+    arms = [Variant("recipe", "recipe")]
     for setting, values in ABLATIONS:
         for value in values:
             if value != getattr(config, setting):
-                arms[f"{setting}={value}".replace("_", " ")] = {setting: value}
-    return arms
+                name = f"{setting}={value}".replace("_", " ")
+                arms.append(Variant(name, name, {setting: value}))
+    return tuple(arms)
 
 
 def read_splits(plan: Plan, lang: str, console: Console | None = None) -> dict[str, list[Problem]]:

@@ -22,6 +22,8 @@ from parts.prompts import THINKING, find_language
 from parts.typed import typed
 
 METHODS = ("copsd", "grpo")
+LABELS = ("reference", "garbage")  # completions that nobody samples, learned as hard labels
+COMPLETIONS = ("student", "teacher", *LABELS)
 
 
 def setting(
@@ -134,6 +136,23 @@ class Config:
     english_solution: bool = objective(True, "Show the teacher the English solution.")
     swap_solutions: bool = objective(
         False, "Show it the solution of another problem, as an ablation.", source="ours"
+    )
+    answer_only: bool = objective(
+        False,
+        "Show it only the final answer, in a box, where the solution would stand; a control.",
+        source="ours",
+    )
+    completion: str = objective(
+        "student",
+        "Who writes what COPSD learns on. The student, or as a control the teacher; or, learned as "
+        "hard labels: the reference solution, or its words in disorder and a box with the answer.",
+        choices=COMPLETIONS,
+    )
+    cosine_every: int = objective(
+        10,
+        "Steps between measurements of how far the clip turns the gradient. 0 is never.",
+        source="ours",
+        least=0,
     )
     thinking: str = objective(
         "auto",
@@ -283,14 +302,19 @@ class CompareConfig(Config):
     """The settings of a comparison, beside those of its runs. `lang` may name several languages."""
 
     seeds: str = comparison("3", "Runs of each arm: a count, or seeds such as 0,4,7.")
-    sweep: str = comparison(
-        "0.03,0.1,0.3,1,2",
-        "Learning rates tried for each method on development problems, as factors of its --lr.",
+    sweep: str | None = comparison(
+        None,
+        "Learning rates tried for each arm on development problems, as factors of its --lr. "
+        "Without it: 0.03,0.1,0.3,1,2, and for --family and --attribute 0.1,0.3,1,3,9.",
     )
     dev_problems: int = comparison(100, "Training problems set aside for that choice.", least=1)
     ablate: bool = comparison(
         False, "Compare COPSD with one part changed at a time, in place of base, GRPO and COPSD."
     )
+    attribute: bool = comparison(
+        False, "Compare COPSD with controls that ask where its gain comes from."
+    )
+    family: bool = comparison(False, "Compare every method, each with its own recipe.")
     results: str | None = comparison(
         None, "A Markdown file whose section for this experiment is written anew."
     )
@@ -391,6 +415,12 @@ def check_run(config: Config) -> None:
     if config.method == "grpo" and config.batch_size % config.group_size:
         valid = f"a multiple of --group-size {config.group_size}"
         raise ValueError(f"--batch-size is {config.batch_size}; valid: {valid}")
+    if config.method != "copsd" and config.completion != "student":
+        raise ValueError(f"--completion {config.completion} is a control of COPSD; valid: student")
+    if config.answer_only and config.swap_solutions:
+        raise ValueError("--answer-only and --swap-solutions both replace the solution; leave one")
+    if config.answer_only and not config.english_solution:
+        raise ValueError("--answer-only shows the answer where --no-english-solution shows nothing")
     # Where only the most likely token can be drawn, every completion of a problem is the same.
     if config.eval_temperature == 0 and config.eval_samples > 1:
         raise ValueError(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kernels import compile_fault
 from parts import ranks, runs
-from parts.chat import freeze_date
+from parts.chat import freeze_date, prompt_opens_think
 from parts.data import keep_fitting, read_problem_sets
 from parts.family import context_length
 from parts.files import require_space
@@ -19,7 +19,7 @@ from parts.measure import check_answers, check_columns
 from parts.model import Lora, attach_lora, load_config, load_model, load_tokenizer, resolve_model
 from parts.prefixes import KeptPrompts
 from parts.prompts import Problem, build_prompt, is_teachable, pose_in_english, template_hash
-from parts.recipe import Config, fill, settle
+from parts.recipe import LABELS, Config, fill, settle
 from parts.selfcheck import check_model
 from parts.view import say
 
@@ -78,6 +78,11 @@ def load_setup(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
     )
     check_model(model, f"model {config.model}")
+    if config.completion in LABELS and prompt_opens_think(tokenizer, config.thinking):
+        raise ValueError(
+            f"--completion {config.completion} would be a thought without an answer, as prompts "
+            "open a think block; valid with it: --thinking off"
+        )
     identity = {
         "base_weights": runs.folder_fingerprint(folder),
         **runs.files_fingerprints(folder),
@@ -186,7 +191,9 @@ def fitting_problems(
     """Return read_problem_sets' three, without the problems too long to fit."""
     train, dev, heldout = read_problem_sets(config, console)
     # GRPO's reward is the grader's verdict, so it needs answers to train, too.
-    check_answers([*heldout, *dev, *(train if config.method == "grpo" else [])])
+    # So do the controls that show the answer to the teacher, or teach it as a label.
+    is_needed = config.method == "grpo" or config.answer_only or config.completion == "garbage"
+    check_answers([*heldout, *dev, *(train if is_needed else [])])
     must_teach = config.method == "copsd"
 
     def _fitting(problems: list[Problem], needs_teacher: bool) -> list[Problem]:

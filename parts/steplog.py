@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import gradient_cosine
 from parts.machine import Stopwatch, peak_memory_gib
 from parts.prompts import Problem
+from parts.recipe import Config
 from parts.sampler import Rollout
 
 LOGGED_ROLLOUTS = 4  # completions of every step that are kept whole
+# The rows of kernels.clip_products, by the names under which a step's tally keeps them.
+CLIP_PRODUCTS = ("clipped_by_plain_N", "clipped_square_N", "plain_square_N")
 Metrics = dict[str, float | None]
 
 
@@ -39,6 +43,12 @@ class Tally:
     def mean(self, name: str) -> float | None:
         """Return a statistic's mean over the step's tokens, None if there are none."""
         return torch.cat(self.tokens[name]).mean().item() if name in self.tokens else None
+
+    def clip_cosine(self) -> float | None:
+        """Return the cosine between the clipped and the plain gradient; None if not measured."""
+        if CLIP_PRODUCTS[0] not in self.tokens:
+            return None
+        return gradient_cosine(torch.stack([torch.cat(self.tokens[n]) for n in CLIP_PRODUCTS]))
 
     def row_means(self, name: str) -> dict[int, float]:
         """Return a statistic's mean over each row's tokens."""
@@ -69,12 +79,20 @@ def count_tokens(rollouts: list[Rollout], *, prompts: bool = False) -> int:
     return tokens
 
 
+def asks_for_cosine(config: Config, step: int) -> bool:
+    """Say whether this step measures how far the clip turns the gradient: the first does."""
+    if config.clip_mode == "none" or config.cosine_every == 0:
+        return False
+    return (step - 1) % config.cosine_every == 0
+
+
 def copsd_metrics(tally: Tally) -> Metrics:
     """Return COPSD's means over the step's tokens under the names they are logged by."""
     return {
         "loss/objective_nats_per_token": tally.loss,
         "loss/kl_nats_per_token": tally.mean("kl_N"),  # never clipped
         "loss/clipped_token_frac": tally.mean("clipped_N"),
+        "loss/clip_gradient_cosine": tally.clip_cosine(),  # with the unclipped gradient on logits
         "loss/teacher_entropy_nats_per_token": tally.mean("teacher_entropy_N"),
         "loss/student_entropy_nats_per_token": tally.mean("student_entropy_N"),
     }

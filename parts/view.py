@@ -296,6 +296,11 @@ class ArmsProgress:
         self.started = time.monotonic()
         self.printed = self.started
 
+    def expect(self, size: float) -> None:
+        """Count in an arm of `size` units that was not planned."""
+        self.arms += 1
+        self.units += size
+
     def start(self, title: str, size: float) -> None:
         """Begin the next arm, of `size` units."""
         self.arm += 1

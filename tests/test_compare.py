@@ -17,6 +17,7 @@ from parts import commands, measure, outcome
 from parts import plan as plans
 from parts.adapters import load_adapter
 from parts.data import load_problems
+from parts.experiments import ATTRIBUTION, GRPO
 from parts.files import read_json, read_rows, write_json
 from parts.metrics import ratios
 from parts.model import load_model, load_tokenizer
@@ -330,13 +331,15 @@ def test_the_sweep_picks_the_best_rate_and_the_lowest_of_equals(tmp_path):
     for rate, count in right.items():
         some = [1.0] * int(count) + [0.0] * (4 - int(count))
         found[compare.sweep_folder(plan, "grpo", rate)] = measured(some)
-    assert pick_rate(plan, "grpo", found) == 0.2
-    accuracies = compare.sweep_accuracies(plan, "grpo", found)
+    assert pick_rate(plan, GRPO, found) == 0.2
+    accuracies = compare.sweep_accuracies(plan, GRPO, found)
     assert accuracies == {0.8: 0.5, 0.4: 0.75, 0.2: 0.75, 0.1: 0.25}
 
 
 def test_ablations_change_one_setting_at_a_time():
-    arms = ablation_arms(Config(clip_mode="none"))
+    variants = ablation_arms(Config(clip_mode="none"))
+    arms = {variant.name: variant.settings for variant in variants}
+    assert all(variant.title == variant.name for variant in variants)
     assert arms["recipe"] == {}
     assert all(len(settings) == 1 for name, settings in arms.items() if name != "recipe")
     assert "clip mode=none" not in arms and arms["clip mode=entry"] == {"clip_mode": "entry"}
@@ -362,6 +365,75 @@ def test_an_ablation_is_one_table(tmp_path, monkeypatch):
     for title in ("clip mode=entry", "clip mode=entry against recipe"):
         assert f"| Hausa: {title} |" in result.stdout
         assert f"| Hausa: {title} |" in (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def attributed(tmp_path: Path, seconds: dict[str, float]) -> list[compare.Arm]:
+    """Return an attribution's arms, which trained for these seconds by their folder's name."""
+    plan = make_plan(tmp_path, attribute=True)
+    found: dict[Path, Any] = {}
+    arms = []
+    for arm in arms_of(plan, found):
+        arms.append(arm)
+        results = measured([1.0, 0.0], [10.0, 20.0])
+        results["final"]["train_s"] = seconds.get(arm.folder.name, 100.0)
+        found[arm.folder] = results
+    return arms
+
+
+def test_an_attributions_arms_share_a_method_a_sweep_and_a_budget(tmp_path):
+    arms = attributed(tmp_path, {})
+    trained = {arm.folder.name: arm for arm in arms if arm.is_trained and not arm.is_sweep}
+    names = [variant.name for variant in ATTRIBUTION.variants if variant.is_trained]
+    assert list(trained) == [f"{name}-{seed}" for name in names for seed in (0, 4)]
+    assert len({arm.settings["token_budget"] for arm in trained.values()}) == 1
+    sweeps = [arm for arm in arms if arm.is_sweep]
+    for name in names:
+        rates = [arm.settings["lr"] for arm in sweeps if arm.name == name]
+        assert rates == [0.0005, 0.001]
+    assert trained["reference-4"].settings["completion"] == "reference"
+    assert trained["format-0"].settings["swap_solutions"] is True
+    (ceiling,) = [arm for arm in arms if arm.in_english]
+    assert ceiling.folder.name == "translated" and not ceiling.is_trained
+
+
+def test_an_arm_that_trains_quicker_than_copsd_runs_again_as_long_and_one_as_quick_does_not(
+    tmp_path,
+):
+    quick = {"reference-0": 20.0, "reference-4": 30.0, "off-policy-0": 108.0}
+    arms = {arm.folder.name: arm for arm in attributed(tmp_path, quick)}
+    extra = [name for name, arm in arms.items() if arm.is_extra]
+    assert extra == ["reference-seconds-0", "reference-seconds-4"]
+    first = arms["reference-0"].settings
+    again = arms["reference-seconds-0"].settings
+    assert again["token_budget"] == 4 * first["token_budget"]  # 100 seconds instead of 25
+    differ = {name for name in first if first[name] != again[name]}
+    assert differ == {"token_budget", "save_every"}
+
+
+def test_an_attribution_writes_both_tables_and_the_whole_prompts(tmp_path, monkeypatch):
+    kept = [v for v in ATTRIBUTION.variants if v.name in ("copsd", "reference", "translated")]
+    small = replace(ATTRIBUTION, variants=tuple(kept), pairs=(("copsd", "reference"),))
+    monkeypatch.setattr(plans, "ATTRIBUTION", small)
+    out = tmp_path / "out"
+    flags = [*SMALL, "--attribute", "--seeds", "1", "--sweep", "1", "--token-budget", "700"]
+    result = run_cli(*flags, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    text = (out / "RESULTS.md").read_text(encoding="utf-8")
+    assert "| at equal sampled tokens |" in text and "| at equal seconds |" in text
+    assert "| Hausa: fine-tuned on the solution against COPSD |" in text
+    assert "At the edge of the sweep" in text
+    content = read_json(out / "compare.json")
+    assert list(content["at equal seconds"]["hau"]["arms"]) == ["base", *(v.name for v in kept)]
+    # The base asked in English is the base's English column, with sampled attempts besides.
+    base = results_of(out / "hau" / "base")["final"]
+    translated = results_of(out / "hau" / "translated")["final"]
+    assert translated["greedy"] == base["english"] and "pass@2" in translated["sampled"]
+    problems = {p.id: p for p in load_problems(out / "hau" / "train.jsonl", language="hau")}
+    for row in read_json(out / "hau" / "reference-0" / "prompts.json"):
+        assert row["teacher"] is None and problems[row["problem"]].problem in row["student"]
+        assert row["label"] == f"{problems[row['problem']].solution_en}<|im_end|>"
+    for row in read_json(out / "hau" / "copsd-0" / "prompts.json"):
+        assert str(problems[row["problem"]].solution_en) in row["teacher"] and "label" not in row
 
 
 def test_the_splits_that_are_written_are_kept_as_they_are(tmp_path):
@@ -405,6 +477,9 @@ def test_seeds_are_a_count_or_a_list():
         (["--method", "grpo"], "--method is not for a comparison"),
         (["--sweep", "nan"], "factors above 0"),
         (["--sweep", "inf"], "factors above 0"),
+        (["--attribute", "--family"], "experiments of their own; ask for one of them"),
+        (["--attribute", "--completion", "teacher"], "would be the same run; leave out"),
+        (["--attribute", "--data", "tests/none.jsonl"], "tests/none.jsonl"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):

@@ -73,11 +73,14 @@ HALF = run_of(measured([RIGHT, WRONG]))
 WHOLE = run_of(measured([RIGHT, RIGHT], kl=0.25))
 
 
+TITLES = {"grpo": "GRPO", "copsd": "COPSD"}
+
+
 def experiment(**arms: list[dict[str, Any]]) -> Experiment:
     """Return an experiment in Hausa that picked no rate; every arm is tested against the first."""
     names = list(arms)
     pairs = [(names[0], name) for name in names[1:]]
-    return Experiment("ablation", {"hau": arms}, pairs, {}, length_limit=16)
+    return Experiment("ablation", {"hau": arms}, pairs, {}, length_limit=16, titles=TITLES)
 
 
 def cells(table: str) -> list[list[str]]:
@@ -203,7 +206,8 @@ def test_the_sweep_is_a_row_a_method():
         "grpo": Sweep([0.5, 1.0], {0.0005: 0.25, 0.001: 0.5}, 0.001),
         "copsd": Sweep([0.5, 1.0], {0.0005: 0.75, 0.001: 0.5}, 0.0005),
     }
-    assert cells(outcome.sweep_table(sweep)) == [
+    found = replace(compared(), sweep=sweep)
+    assert cells(outcome.sweep_table(found)) == [
         ["dev accuracy at lr times", "0.5", "1", "picked lr"],
         ["GRPO", "0.250", "0.500", "0.001"],
         ["COPSD", "0.750", "0.500", "0.0005"],
@@ -240,6 +244,7 @@ def test_a_band_spans_the_seeds_where_all_of_them_have_been():
 
 def test_curves_over_training_begin_at_the_base_and_end_at_the_last_checkpoint():
     arms = {"base": [BASE], "copsd": [HALF, WHOLE]}
+    arms = {TITLES.get(name, name): runs for name, runs in arms.items()}
     curves = outcome.over_training(arms, "greedy accuracy")
     assert list(curves) == ["COPSD"]
     assert curves["COPSD"][0] == (0.0, 0.0, 0.0, 0.0)
@@ -251,7 +256,8 @@ def test_curves_over_training_begin_at_the_base_and_end_at_the_last_checkpoint()
 def compared() -> Experiment:
     arms = {"base": [BASE], "grpo": [HALF, HALF], "copsd": [HALF, WHOLE]}
     sweep = {"grpo": Sweep([1.0], {0.1: 0.5}, 0.1), "copsd": Sweep([1.0], {0.1: 0.5}, 0.1)}
-    return Experiment("comparison", {"hau": arms, "swa": arms}, [("grpo", "copsd")], sweep, 16)
+    pairs = [("grpo", "copsd")]
+    return Experiment("comparison", {"hau": arms, "swa": arms}, pairs, sweep, 16, TITLES)
 
 
 def test_a_comparison_has_an_overview_and_a_figure_a_language_and_an_ablation_none():
@@ -299,3 +305,69 @@ def test_the_folder_gets_everything_and_a_results_file_its_section(tmp_path):
 def test_without_a_results_file_only_the_folder_is_written(tmp_path: Path):
     outcome.write_experiment(experiment(recipe=[HALF], other=[WHOLE]), tmp_path, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["RESULTS.md", "compare.json"]
+
+
+def test_a_pick_at_the_sweeps_edge_is_said_below_the_table_and_one_inside_is_not():
+    rates = {0.1: 0.2, 0.3: 0.5, 0.9: 0.4}
+    inside = Sweep([1.0, 3.0, 9.0], rates, 0.3)
+    edges = [Sweep([1.0, 3.0, 9.0], rates, picked) for picked in (0.1, 0.9)]
+    assert not inside.at_edge and all(edge.at_edge for edge in edges)
+    found = replace(compared(), sweep={"grpo": inside, "copsd": edges[1]})
+    (note,) = outcome.edge_note(found)
+    assert note.endswith("a better rate may lie beyond: COPSD.") and "GRPO" not in note
+    assert outcome.tables(found)[-1] == note
+    assert outcome.edge_note(replace(found, sweep={"grpo": inside})) == []
+
+
+def in_full() -> Experiment:
+    """Return an experiment of two trained arms of one method and an untrained one, in full."""
+    arms = {"base": [BASE], "copsd": [HALF, WHOLE], "format": [HALF], "translated": [BASE]}
+    longer = run_of(measured([RIGHT, RIGHT]), train_s=8.0)
+    titles = {**TITLES, "format": "right box behind garbage", "translated": "base, in English"}
+    return Experiment(
+        "attribution",
+        {"hau": arms},
+        [("copsd", "format")],
+        {"copsd": Sweep([1.0], {0.1: 0.5}, 0.1)},
+        16,
+        titles,
+        {"copsd": "code", "format": "ours"},
+        {"hau": {**arms, "format": [longer]}},
+    )
+
+
+def test_in_full_an_arm_has_its_interval_language_evidence_and_seconds_in_two_tables():
+    found = in_full()
+    tokens, seconds, pairs, *_ = [cells(table) for table in outcome.tables(found)]
+    assert (tokens[0][0], seconds[0][0]) == ("at equal sampled tokens", "at equal seconds")
+    rows = {row[0]: dict(zip(tokens[0], row, strict=True)) for row in tokens[1:]}
+    copsd = rows["Hausa: COPSD"]
+    assert copsd["greedy accuracy"] == "0.750 [0.500, 1.000]" and copsd["seeds"] == "0.500 to 1.000"
+    assert copsd["evidence"] == "code" and rows["Hausa: base"]["evidence"] == "-"
+    assert rows["Hausa: right box behind garbage"]["greedy accuracy"].startswith("0.500")
+    row = next(row for row in seconds if row[0] == "Hausa: right box behind garbage")
+    longer = dict(zip(seconds[0], row, strict=True))
+    assert longer["greedy accuracy"].startswith("1.000") and longer["seconds"] == "8"
+    assert pairs[1][0] == "Hausa: right box behind garbage against COPSD"
+    # All columns stand in both, though some say the same in every row.
+    assert tokens[0][1:] == seconds[0][1:]
+    assert {"format rate", "in the problem's language", "in English", "pass@2"} <= set(tokens[0])
+    assert copsd["in the problem's language"] == "1.000 [1.000, 1.000]"
+
+
+def test_an_arm_that_is_not_trained_has_no_curve_over_training():
+    figures = outcome.figures_of(in_full())
+    assert list(figures) == ["attribution", "attribution_hau"]
+    (overview,) = figures["attribution"]
+    assert list(overview.curves) == ["COPSD", "right box behind garbage"]
+    at_the_end = {panel.title: panel for panel in figures["attribution_hau"]}
+    assert "base, in English" in at_the_end["pass@k after training"].curves
+
+
+def test_pass_at_k_is_told_at_the_powers_of_two_up_to_the_samples():
+    eight = measured([RIGHT, WRONG])
+    attempts = [[RIGHT, *[WRONG] * 7], [WRONG] * 8]
+    eight["sampled"] = ratios(graded(*attempts), list(range(1, 9)))
+    names = [name for name in outcome.metrics_of(eight, in_full=True) if name.startswith("pass@")]
+    assert names == ["pass@1", "pass@2", "pass@4", "pass@8"]
+    assert "pass@4" not in outcome.metrics_of(eight)

@@ -3,9 +3,11 @@
 import re
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from kernels import divergence
 from parts import commands
 from parts.setup import configure
 from show import prepare, walk
@@ -50,6 +52,29 @@ def test_the_mean_below_the_table_is_the_loss_of_that_rollout():
     output = run_cli("show", "--lang", "hau").stdout
     assert f"{sum(losses) / len(losses):.3f}" in output
     assert re.search(r"GRPO hears of this rollout: [01] \(", output)
+
+
+@pytest.mark.parametrize("flags", [{}, {"clip_mode": "entry", "clip": 0.2}])
+def test_the_note_on_the_clip_is_the_cosine_of_autograds_gradients(flags):
+    setup = prepare(*configure({"lang": "hau", **flags}), None, QUIET)
+    found = walk(setup, trained=False)
+    clip = flags.get("clip", 0.05)  # the paper's, where the recipe clips nothing
+    said = next(note for note in found.notes if note.startswith("cosine"))
+    assert f"the entry clip of {clip} nats" in said and ("not set here" in said) is (not flags)
+    ids = found.rollout.completion_ids
+    logits_NV = [
+        setup.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].detach().double()
+        for prompt in (found.rollout.prompt_ids, setup.teacher_prompt(setup.train[0]))
+    ]
+    student_NV = logits_NV[0].requires_grad_()
+    gradients = []
+    for mode in ("none", "entry"):
+        loss_N = divergence(
+            student_NV, logits_NV[1], kind="forward_kl", temperature=1.1, clip_mode=mode, clip=clip
+        )
+        gradients.append(torch.autograd.grad(loss_N.sum(), student_NV)[0].flatten())
+    cosine = torch.cosine_similarity(*gradients, dim=0).item()
+    assert float(said.partition("nats: ")[2].split()[0]) == pytest.approx(cosine, abs=0.002)
 
 
 def test_the_trained_student_stands_beside_the_untrained_one(trained):

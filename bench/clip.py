@@ -1,0 +1,143 @@
+"""Draw how far the clip turns the gradient: its cosine with the unclipped one, over clip values.
+
+    python bench/clip.py --lang hau
+    python bench/clip.py --model FOLDER --lang swa --data msvamp/triples_sw.jsonl --problems 32
+
+One batch of the student's completions, before any training. At each clip the gradient of the
+divergence on the logits is compared with the one that nothing clips: 1 means that the clip
+changes no direction, below 0 a step raises the unclipped divergence. Beside it is the share of the
+tokens that the clip touches. Writes a .json with the numbers beside the picture.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from copsd import completion_hidden, roll_out
+from kernels import chunked_divergence, clip_products, gradient_cosine
+from parts.figures import Panel, curves_figure
+from parts.files import write_json
+from parts.model import head_weight, teacher_view
+from parts.recipe import Config
+from parts.setup import Setup, configure, load_setup
+
+CLIPS = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.6, 3.2)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line's flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=Config.model)
+    parser.add_argument("--lang", default=Config.lang)
+    parser.add_argument("--data", help="a file of training problems; else the model's recipe's")
+    parser.add_argument("--problems", type=int, default=32, help="completions of the batch")
+    parser.add_argument("--max-new-tokens", type=int, help="else the recipe's")
+    parser.add_argument("--temperature", type=float, default=Config.temperature)
+    parser.add_argument("--divergence", default=Config.divergence)
+    parser.add_argument("--clip-mode", default="entry", choices=["entry", "token"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("clip.png"), help="the picture")
+    return parser.parse_args()
+
+
+def read_batch(arguments: argparse.Namespace) -> Setup:
+    """Return the model and the problems of the batch."""
+    typed = {
+        "model": arguments.model,
+        "lang": arguments.lang,
+        "data": arguments.data,
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "divergence": arguments.divergence,
+        "seed": arguments.seed,
+        "eval_problems": 0,
+    }
+    given = {name: value for name, value in typed.items() if value is not None}
+    setup, _ = load_setup(*configure(given), Console())
+    return setup
+
+
+@torch.no_grad()
+def measure(setup: Setup, problems: int, clip_mode: str) -> dict:
+    """Return the unclipped divergence, and by clip the cosine and the share of tokens touched."""
+    config = setup.config
+    asked = setup.train[:problems]
+    rollouts = roll_out(setup, asked, seed=config.seed)
+    states: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
+    # As before the first step: both are the base model, and only their prompts differ.
+    with teacher_view(setup.lora, "fixed"):
+        for problem, rollout in zip(asked, rollouts, strict=True):
+            prompts = {"student": rollout.prompt_ids, "teacher": setup.teacher_prompt(problem)}
+            for role, prompt in prompts.items():
+                found = completion_hidden(setup.model, [prompt], [rollout.completion_ids])
+                states[role].append(found)
+    joined = (torch.cat(states["student"]), torch.cat(states["teacher"]), head_weight(setup.model))
+    options = {"kind": config.divergence, "beta": config.beta, "temperature": config.temperature}
+    rows = []
+    for clip in CLIPS:
+        clipped = {**options, "clip_mode": clip_mode, "clip": clip}
+        _, stats = chunked_divergence(*joined, **clipped)
+        rows.append(
+            {
+                "clip": clip,
+                "cosine": gradient_cosine(clip_products(*joined, **clipped)),
+                "clipped_token_frac": float(stats["clipped_frac"]),
+            }
+        )
+    _, stats = chunked_divergence(*joined, **options)
+    return {
+        "tokens": len(joined[0]),
+        "kl_nats_per_token": stats["kl_N"].mean().item(),
+        "teacher_entropy_nats_per_token": stats["teacher_entropy_N"].mean().item(),
+        "clips": rows,
+    }
+
+
+def draw(found: dict, title: str, path: Path) -> None:
+    """Draw cosine and share of tokens over the clip, on a logarithmic axis."""
+    curves = {
+        label: [(row["clip"], row[key], row[key], row[key]) for row in found["clips"]]
+        for label, key in (
+            ("cosine with the unclipped gradient", "cosine"),
+            ("share of tokens the clip touches", "clipped_token_frac"),
+        )
+    }
+    lowest = min(0.0, *(row["cosine"] for row in found["clips"]))
+    panel = Panel(
+        title,
+        "clip, nats",
+        "cosine, share",
+        curves,
+        log_x=True,
+        y_range=(lowest - 0.05, 1.02),
+    )
+    curves_figure([panel], [path], columns=1)
+
+
+def main() -> None:
+    """Measure, print, draw."""
+    arguments = parse_arguments()
+    setup = read_batch(arguments)
+    found = measure(setup, arguments.problems, arguments.clip_mode)
+    print(
+        f"{arguments.model}, {arguments.lang}, {arguments.divergence}, {arguments.clip_mode} clip, "
+        f"temperature {arguments.temperature:g}: {found['tokens']} tokens, unclipped divergence "
+        f"{found['kl_nats_per_token']:.3f}, teacher's entropy "
+        f"{found['teacher_entropy_nats_per_token']:.3f} nats a token"
+    )
+    print(f"{'clip':>8}{'cosine':>10}{'tokens touched':>18}")
+    for row in found["clips"]:
+        print(f"{row['clip']:8g}{row['cosine']:10.3f}{row['clipped_token_frac']:18.3f}")
+    title = f"{Path(arguments.model).name}, {arguments.lang}"
+    draw(found, title, arguments.out)
+    write_json(arguments.out.with_suffix(".json"), {**vars(arguments), "out": "", **found})
+
+
+if __name__ == "__main__":
+    main()

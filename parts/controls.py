@@ -1,0 +1,126 @@
+r"""Completions that the student did not write: controls that ask where COPSD's gain comes from.
+
+COPSD learns on what the student writes, from a teacher that has read the solution. Were all of that
+needed, each of these would gain less (`python compare.py --attribute`):
+
+    teacher    the teacher writes, and the student learns the teacher's distribution on its words:
+               distillation off policy
+    reference  the English solution, learned as hard labels: supervised fine-tuning
+    garbage    the solution's words in disorder and a box with the right answer, as hard labels:
+               what the format alone is worth
+
+All stand behind the student's prompt, as a rollout of the student would. Ours; none is published.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kernels import chunked_logprob
+from parts.chat import turn_end_ids
+from parts.model import eos_ids, head_weight, teacher_view, valid_ids
+from parts.prompts import Problem
+from parts.sampler import Rollout, SamplingParams, sample
+from parts.setup import Setup
+
+Hidden = Callable[[PreTrainedModel, list[list[int]], list[list[int]]], Tensor]
+
+
+def teacher_writes(setup: Setup, problems: list[Problem], *, seed: int) -> list[Rollout]:
+    """Sample a completion of each problem from the teacher, y ~ p(. | x, x_en, s_en).
+
+    The rollouts have the student's prompt, for the student learns them there; their log-probs are
+    the teacher's.
+    """
+    config = setup.config
+    params = SamplingParams(
+        config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed
+    )
+    with teacher_view(setup.lora, config.teacher):
+        groups = sample(
+            setup.model,
+            [setup.teacher_prompt(problem) for problem in problems],
+            params,
+            max_rows=config.sample_rows,
+            eos_ids=eos_ids(setup.model, setup.tokenizer),
+            valid_ids=valid_ids(setup.tokenizer),
+        )
+    return [
+        replace(rollout, prompt_ids=setup.student_prompt(problem))
+        for problem, (rollout,) in zip(problems, groups, strict=True)
+    ]
+
+
+def reference_label(setup: Setup, problems: list[Problem], *, seed: int) -> list[Rollout]:
+    """Return the English solution of each problem as its completion; `seed` changes nothing."""
+    return [_label(setup, problem, str(problem.solution_en)) for problem in problems]
+
+
+def garbage_label(setup: Setup, problems: list[Problem], *, seed: int) -> list[Rollout]:
+    """Return the words of each problem's solution in disorder, and a box with its answer.
+
+    With --swap-solutions the words are another problem's, and the numbers among them say nothing.
+    """
+    return [_label(setup, problem, garbage_text(problem, seed)) for problem in problems]
+
+
+def garbage_text(problem: Problem, seed: int) -> str:
+    r"""Return the text of `garbage_label`; the solution's own box is left out.
+
+    >>> garbage_text(Problem("7", "?", "?", r"We get 3 + 4 = \boxed{7}.", "41", "hau"), seed=0)
+    'We = + 3 get 4 \\boxed{41}'
+    """
+    words = [word for word in str(problem.solution_en).split() if "boxed" not in word]
+    random.Random(f"{seed}/{problem.id}").shuffle(words)
+    return " ".join([*words, f"\\boxed{{{problem.answer}}}"])
+
+
+def hard_label_loss(
+    hidden_of: Hidden,
+    setup: Setup,
+    teacher_prompts: list[list[int]],
+    rollouts: list[Rollout],
+    *,
+    cosine: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return -log q of every completion token, loss_N in nats, and what to log of each, by name.
+
+    hidden_of        copsd.completion_hidden, which stands above this file
+    teacher_prompts  are not read: a label has no teacher but itself
+    cosine           is not measured: nothing is clipped
+    It is the forward KL from a teacher that is sure of the label, so it is logged as the KL.
+    """
+    config = setup.config
+    completions = [rollout.completion_ids for rollout in rollouts]
+    prompts = [rollout.prompt_ids for rollout in rollouts]
+    ids_N = torch.tensor([token for ids in completions for token in ids], device=setup.model.device)
+    logprob_N, entropy_N = chunked_logprob(
+        hidden_of(setup.model, prompts, completions),
+        head_weight(setup.model),
+        ids_N,
+        temperature=config.temperature,
+        chunk_tokens=config.chunk_tokens,
+    )
+    return -logprob_N, {"kl_N": -logprob_N.detach(), "student_entropy_N": entropy_N.detach()}
+
+
+def _label(setup: Setup, problem: Problem, text: str) -> Rollout:
+    """Return a text and the end of the turn as a completion under the student's prompt.
+
+    It is cut at --max-new-tokens, as a completion of the student is. Nothing sampled it: its
+    log-probs are nan.
+    """
+    tokenizer = setup.tokenizer
+    end = min(turn_end_ids(tokenizer) or eos_ids(setup.model, tokenizer))
+    ids = [*tokenizer.encode(text, add_special_tokens=False), end]
+    limit = setup.config.max_new_tokens
+    return Rollout(
+        prompt_ids=setup.student_prompt(problem),
+        completion_ids=ids[:limit],
+        logprobs=[float("nan")] * min(limit, len(ids)),
+        finish_reason="stop" if len(ids) <= limit else "length",
+    )
