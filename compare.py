@@ -28,6 +28,7 @@ from typing import Any
 from rich.console import Console
 
 import copsd
+import methods
 from parts import outcome
 from parts.adapters import put_adapter
 from parts.data import load_problems
@@ -37,6 +38,7 @@ from parts.metrics import Graded, ratios
 from parts.outcome import Results, accuracy
 from parts.plan import SWEEP_SEED, Plan
 from parts.prompts import Problem, pose_in_english
+from parts.recipe import GROUPED
 from parts.runs import Run
 from parts.setup import Setup, configure, prepare
 from parts.view import ArmsProgress, say
@@ -212,7 +214,7 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
     if not arm.is_trained:
         results: Results = {"points": [], "final": measure_arm(plan, setup, kl=True, sampled=True)}
     else:
-        if not copsd.LOOPS[config.method](setup, run, progress):
+        if not methods.LOOPS[config.method](setup, run, progress):
             raise Stopped
         points = measure_checkpoints(plan, arm, setup, run)
         results = {"points": points, "final": points[-1]}
@@ -242,7 +244,7 @@ def read_results(path: Path) -> Results:
 
 def measure_checkpoints(plan: Plan, arm: Arm, setup: Setup, run: Run) -> list[Results]:
     """Return what each saved adapter of a run is worth and has cost; of a sweep's run, the last."""
-    updates = setup.config.inner_epochs if setup.config.method == "grpo" else 1  # per step
+    updates = setup.config.inner_epochs if setup.config.method in GROUPED else 1  # per step
     steps = {row["step"]: row for row in run.metrics()}
     saved = [step for step in sorted(steps) if run.adapter_folder(step).is_dir()]
     points = []

@@ -35,9 +35,10 @@ if __name__ == "__main__":
     # flag answer at once. A command then imports this file and calls the functions at its end.
     commands.copsd()
 
-import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,13 +64,20 @@ from parts.model import (
 from parts.prompts import Problem, find_language, pose_in_english
 from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
-from parts.setup import Setup
+from parts.setup import Reading, Setup, read_solutions
 from parts.steplog import Tally, count_tokens
+from parts.steps import (
+    count_skipped,
+    rollout_seed,
+    rows_in_the_loss,
+    share_done,
+    take_step,
+)
 from parts.view import StepView, Watcher, say
+from parts.weights import token_weights
 
 ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
 MAX_DRAWS = 4  # of --resample-dead-groups, for one step
-MAX_SKIPPED = 3  # updates in a row without a finite gradient before a run gives up
 
 
 # COPSD: the roll-out, the loss, the loop.
@@ -131,6 +139,7 @@ def copsd_loss(
     completions = [rollout.completion_ids for rollout in rollouts]
     student_prompts = [rollout.prompt_ids for rollout in rollouts]
     student_ND = completion_hidden(setup.model, student_prompts, completions)
+    ids_N = torch.tensor([token for ids in completions for token in ids], device=setup.model.device)
     # The teacher is the same model. By default it is seen with its adapter switched off, as it was
     # before training; `teacher_view` puts everything back afterwards.
     with teacher_view(setup.lora, config.teacher):
@@ -146,12 +155,23 @@ def copsd_loss(
         clip=config.clip,
         chunk_tokens=config.chunk_tokens,
         compile=config.compile,
+        top_k=config.loss_top_k if config.loss_over == "top_k" else 0,
+        sampled_N=ids_N if config.loss_over == "sampled" else None,
     )
-    return loss_N, {**stats, "clipped_N": loss_N.detach() < stats["kl_N"]}
+    clipped_N = (loss_N.detach() < stats["kl_N"]) & (config.loss_over == "vocabulary")
+    return loss_N, {**stats, "clipped_N": clipped_N}
 
 
-def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
-    """Train from the last saved step to the end; return False if a signal stopped it early."""
+def train_copsd(
+    setup: Setup,
+    run: runs.Run,
+    view: Watcher,
+    read: Callable[[Setup, list[Problem], int], Reading] = read_solutions,
+) -> bool:
+    """Train from the last saved step to the end; return False if a signal stopped it early.
+
+    read  what the teacher reads of a step's problems; methods.py has other teachers
+    """
     config = setup.config
     optimizer, step, sampled_tokens = begin(setup, run)
     skipped = 0
@@ -164,23 +184,24 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             problems = draw_problems(setup, config.batch_size, step=step)
             rollouts = roll_out(setup, problems, seed=rollout_seed(config, step))
             step_tokens = count_tokens(rollouts)
-            sampled_tokens += step_tokens
+            reading = read(setup, problems, step)
+            sampled_tokens += step_tokens + reading.sampled_tokens
             watch.lap("rollout")
 
             # The loss. A step does not fit in memory at once, so it is taken in micro-batches; each
             # adds its share of the one mean over the step's tokens, and so of the gradient.
             tally = Tally()
-            teacher_prompts = [setup.teacher_prompt(problem) for problem in problems]
             for rows in micro_batches(rollouts, config.micro_batch):
                 batch = [rollouts[row] for row in rows]
                 lengths = [len(rollout.completion_ids) for rollout in batch]
-                loss_N, stats = copsd_loss(setup, [teacher_prompts[row] for row in rows], batch)
+                loss_N, stats = copsd_loss(setup, [reading.prompts[row] for row in rows], batch)
                 loss = reduce_loss(  # Eq. (1), 1/N
                     loss_N,
                     lengths,
                     reduction=config.reduction,
                     step_tokens=step_tokens,
                     step_rows=len(rollouts),
+                    weight_N=token_weights(config, stats, lengths),
                 )
                 watch.lap("score")
                 loss.backward()
@@ -193,24 +214,24 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             skipped = count_skipped(skipped, grad_norm, step)
 
             # The teacher follows, where it is to.
-            if config.teacher == "ema":
-                setup.lora.update_ema(config.ema_decay)
+            setup.lora.update_teacher(step, decay=config.ema_decay, every=config.teacher_every)
             watch.lap("update")
 
             # Log and save.
             student_tokens = count_tokens(rollouts, prompts=True)
-            teacher_tokens = step_tokens + sum(map(len, teacher_prompts))
+            teacher_tokens = step_tokens + sum(map(len, reading.prompts))
             done = share_done(config, step, sampled_tokens)
             metrics = {
                 "step": step,
                 "progress": done,
                 "sampled_tokens": sampled_tokens,
                 **steplog.copsd_metrics(tally),
+                **reading.metrics,
                 **steplog.update_metrics(grad_norm, lr, skipped),
                 **steplog.work_metrics(
                     rollouts,
                     watch,
-                    sampled=step_tokens,
+                    sampled=step_tokens + reading.sampled_tokens,
                     scored=student_tokens + teacher_tokens,
                     updated=student_tokens,
                 ),
@@ -313,7 +334,11 @@ def clipped_surrogate(ratio_N: Tensor, advantage_N: Tensor, *, low: float, high:
 
 
 def grpo_loss(
-    setup: Setup, rollouts: list[Rollout], advantage_N: Tensor, old_logprob_N: Tensor | None
+    setup: Setup,
+    rollouts: list[Rollout],
+    advantage_N: Tensor,
+    old_logprob_N: Tensor | None,
+    credit: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return Eq. (5)'s summand at every completion token, and what to log of each, by name.
 
@@ -321,6 +346,7 @@ def grpo_loss(
     old_logprob_N  the tokens' log-probabilities before the step's first update, which a former call
                    returned as "logprob_N"; None: this is that call, and the ratio is 1. They come
                    from this same forward pass, never from the sampler, whose rounding differs
+    credit         spreads the advantage over a completion's tokens, by their old log-probs; EGRSD's
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
@@ -340,9 +366,13 @@ def grpo_loss(
     logprob_N, entropy_N = _logprobs()
     if old_logprob_N is None:
         old_logprob_N = logprob_N.detach()
+    stats = {"logprob_N": logprob_N, "entropy_N": entropy_N}
+    if credit is not None:
+        advantage_N, credited = credit(advantage_N, old_logprob_N)
+        stats |= credited
     ratio_N = (logprob_N - old_logprob_N).exp()
+    stats["ratio_N"] = ratio_N
     loss_N = clipped_surrogate(ratio_N, advantage_N, low=config.clip_low, high=config.clip_high)
-    stats = {"logprob_N": logprob_N, "ratio_N": ratio_N, "entropy_N": entropy_N}
     if config.kl_coef:
         with teacher_view(setup.lora, "fixed"):  # the initial model: the adapter switched off
             initial_N, _ = _logprobs()
@@ -364,8 +394,17 @@ def loss_mean(config: Config, tokens: int, rows: int) -> tuple[str, int]:
     return {"token": "token", "sequence": "trajectory"}[config.loss_norm], tokens
 
 
-def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
-    """Train from the last saved step to the end; return False if a signal stopped it early."""
+def train_grpo(
+    setup: Setup,
+    run: runs.Run,
+    view: Watcher,
+    credit: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None,
+    add_term: Callable[[Setup, list[Group], Tally], None] | None = None,
+) -> bool:
+    """Train from the last saved step to the end; return False if a signal stopped it early.
+
+    credit, add_term  what two neighbours add: other advantages, another term; see methods.py
+    """
     config = setup.config
     optimizer, step, sampled_tokens = begin(setup, run)
     skipped = 0
@@ -383,6 +422,7 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                 drawn = replace_dead(setup, drawn, step=step, seed=seed)
             groups = drawn[:wanted]
             rollouts = [rollout for group in groups for rollout in group.rollouts]
+            asked = [group.problem for group in groups for _ in group.rollouts]
             step_tokens = sum(count_tokens(group.rollouts) for group in drawn)
             sampled_tokens += step_tokens
             watch.lap("rollout")
@@ -403,8 +443,14 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                     batch = [rollouts[row] for row in rows]
                     lengths = [len(rollout.completion_ids) for rollout in batch]
                     advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
+                    posed = [asked[row] for row in rows]
+                    spread = partial(credit, setup, posed, batch, tally) if credit else None
                     loss_N, stats = grpo_loss(
-                        setup, batch, advantage_N.to(setup.model.device), old_logprobs.get(number)
+                        setup,
+                        batch,
+                        advantage_N.to(setup.model.device),
+                        old_logprobs.get(number),
+                        spread,
                     )
                     old_logprobs.setdefault(number, stats["logprob_N"])
                     loss = reduce_loss(  # Eq. (5), 1/N
@@ -418,12 +464,15 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                     loss.backward()
                     watch.lap("update")
                     tally.add(loss, stats, rows, lengths)
+                if add_term:
+                    add_term(setup, groups, tally)
 
                 # The update. The learning rate falls linearly to 0.
                 lr = config.lr * (1 - done)
                 grad_norm = take_step(optimizer, lr=lr, max_grad_norm=config.max_grad_norm)
                 skipped = count_skipped(skipped, grad_norm, step)
                 watch.lap("update")
+            setup.lora.update_teacher(step, decay=config.ema_decay, every=config.teacher_every)
 
             # Log and save.
             student_tokens = count_tokens([rollouts[row] for row in kept], prompts=True)
@@ -440,11 +489,10 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                     rollouts,
                     watch,
                     sampled=step_tokens,
-                    scored=updated_tokens * (2 if config.kl_coef else 1),
-                    updated=updated_tokens,
+                    scored=updated_tokens * (2 if config.kl_coef else 1) + tally.scored,
+                    updated=updated_tokens + tally.updated,
                 ),
             }
-            asked = [group.problem for group in groups for _ in group.rollouts]
             scores = {"reward": reward_BG.flatten().tolist(), "advantage": advantage_B.tolist()}
             decode = setup.tokenizer.decode
             run.log(metrics, steplog.completion_rows(step, asked, rollouts, scores, decode))
@@ -454,9 +502,6 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             if stopped and done < 1:
                 return False
     return True
-
-
-LOOPS = {"copsd": train_copsd, "grpo": train_grpo}
 
 
 # What a step of both methods shares.
@@ -472,27 +517,6 @@ def draw_problems(setup: Setup, count: int, *, step: int, draw: int = 0) -> list
     return pose_in_english([setup.train[index] for index in order], config.english_share)
 
 
-def rollout_seed(config: Config, step: int) -> int:
-    """Return the seed of a step's rollouts, another one at every step of every run."""
-    return config.seed * 1_000_003 + step
-
-
-def share_done(config: Config, step: int, sampled_tokens: int) -> float:
-    """Return how much of the run is done after `step`, of its token budget or else of its steps."""
-    if config.token_budget:
-        return sampled_tokens / config.token_budget
-    return step / config.steps
-
-
-def rows_in_the_loss(config: Config, rollouts: list[Rollout]) -> list[int]:
-    """Return the rows that count in the loss: all, or with --mask-truncated those that ended."""
-    return [
-        row
-        for row, rollout in enumerate(rollouts)
-        if not (config.mask_truncated and rollout.finish_reason == "length")
-    ]
-
-
 def micro_batches(
     rollouts: list[Rollout], size: int, rows: list[int] | None = None
 ) -> list[list[int]]:
@@ -502,34 +526,6 @@ def micro_batches(
         key=lambda row: len(rollouts[row].prompt_ids) + len(rollouts[row].completion_ids),
     )
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def take_step(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: float) -> float:
-    """Cut the gradient's norm, step, clear; return the norm before the cut.
-
-    A gradient that is not finite is dropped: one step with it would turn every weight into NaN.
-    """
-    optimizer.param_groups[0]["lr"] = lr
-    parameters = optimizer.param_groups[0]["params"]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if math.isfinite(grad_norm):
-        optimizer.step()
-    optimizer.zero_grad()
-    return grad_norm
-
-
-def count_skipped(skipped: int, grad_norm: float, step: int) -> int:
-    """Return how many updates in a row were dropped, this one included.
-
-    Raises FloatingPointError when they are too many.
-    """
-    if math.isfinite(grad_norm):
-        return 0
-    if skipped + 1 == MAX_SKIPPED:
-        raise FloatingPointError(
-            f"no finite gradient in {MAX_SKIPPED} updates up to step {step}: try a lower --lr"
-        )
-    return skipped + 1
 
 
 def begin(setup: Setup, run: runs.Run) -> tuple[torch.optim.AdamW, int, int]:
@@ -596,9 +592,10 @@ def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
 # The program.
 
 
-def train(setup: Setup, run: runs.Run, console: Console) -> int:
+def train(setup: Setup, run: runs.Run, console: Console, loop: Callable[..., bool]) -> int:
     """Train, show what it changed, and return the exit code. What the folder holds is not redone.
 
+    loop  the method's: train_copsd, train_grpo, or one of methods.LOOPS made of them
     0: finished; 1: the gradient was not finite too often; 130: stopped by a signal.
     """
     config = setup.config
@@ -612,7 +609,7 @@ def train(setup: Setup, run: runs.Run, console: Console) -> int:
     before = measure_once(setup, run, console, "before")
     try:
         with StepView(console, None if config.token_budget else config.steps) as view:
-            finished = LOOPS[config.method](setup, run, view)
+            finished = loop(setup, run, view)
     except FloatingPointError as error:
         say(console, f"error: {error}; {run.folder} keeps the last save")
         return 1

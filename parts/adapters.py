@@ -93,8 +93,23 @@ def save_adapter(lora: Lora, folder: Path, *, base_model: str, revision: str | N
 def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:
     """Put the adapter in folder on model, which has none yet.
 
-    Raises FileNotFoundError or ValueError where the adapter is not all there, does not fit, or is
-    more than plain LoRA (PLAIN_LORA).
+    Raises FileNotFoundError or ValueError as read_settings does, and where it does not fit.
+    """
+    saved = read_settings(folder)
+    try:
+        targets = _read_targets(saved, list(adaptable_layers(model)))
+    except ValueError as error:
+        raise ValueError(f"adapter {folder}: {error}") from error
+    lora = attach_lora(model, rank=saved["r"], alpha=saved["lora_alpha"], targets=targets, seed=0)
+    put_adapter(lora, folder)
+    return lora
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of the adapter in folder.
+
+    Raises FileNotFoundError or ValueError where the adapter is not all there, or is more than plain
+    LoRA (PLAIN_LORA).
     """
     for file in (CONFIG_FILE, TENSORS_FILE):
         if not (folder / file).is_file():
@@ -102,12 +117,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:
     saved = read_json(folder / CONFIG_FILE)
     try:
         _check_plain(saved)
-        targets = _read_targets(saved, list(adaptable_layers(model)))
     except ValueError as error:
         raise ValueError(f"adapter {folder}: {error}") from error
-    lora = attach_lora(model, rank=saved["r"], alpha=saved["lora_alpha"], targets=targets, seed=0)
-    put_adapter(lora, folder)
-    return lora
+    return saved
 
 
 def _check_plain(saved: dict[str, Any]) -> None:

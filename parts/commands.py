@@ -22,7 +22,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from parts.prompts import languages
-from parts.recipe import CompareConfig, Config, EvalConfig, range_text
+from parts.recipe import CompareConfig, Config, EvalConfig, range_text, refuse_idle
 
 Given = dict[str, Any]  # the values of the flags that were typed
 UsageError: Any = typer.BadParameter.__base__  # click's, which typer carries inside
@@ -206,18 +206,21 @@ def bad_input() -> Iterator[None]:
 @copsd.command("train")
 @flags_of(Config)
 def train_command(given: Given) -> None:
-    """Train with COPSD or GRPO and show what it changed.
+    """Train with COPSD, GRPO or one of their neighbours, and show what it changed.
 
     The same command goes on with a run that was stopped. A flag that is not given comes from the
     model folder's recipe.json, where there is one, else from its default here.
     """
     console = start()
-    import copsd as method
+    import copsd as program
+    from methods import LOOPS
     from parts.setup import configure, prepare
 
     with bad_input():
-        setup, run = prepare(*configure(given), console)
-    raise typer.Exit(method.train(setup, run, console))
+        config, folder = configure(given)
+        refuse_idle(given, config)
+        setup, run = prepare(config, folder, console)
+    raise typer.Exit(program.train(setup, run, console, LOOPS[config.method]))
 
 
 @copsd.command("show")

@@ -1,13 +1,14 @@
 """All that a training run works with: loaded from its settings, checked, then given a folder."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parts import runs
+from parts import readings, runs
+from parts.adapters import put_adapter, read_settings
 from parts.chat import freeze_date
 from parts.data import keep_fitting, read_train_and_heldout
 from parts.family import context_length
@@ -15,7 +16,7 @@ from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
 from parts.model import Lora, attach_lora, load_model, load_tokenizer, resolve_model
 from parts.prompts import Problem, build_prompt, is_teachable, pose_in_english, template_hash
-from parts.recipe import Config, fill, settle
+from parts.recipe import DISTILLED, GROUPED, Config, collapse_warnings, fill, settle
 from parts.selfcheck import check_model
 from parts.view import say
 
@@ -35,13 +36,30 @@ class Setup:
         """Return the ids of x, before a rollout: what evaluation asks, too."""
         return student_prompt(self.config, problem, self.tokenizer)
 
-    def teacher_prompt(self, problem: Problem) -> list[int]:
-        """Return the ids of x, x_en and s_en, which the teacher reads before the same rollout."""
-        return teacher_prompt(self.config, problem, self.tokenizer)
+    def teacher_prompt(self, problem: Problem, note: str | None = None) -> list[int]:
+        """Return the ids of x, x_en and s_en, which the teacher reads before the same rollout.
+
+        note  what other teachers of the family read in their place; see parts/readings.py
+        """
+        return readings.reading(self.config, problem, self.tokenizer, note)
 
     def can_teach(self, problem: Problem) -> bool:
-        """Say whether the problem has all that the teacher's prompt is to show of it."""
+        """Say whether the problem has all that the teacher's prompt without a note shows of it."""
         return _can_teach(self.config, problem)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the teacher reads before each rollout of a step, and what it took to have it."""
+
+    prompts: list[list[int]]
+    sampled_tokens: int = 0
+    metrics: dict[str, float | None] = field(default_factory=dict)  # to be logged
+
+
+def read_solutions(setup: Setup, problems: list[Problem], step: int) -> Reading:
+    """Return what COPSD's teacher reads, and any other that needs no note: the same at any step."""
+    return Reading([setup.teacher_prompt(problem) for problem in problems])
 
 
 def configure(given: dict[str, Any]) -> tuple[Config, Path]:
@@ -82,7 +100,10 @@ def load_setup(
         targets=tuple(config.lora_targets.split(",")),
         seed=config.seed,
         ema=config.teacher == "ema",
+        copy=config.teacher == "copy",
     )
+    if config.warm_start:
+        identity["warm_start"] = _warm_start(lora, config, str(identity["base_weights"]))
     return Setup(config, model, tokenizer, lora, train, heldout), identity
 
 
@@ -93,6 +114,8 @@ def prepare(
 
     day  as in load_setup, for a new run; one that goes on keeps its own
     """
+    for warning in collapse_warnings(config):
+        say(console, warning)
     run = runs.Run(Path(str(config.out)))
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
     run.check(settings)
@@ -113,23 +136,30 @@ def student_prompt(
     return build_prompt(problem, problem.language, tokenizer, thinking=config.thinking)
 
 
-def teacher_prompt(
-    config: Config, problem: Problem, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """Return the ids of the teacher's prompt under these settings."""
-    return build_prompt(
-        problem,
-        problem.language,
-        tokenizer,
-        role="teacher",
-        thinking=config.thinking,
-        english_problem=config.english_problem,
-        english_solution=config.english_solution,
-    )
+def _warm_start(lora: Lora, config: Config, base_weights: str) -> str:
+    """Put a former run's last adapter into the new one; return what identifies it.
+
+    Raises ValueError for one of another base, or with other layers, rank or scale.
+    """
+    path = Path(str(config.warm_start))
+    runs.refuse_foreign_adapter(path, base_weights, config.model)
+    folder = runs.last_adapter_folder(path)
+    saved = read_settings(folder)
+    if saved["lora_alpha"] / saved["r"] != lora.alpha / lora.rank:
+        raise ValueError(
+            f"--warm-start {path} has an adapter of rank {saved['r']} and alpha "
+            f"{saved['lora_alpha']}; here they are {lora.rank} and {lora.alpha:g}"
+        )
+    try:
+        put_adapter(lora, folder)
+    except ValueError as error:
+        raise ValueError(f"--warm-start {path}: {error}") from error
+    lora.copy_current()
+    return runs.weights_fingerprint(lora.sets["current"])
 
 
 def _can_teach(config: Config, problem: Problem) -> bool:
-    return is_teachable(
+    return config.teacher_reads == "brief" or is_teachable(
         problem,
         english_problem=config.english_problem,
         english_solution=config.english_solution,
@@ -142,8 +172,8 @@ def _load_problems(
     """Return the problems to train on and the held-out ones, without those too long to fit."""
     train, heldout = read_train_and_heldout(config, console)
     # GRPO's reward is the grader's verdict, so it needs answers to train, too.
-    check_answers([*heldout, *(train if config.method == "grpo" else [])])
-    must_teach = config.method == "copsd"
+    check_answers([*heldout, *(train if config.method in GROUPED else [])])
+    must_teach = config.method in (*DISTILLED, "egrsd")
 
     def _fitting(problems: list[Problem], needs_teacher: bool) -> list[Problem]:
         longest = []
@@ -151,8 +181,10 @@ def _load_problems(
             prompts = []
             for posed in (problem, *pose_in_english([problem], 1.0)):
                 prompts.append(student_prompt(config, posed, tokenizer))
-                if needs_teacher or _can_teach(config, posed):
-                    prompts.append(teacher_prompt(config, posed, tokenizer))
+                if needs_teacher:
+                    prompts += readings.longest_prompts(config, posed, tokenizer)
+                elif _can_teach(config, posed):
+                    prompts.append(readings.reading(config, posed, tokenizer))
             longest.append(max(prompts, key=len))
         return keep_fitting(
             problems,

@@ -26,6 +26,9 @@ class Tally:
         self.loss = 0.0
         self.tokens: dict[str, list[Tensor]] = {}
         self.rows: list[tuple[int, int]] = []  # row, tokens
+        self.notes: Metrics = {}  # what a method's own lines log
+        self.scored = 0  # tokens that those lines sent forward, and backward
+        self.updated = 0
 
     def add(
         self, loss: Tensor, stats: Mapping[str, Tensor], rows: list[int], lengths: list[int]
@@ -80,6 +83,13 @@ def grpo_metrics(tally: Tally, group_rewards: list[list[float]], inner_epochs: i
         ratio_N = torch.full((1,), math.nan)
     rewards = sum(sum(group) for group in group_rewards)
     dead = sum(len(set(group)) == 1 for group in group_rewards)
+    credited = {}
+    if "credit_N" in tally.tokens:
+        credited = {
+            "loss/teacher_entropy_nats_per_token": tally.mean("teacher_entropy_N"),
+            "credit/mean": tally.mean("credit_N"),
+            "credit/flipped_token_frac": tally.mean("flipped_N"),  # 0, or something is wrong
+        }
     return {
         "loss/objective": tally.loss / inner_epochs,
         "loss/kl_nats_per_token": tally.mean("kl_N"),  # None unless --kl-coef asks for it
@@ -91,6 +101,8 @@ def grpo_metrics(tally: Tally, group_rewards: list[list[float]], inner_epochs: i
         "ratio/max": ratio_N.max().item(),
         "ratio/clipped_low_frac": tally.mean("clipped_low_N"),
         "ratio/clipped_high_frac": tally.mean("clipped_high_N"),
+        **credited,
+        **tally.notes,
     }
 
 

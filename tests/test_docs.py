@@ -22,6 +22,7 @@ PARTS = (
     "chat",
     "prompts",
     "recipe",
+    "readings",
     "data",
     "family",
     "model",
@@ -29,6 +30,7 @@ PARTS = (
     "batch",
     "sampler",
     "selfcheck",
+    "weights",
     "plaintext",
     "scales",
     "numerals",
@@ -41,6 +43,7 @@ PARTS = (
     "runs",
     "steplog",
     "setup",
+    "steps",
     "plan",
     "figures",
     "report",
@@ -52,8 +55,9 @@ ABOVE = {
     "kernels": set(),
     "copsd": {"kernels", "parts"},
     "eval": {"parts"},
-    "show": {"copsd", "parts"},
-    "compare": {"copsd", "parts"},
+    "methods": {"copsd", "kernels", "parts"},
+    "show": {"copsd", "methods", "parts"},
+    "compare": {"copsd", "methods", "parts"},
 }
 SOURCES = [ROOT / f"{name}.py" for name in ABOVE] + [ROOT / f"parts/{name}.py" for name in PARTS]
 SCREEN = 60  # lines of a function
