@@ -44,7 +44,7 @@ from parts.recipe import Config
 from parts.runs import Run
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Reading, Setup, read_solutions
-from parts.steplog import Tally, count_tokens
+from parts.steplog import Metrics, Tally, count_tokens
 from parts.steps import rollout_seed
 from parts.view import Watcher
 from parts.weights import credit, token_weights
@@ -89,8 +89,11 @@ def read_notes(setup: Setup, problems: list[Problem], step: int) -> Reading:
             plain += 1
         prompts.append(prompt)
     sampled = count_tokens([rollout for (rollout,) in written])
-    metrics = {"note/plain_frac": plain / len(problems), "note/tokens_mean": sampled / len(written)}
-    return Reading(prompts, sampled, metrics)
+    noted: Metrics = {
+        "note/plain_frac": plain / len(problems),
+        "note/tokens_mean": sampled / len(written),
+    }
+    return Reading(prompts, sampled, noted)
 
 
 def read_votes(setup: Setup, problems: list[Problem], step: int) -> Reading:
@@ -117,8 +120,8 @@ def read_votes(setup: Setup, problems: list[Problem], step: int) -> Reading:
             setup.teacher_prompt(problem, winner) if winner else setup.student_prompt(problem)
         )
     sampled = sum(count_tokens(rollouts) for rollouts in attempts)
-    metrics = {"vote/right_frac": sum(right) / len(right) if right else None}
-    return Reading(found, sampled, metrics)
+    noted: Metrics = {"vote/right_frac": sum(right) / len(right) if right else None}
+    return Reading(found, sampled, noted)
 
 
 def voted_answer(text: str) -> str | None:

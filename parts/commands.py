@@ -68,6 +68,7 @@ comparison = _program("Compare methods at an equal budget of sampled tokens.")
 
 # Of a run's settings, those that a walk through one problem depends on.
 SHOWN = (
+    "method",
     "model",
     "lang",
     "data",
@@ -79,6 +80,20 @@ SHOWN = (
     "english_problem",
     "english_solution",
     "thinking",
+    "teacher_reads",
+    "brief",
+    "brief_language",
+    "note_tokens",
+    "vote_samples",
+    "token_weight",
+    "gate_scale",
+    "gate_floor",
+    "gate_lookahead",
+    "loss_prefix",
+    "credit_mix",
+    "credit_clip",
+    "witness_weight",
+    "witness_tokens",
     "temperature",
     "top_p",
     "top_k",
@@ -242,7 +257,9 @@ def show_command(
     with bad_input():
         if html and not html.parent.is_dir():
             raise ValueError(f"--html is {html}: there is no such folder")
-        setup = show.prepare(*configure(given), adapter, console)
+        config, folder = configure(given)
+        refuse_idle(given, config)
+        setup = show.prepare(config, folder, adapter, console)
     found = show.walk(setup, trained=adapter is not None)
     show.print_walk(setup, found, console)
     if html:
