@@ -22,7 +22,8 @@ initial model, is estimated by Schulman's k3.
 
 Read from top to bottom: COPSD whole, GRPO whole, what a step of both shares, the program. Left out
 so that the methods stand alone: settings (parts/recipe.py), prompts (parts/prompts.py), sampling,
-grading, the run folder, measuring. Departures from the paper are listed in README.md.
+grading, what surrounds a step (parts/steps.py), the run folder, measuring, the neighbours
+(methods.py). Departures from the paper are listed in README.md.
 
 A tensor's name ends in its axes: B rows, T positions, N the completion tokens of all rows, D hidden
 size, V vocabulary, G completions of a group. p is the teacher's distribution, q the student's.
@@ -47,7 +48,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kernels import chunked_divergence, chunked_logprob, reduce_loss
-from parts import data, measure, runs, steplog
+from parts import measure, runs, steplog, steps
 from parts.adapters import save_adapter
 from parts.chat import completion_text, prompt_opens_think
 from parts.grading import is_correct
@@ -61,18 +62,13 @@ from parts.model import (
     teacher_view,
     valid_ids,
 )
-from parts.prompts import Problem, find_language, pose_in_english
+from parts.narrow import narrow_loss
+from parts.prompts import Problem, find_language
 from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
-from parts.setup import Reading, Setup, read_solutions
+from parts.setup import Reader, Setup, read_solutions
 from parts.steplog import Tally, count_tokens
-from parts.steps import (
-    count_skipped,
-    rollout_seed,
-    rows_in_the_loss,
-    share_done,
-    take_step,
-)
+from parts.steps import count_skipped, rows_in_the_loss, share_done, take_step
 from parts.view import StepView, Watcher, say
 from parts.weights import token_weights
 
@@ -139,7 +135,6 @@ def copsd_loss(
     completions = [rollout.completion_ids for rollout in rollouts]
     student_prompts = [rollout.prompt_ids for rollout in rollouts]
     student_ND = completion_hidden(setup.model, student_prompts, completions)
-    ids_N = torch.tensor([token for ids in completions for token in ids], device=setup.model.device)
     # The teacher is the same model. By default it is seen with its adapter switched off, as it was
     # before training; `teacher_view` puts everything back afterwards.
     with teacher_view(setup.lora, config.teacher):
@@ -155,25 +150,21 @@ def copsd_loss(
         clip=config.clip,
         chunk_tokens=config.chunk_tokens,
         compile=config.compile,
-        top_k=config.loss_top_k if config.loss_over == "top_k" else 0,
-        sampled_N=ids_N if config.loss_over == "sampled" else None,
     )
-    clipped_N = (loss_N.detach() < stats["kl_N"]) & (config.loss_over == "vocabulary")
-    return loss_N, {**stats, "clipped_N": clipped_N}
+    stats["clipped_N"] = loss_N.detach() < stats["kl_N"]
+    if config.loss_over != "vocabulary":  # not Eq. (1): over fewer entries
+        ids_N = torch.tensor([token for ids in completions for token in ids]).to(loss_N.device)
+        loss_N = narrow_loss(config, student_ND, teacher_ND, head_weight(setup.model), ids_N)
+    return loss_N, stats
 
 
-def train_copsd(
-    setup: Setup,
-    run: runs.Run,
-    view: Watcher,
-    read: Callable[[Setup, list[Problem], int], Reading] = read_solutions,
-) -> bool:
+def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_solutions) -> bool:
     """Train from the last saved step to the end; return False if a signal stopped it early.
 
     read  what the teacher reads of a step's problems; methods.py has other teachers
     """
     config = setup.config
-    optimizer, step, sampled_tokens = begin(setup, run)
+    optimizer, step, sampled_tokens = steps.begin(setup, run)
     skipped = 0
     with runs.stop_signals() as stopped:
         while (done := share_done(config, step, sampled_tokens)) < 1:
@@ -181,8 +172,8 @@ def train_copsd(
             watch = Stopwatch(str(setup.model.device))
 
             # Problems of this step, and one completion of each from the current student.
-            problems = draw_problems(setup, config.batch_size, step=step)
-            rollouts = roll_out(setup, problems, seed=rollout_seed(config, step))
+            problems = steps.draw_problems(setup, config.batch_size, step=step)
+            rollouts = roll_out(setup, problems, seed=steps.rollout_seed(config, step))
             step_tokens = count_tokens(rollouts)
             reading = read(setup, problems, step)
             sampled_tokens += step_tokens + reading.sampled_tokens
@@ -291,7 +282,7 @@ def replace_dead(setup: Setup, groups: list[Group], *, step: int, seed: int) -> 
     for draw in range(1, MAX_DRAWS + 1):
         missing = wanted - sum(not group.dead for group in groups)
         if missing > 0:
-            problems = draw_problems(setup, missing, step=step, draw=draw)
+            problems = steps.draw_problems(setup, missing, step=step, draw=draw)
             groups = groups + roll_out_groups(setup, problems, seed=seed + 10**9 * draw)
     return sorted(groups, key=lambda group: group.dead)
 
@@ -394,6 +385,50 @@ def loss_mean(config: Config, tokens: int, rows: int) -> tuple[str, int]:
     return {"token": "token", "sequence": "trajectory"}[config.loss_norm], tokens
 
 
+def grpo_gradient(
+    setup: Setup,
+    rollouts: list[Rollout],
+    advantage_B: Tensor,
+    kept: list[int],
+    old_logprobs: dict[int, Tensor],
+    tally: Tally,
+    watch: Stopwatch,
+    spread: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None,
+) -> None:
+    """Add the gradient of Eq. (5) over a step, and what it leaves in the log.
+
+    kept          the rows that count in the loss
+    old_logprobs  logprob_N by the micro-batch's number; filled before the step's first update
+    spread        what grpo_loss takes as credit, once it is given the rows
+    """
+    config = setup.config
+    kept_tokens = count_tokens([rollouts[row] for row in kept])
+    reduction, denominator = loss_mean(config, kept_tokens, len(kept))
+    for number, rows in enumerate(micro_batches(rollouts, config.micro_batch, kept)):
+        batch = [rollouts[row] for row in rows]
+        lengths = [len(rollout.completion_ids) for rollout in batch]
+        advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
+        loss_N, stats = grpo_loss(
+            setup,
+            batch,
+            advantage_N.to(setup.model.device),
+            old_logprobs.get(number),
+            partial(spread, rows) if spread else None,
+        )
+        old_logprobs.setdefault(number, stats["logprob_N"])
+        loss = reduce_loss(  # Eq. (5), 1/N
+            loss_N,
+            lengths,
+            reduction=reduction,
+            step_tokens=denominator,
+            step_rows=len(kept),
+        )
+        watch.lap("score")
+        loss.backward()
+        watch.lap("update")
+        tally.add(loss, stats, rows, lengths)
+
+
 def train_grpo(
     setup: Setup,
     run: runs.Run,
@@ -406,7 +441,7 @@ def train_grpo(
     credit, add_term  what two neighbours add: other advantages, another term; see methods.py
     """
     config = setup.config
-    optimizer, step, sampled_tokens = begin(setup, run)
+    optimizer, step, sampled_tokens = steps.begin(setup, run)
     skipped = 0
     with runs.stop_signals() as stopped:
         while (done := share_done(config, step, sampled_tokens)) < 1:
@@ -415,8 +450,8 @@ def train_grpo(
 
             # Problems of this step, and a group of completions of each, with rewards.
             wanted = config.batch_size // config.group_size
-            seed = rollout_seed(config, step)
-            problems = draw_problems(setup, wanted, step=step)
+            seed = steps.rollout_seed(config, step)
+            problems = steps.draw_problems(setup, wanted, step=step)
             drawn = roll_out_groups(setup, problems, seed=seed)
             if config.resample_dead_groups:
                 drawn = replace_dead(setup, drawn, step=step, seed=seed)
@@ -432,38 +467,15 @@ def train_grpo(
             reward_BG = torch.tensor([group.rewards for group in groups])
             advantage_B = advantages(reward_BG, config.scale_rewards).flatten()
             kept = rows_in_the_loss(config, rollouts)
-            kept_tokens = count_tokens([rollouts[row] for row in kept])
-            reduction, denominator = loss_mean(config, kept_tokens, len(kept))
 
             # Updates on this batch. The log-probs before the first are the old ones for them all.
             tally = Tally()
             old_logprobs: dict[int, Tensor] = {}  # by the micro-batch's number
+            spread = partial(credit, setup, asked, rollouts, tally) if credit else None
             for _ in range(config.inner_epochs):
-                for number, rows in enumerate(micro_batches(rollouts, config.micro_batch, kept)):
-                    batch = [rollouts[row] for row in rows]
-                    lengths = [len(rollout.completion_ids) for rollout in batch]
-                    advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
-                    posed = [asked[row] for row in rows]
-                    spread = partial(credit, setup, posed, batch, tally) if credit else None
-                    loss_N, stats = grpo_loss(
-                        setup,
-                        batch,
-                        advantage_N.to(setup.model.device),
-                        old_logprobs.get(number),
-                        spread,
-                    )
-                    old_logprobs.setdefault(number, stats["logprob_N"])
-                    loss = reduce_loss(  # Eq. (5), 1/N
-                        loss_N,
-                        lengths,
-                        reduction=reduction,
-                        step_tokens=denominator,
-                        step_rows=len(kept),
-                    )
-                    watch.lap("score")
-                    loss.backward()
-                    watch.lap("update")
-                    tally.add(loss, stats, rows, lengths)
+                grpo_gradient(
+                    setup, rollouts, advantage_B, kept, old_logprobs, tally, watch, spread
+                )
                 if add_term:
                     add_term(setup, groups, tally)
 
@@ -507,16 +519,6 @@ def train_grpo(
 # What a step of both methods shares.
 
 
-def draw_problems(setup: Setup, count: int, *, step: int, draw: int = 0) -> list[Problem]:
-    """Return the problems of a step, the first --english-share of them posed in English.
-
-    draw  counts the further draws that a step may ask for; they follow orders of their own
-    """
-    config = setup.config
-    order = data.pick_order(len(setup.train), seed=config.seed + draw, step=step - 1, batch=count)
-    return pose_in_english([setup.train[index] for index in order], config.english_share)
-
-
 def micro_batches(
     rollouts: list[Rollout], size: int, rows: list[int] | None = None
 ) -> list[list[int]]:
@@ -526,27 +528,6 @@ def micro_batches(
         key=lambda row: len(rollouts[row].prompt_ids) + len(rollouts[row].completion_ids),
     )
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def begin(setup: Setup, run: runs.Run) -> tuple[torch.optim.AdamW, int, int]:
-    """Return the optimiser, the last saved step and the tokens sampled so far; 0 in a new run.
-
-    Adapter, optimiser and logs are brought to that step, so that a stopped run goes on exactly.
-    """
-    config = setup.config
-    optimizer = torch.optim.AdamW(
-        setup.lora.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
-    step, sampled_tokens, tensors = run.load_state()
-    run.cut_back(step)
-    if step:
-        prefix = "lora/"
-        setup.lora.load_state_dict(
-            {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        )
-        runs.restore_optimizer(optimizer, tensors)
-    setup.model.train()
-    return optimizer, step, sampled_tokens
 
 
 def is_due(config: Config, step: int, done: float) -> bool:

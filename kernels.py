@@ -103,8 +103,6 @@ def chunked_divergence(
     clip: float | None = None,
     chunk_tokens: int = 256,
     compile: bool | None = None,
-    top_k: int = 0,
-    sampled_N: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, ...) without those logits.
 
@@ -117,10 +115,6 @@ def chunked_divergence(
                   full speed
     compile       None compiles chunks of 2**22 logits and more, where torch.compile works; True and
                   False insist
-    top_k         instead of the vocabulary, the loss is over the teacher's so many most likely
-                  entries, both distributions renormalised on them; 0 is off
-    sampled_N     instead of it, over these ids alone, those of the completion, with neither kind
-                  nor clip; see sampled_loss. The stats are of the vocabulary all the same
     returns       loss_N, and stats without gradient:
                   kl_N          the divergence of the same kind, unclipped
                   teacher_entropy_N and student_entropy_N, at `temperature`: how undecided the
@@ -156,20 +150,6 @@ def chunked_divergence(
         "student_entropy_N": student_entropy_N,
         "clipped_frac": clipped_frac,
     }
-    states = (student_ND, teacher_ND, head_VD)
-    if top_k:
-        over_fewer = functools.partial(
-            divergence,
-            kind=kind,
-            beta=beta,
-            temperature=temperature,
-            clip_mode=clip_mode,
-            clip=clip,
-        )
-        loss_N = _top_k_divergence(*states, top_k, over_fewer, chunk_tokens)
-    elif sampled_N is not None:
-        options = {"temperature": temperature, "chunk_tokens": chunk_tokens}
-        loss_N = sampled_loss(*states, sampled_N, **options)
     return loss_N, stats
 
 
@@ -205,29 +185,6 @@ def chunked_logprob(
     ]
     logprobs, entropies = zip(*chunks, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
-
-
-def sampled_loss(
-    student_ND: Tensor,
-    teacher_ND: Tensor,
-    head_VD: Tensor,
-    ids_N: Tensor,
-    *,
-    temperature: float = 1.0,
-    chunk_tokens: int = 256,
-) -> Tensor:
-    """Return loss_N, log q - log p of the sampled ids, in nats: an estimate of KL(q || p).
-
-    Arguments as chunked_divergence has them. The mean of the estimate is the reverse KL. Its own
-    gradient is none, as the mean of q's score is zero, so it is a policy gradient's: the estimate,
-    as a number, times the gradient of log q. It is noisier than a divergence, and not clipped.
-    """
-    options = {"temperature": temperature, "chunk_tokens": chunk_tokens}
-    log_q_N, _ = chunked_logprob(student_ND, head_VD, ids_N, **options)
-    log_p_N, _ = chunked_logprob(teacher_ND.detach(), head_VD, ids_N, **options)
-    estimate_N = (log_q_N - log_p_N).detach()
-    # The factor is 1 with the derivative of log q.
-    return estimate_N * (1 + log_q_N - log_q_N.detach())
 
 
 def reduce_loss(
@@ -413,28 +370,6 @@ def _ratios_to_mixture(ratio_NV: Tensor, beta: float | Tensor) -> tuple[Tensor, 
     ratio_NV = ratio_NV.clamp(max=80)  # exp(80) fits fp32, and beyond it p counts for nothing
     mixture_NV = torch.log1p((1 - beta) * torch.expm1(ratio_NV))
     return ratio_NV - mixture_NV, -mixture_NV
-
-
-def _top_k_divergence(
-    student_ND: Tensor,
-    teacher_ND: Tensor,
-    head_VD: Tensor,
-    top_k: int,
-    divergence_of: Callable[[Tensor, Tensor], Tensor],
-    chunk_tokens: int,
-) -> Tensor:
-    """Return the divergence over the teacher's top_k entries; see chunked_divergence."""
-    head_VD = head_VD.detach()
-
-    def _chunk(student_CD: Tensor, teacher_CD: Tensor) -> Tensor:
-        teacher_CK, ids_CK = (teacher_CD @ head_VD.T).topk(min(top_k, len(head_VD)), dim=-1)
-        student_CK = (student_CD @ head_VD.T).gather(-1, ids_CK)
-        return divergence_of(student_CK, teacher_CK)
-
-    pairs = zip(
-        student_ND.split(chunk_tokens), teacher_ND.detach().split(chunk_tokens), strict=True
-    )
-    return torch.cat([checkpoint(_chunk, *pair, use_reentrant=False) for pair in pairs])
 
 
 def _logprob_chunk(

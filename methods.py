@@ -43,7 +43,7 @@ from parts.readings import note_request, render_witness
 from parts.recipe import Config
 from parts.runs import Run
 from parts.sampler import Rollout, SamplingParams, sample
-from parts.setup import Reading, Setup, read_solutions
+from parts.setup import Reader, Reading, Setup, read_solutions
 from parts.steplog import Metrics, Tally, count_tokens
 from parts.steps import rollout_seed
 from parts.view import Watcher
@@ -174,18 +174,20 @@ def egrsd_credit(
     problems: list[Problem],
     rollouts: list[Rollout],
     tally: Tally,
+    rows: list[int],
     advantage_N: Tensor,
     old_logprob_N: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return each token's advantage times its credit and its weight, and what to log of each.
 
     problems       each rollout's, of which the teacher reads English problem and solution
+    rows           which of the rollouts stand in advantage_N, one after the other
     old_logprob_N  the student's log q of the tokens when they were sampled
     Neither factor is below 0, so that no reward flips its sign.
     """
     config = setup.config
-    completions = [rollout.completion_ids for rollout in rollouts]
-    prompts = [setup.teacher_prompt(problem) for problem in problems]
+    completions = [rollouts[row].completion_ids for row in rows]
+    prompts = [setup.teacher_prompt(problems[row]) for row in rows]
     ids_N = torch.tensor([token for ids in completions for token in ids], device=setup.model.device)
     with teacher_view(setup.lora, config.teacher):
         logprob_N, entropy_N = chunked_logprob(
@@ -281,7 +283,7 @@ def group_weight(pass_rate: float, most: float) -> float:
 # The loop of each method, which takes a setup, a run and a view.
 
 
-def reader(config: Config) -> Callable[[Setup, list[Problem], int], Reading]:
+def reader(config: Config) -> Reader:
     """Return what finds the teacher's prompts of a step under these settings."""
     readers = {"plan": read_notes, "explained": read_notes, "voted": read_votes}
     return readers.get(config.teacher_reads, read_solutions)

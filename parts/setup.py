@@ -1,5 +1,6 @@
 """All that a training run works with: loaded from its settings, checked, then given a folder."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,10 @@ class Reading:
 def read_solutions(setup: Setup, problems: list[Problem], step: int) -> Reading:
     """Return what COPSD's teacher reads, and any other that needs no note: the same at any step."""
     return Reading([setup.teacher_prompt(problem) for problem in problems])
+
+
+# What finds a step's reading: of the setup, the problems and the step's number.
+Reader = Callable[[Setup, list[Problem], int], Reading]
 
 
 def configure(given: dict[str, Any]) -> tuple[Config, Path]:

@@ -1,13 +1,27 @@
-"""What a step of either method has around its method: how far a run is, and the update."""
+"""What a step of either method has around its method: drawing, the update, going on."""
 
 import math
 
 import torch
 
+from parts import runs
+from parts.data import pick_order
+from parts.prompts import Problem, pose_in_english
 from parts.recipe import Config
 from parts.sampler import Rollout
+from parts.setup import Setup
 
 MAX_SKIPPED = 3  # updates in a row without a finite gradient before a run gives up
+
+
+def draw_problems(setup: Setup, count: int, *, step: int, draw: int = 0) -> list[Problem]:
+    """Return the problems of a step, the first --english-share of them posed in English.
+
+    draw  counts the further draws that a step may ask for; they follow orders of their own
+    """
+    config = setup.config
+    order = pick_order(len(setup.train), seed=config.seed + draw, step=step - 1, batch=count)
+    return pose_in_english([setup.train[index] for index in order], config.english_share)
 
 
 def rollout_seed(config: Config, step: int) -> int:
@@ -57,3 +71,24 @@ def count_skipped(skipped: int, grad_norm: float, step: int) -> int:
             f"no finite gradient in {MAX_SKIPPED} updates up to step {step}: try a lower --lr"
         )
     return skipped + 1
+
+
+def begin(setup: Setup, run: runs.Run) -> tuple[torch.optim.AdamW, int, int]:
+    """Return the optimiser, the last saved step and the tokens sampled so far; 0 in a new run.
+
+    Adapter, optimiser and logs are brought to that step, so that a stopped run goes on exactly.
+    """
+    config = setup.config
+    optimizer = torch.optim.AdamW(
+        setup.lora.parameters(), lr=config.lr, weight_decay=config.weight_decay
+    )
+    step, sampled_tokens, tensors = run.load_state()
+    run.cut_back(step)
+    if step:
+        prefix = "lora/"
+        setup.lora.load_state_dict(
+            {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        )
+        runs.restore_optimizer(optimizer, tensors)
+    setup.model.train()
+    return optimizer, step, sampled_tokens

@@ -31,6 +31,7 @@ PARTS = (
     "sampler",
     "selfcheck",
     "weights",
+    "narrow",
     "plaintext",
     "scales",
     "numerals",
@@ -56,7 +57,7 @@ ABOVE = {
     "copsd": {"kernels", "parts"},
     "eval": {"parts"},
     "methods": {"copsd", "kernels", "parts"},
-    "show": {"copsd", "methods", "parts"},
+    "show": {"copsd", "kernels", "methods", "parts"},
     "compare": {"copsd", "methods", "parts"},
 }
 SOURCES = [ROOT / f"{name}.py" for name in ABOVE] + [ROOT / f"parts/{name}.py" for name in PARTS]
