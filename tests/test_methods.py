@@ -489,7 +489,7 @@ def test_a_warm_start_from_another_base_or_another_shape_is_one_line(tmp_path):
 
 
 def run_cli(*arguments: str):
-    small = ["--steps", "1", "--batch-size", "4", "--eval-problems", "0"]
+    small = ["--steps", "1", "--batch-size", "8", "--eval-problems", "0"]
     return CliRunner().invoke(commands.copsd, ["train", *small, *arguments])
 
 
