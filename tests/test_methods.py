@@ -128,7 +128,9 @@ def test_a_teacher_that_reads_the_students_prompt_gives_no_loss_and_no_gradient(
     rollouts = roll_out(setup, setup.train[:3], seed=0)
     loss_N, _ = copsd_loss(setup, [rollout.prompt_ids for rollout in rollouts], rollouts)
     loss_N.sum().backward()
-    assert loss_N.abs().max() == 0 and gradient(setup).abs().max() < 1e-7
+    assert loss_N.abs().max() == 0
+    # Exactly 0 in closed form; autograd's p - q of the top-k loss is rounded, over some 70 tokens.
+    assert gradient(setup).abs().max() <= (0 if over == "vocabulary" else 1e-5)
 
 
 @pytest.mark.parametrize(
