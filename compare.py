@@ -33,6 +33,7 @@ from typing import Any
 from rich.console import Console
 
 import copsd
+import methods
 from parts import outcome
 from parts.adapters import put_adapter
 from parts.data import load_problems
@@ -43,7 +44,7 @@ from parts.metrics import Graded, ratios
 from parts.outcome import Results, accuracy
 from parts.plan import SWEEP_SEED, Plan
 from parts.prompts import Problem, pose_in_english
-from parts.recipe import LABELS
+from parts.recipe import GROUPED, LABELS, largest_step
 from parts.runs import Run
 from parts.setup import Setup, configure, prepare
 from parts.view import ArmsProgress, say
@@ -108,7 +109,7 @@ def arms_of(plan: Plan, found: dict[Path, Results]) -> Iterator[Arm]:
                 **common,
                 "eval_data": str(folder / "dev.jsonl"),
                 "eval_problems": plan.options.dev_problems,
-                "token_budget": max(budget // 2, largest_step(plan)),
+                "token_budget": max(budget // 2, least_budget(plan)),
                 "seed": SWEEP_SEED,
             }
             yield from sweep_arms(plan, half)
@@ -161,7 +162,7 @@ def seconds_arms(
         ratio = aim / training_seconds(plan, lang, variant.name, found)
         if abs(ratio - 1) <= NEARLY:
             continue
-        budget = max(int(common["token_budget"] * ratio), largest_step(plan))
+        budget = max(int(common["token_budget"] * ratio), least_budget(plan))
         longer = {**common, "token_budget": budget}
         longer["save_every"] = max(1, int(common["save_every"] * ratio))
         for arm in seed_arms(plan, lang, variant, longer, rates):
@@ -233,12 +234,12 @@ def token_budget(plan: Plan, base: Results) -> int:
         return plan.main.token_budget
     lengths, problems = base["final"]["sampled"]["mean tokens"]
     budget = int(plan.main.steps * plan.main.batch_size * (sum(lengths) / sum(problems)))
-    return max(budget, largest_step(plan))
+    return max(budget, least_budget(plan))
 
 
-def largest_step(plan: Plan) -> int:
-    """Return what a step may sample at most, in tokens: no run can have a smaller budget."""
-    return max(config.batch_size * config.max_new_tokens for config in plan.configs.values())
+def least_budget(plan: Plan) -> int:
+    """Return what a step of any arm may sample at most, in tokens: no run has a smaller budget."""
+    return max(largest_step(config) for config in plan.configs.values())
 
 
 def run(plan: Plan, console: Console) -> int:
@@ -295,7 +296,7 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
     if not arm.is_trained:
         results: Results = {"points": [], "final": measure_arm(plan, setup, kl=True, sampled=True)}
     else:
-        if not copsd.LOOPS[config.method](setup, run, progress):
+        if not methods.LOOPS[config.method](setup, run, progress):
             raise Stopped
         points = measure_checkpoints(plan, arm, setup, run)
         results = {"points": points, "final": points[-1]}
@@ -338,12 +339,13 @@ def whole_prompts(setup: Setup) -> list[dict[str, str | None]]:
     decode = setup.tokenizer.decode
     is_label = config.completion in LABELS
     shown = []
-    for problem in setup.train[:SHOWN_PROBLEMS]:
-        teaches = config.method != "grpo" and not is_label and setup.can_teach(problem)
+    problems = setup.train[:SHOWN_PROBLEMS]
+    prompts = methods.example_prompts(setup, problems)
+    for problem, teacher_prompt in zip(problems, prompts, strict=True):
         row = {
             "problem": problem.id,
             "student": str(decode(setup.student_prompt(problem))),
-            "teacher": str(decode(setup.teacher_prompt(problem))) if teaches else None,
+            "teacher": str(decode(teacher_prompt)) if teacher_prompt else None,
         }
         if is_label:
             write, _ = copsd.SOURCES[config.completion]
@@ -364,7 +366,7 @@ def read_results(path: Path) -> Results:
 
 def measure_checkpoints(plan: Plan, arm: Arm, setup: Setup, run: Run) -> list[Results]:
     """Return what each saved adapter of a run is worth and has cost; of a sweep's run, the last."""
-    updates = setup.config.inner_epochs if setup.config.method == "grpo" else 1  # per step
+    updates = setup.config.inner_epochs if setup.config.method in GROUPED else 1  # per step
     steps = {row["step"]: row for row in run.metrics()}
     saved = [step for step in sorted(steps) if run.adapter_folder(step).is_dir()]
     points = []
@@ -410,6 +412,7 @@ def measure_arm(plan: Plan, setup: Setup, *, kl: bool, sampled: bool) -> Results
             plan.main,
             english_problem=True,
             english_solution=True,
+            teacher_reads="solution",
             divergence="forward_kl",
             teacher="fixed",
         )

@@ -22,8 +22,8 @@ initial model, is estimated by Schulman's k3.
 
 Read from top to bottom: COPSD whole, GRPO whole, what a step of both shares, the program. Left out
 so that the methods stand alone: settings (parts/recipe.py), prompts (parts/prompts.py), sampling,
-grading, what a step has around its method (parts/steps.py), the run folder, measuring. Departures
-from the paper are listed in README.md.
+grading, what a step has around its method (parts/steps.py), the run folder, measuring, and COPSD's
+neighbours (methods.py). Departures from the paper are listed in README.md.
 
 A tensor's name ends in its axes: B rows, T positions, N the completion tokens of all rows, D hidden
 size, V vocabulary, G completions of a group. p is the teacher's distribution, q the student's.
@@ -37,6 +37,7 @@ if __name__ == "__main__":
     commands.copsd()
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,18 +54,16 @@ from parts.grading import is_correct
 from parts.machine import Stopwatch
 from parts.metrics import Ratio, bootstrap
 from parts.model import eos_ids, final_hidden, head_weight, teacher_view, valid_ids
+from parts.narrow import narrow_loss
 from parts.prompts import Problem, find_language
-from parts.recipe import LABELS, Config
+from parts.recipe import LABELS, Config, divergence_options, keeps_prompts
 from parts.sampler import Rollout, SamplingParams, sample
-from parts.setup import Setup
+from parts.setup import Reader, Setup, read_solutions
 from parts.steplog import Tally, count_tokens
 from parts.steps import count_skipped, rows_in_the_loss, share_done, take_step
 from parts.view import Watcher, say
 from parts.watch import Watching
-
-ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
-MAX_DRAWS = 4  # of --resample-dead-groups, for one step
-
+from parts.weights import token_weights
 
 # COPSD: the roll-out, the loss, the loop.
 
@@ -121,41 +120,27 @@ def copsd_loss(
     """Return Eq. (1)'s summand at every completion token, loss_N in nats, and what to log of each.
 
     teacher_prompts  the teacher's prompt for each rollout: both roles score the same completions
-    The gradient goes to the student only. What is logged is by name: the unclipped divergence, both
-    entropies, and whether the clip made the token's loss smaller; `cosine` adds what tells how far
-    the clip turns the gradient.
+    The gradient goes to the student only. Logged are the unclipped divergence, both entropies and
+    whether the clip made a token's loss smaller; with `cosine`, how far it turns the gradient.
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
     student_ND = completion_hidden(setup.model, [r.prompt_ids for r in rollouts], completions)
     # The teacher is the same model. By default it is seen with its adapter switched off, as it was
     # before training. What it makes of a prompt then never changes and is kept for the next epoch.
-    read = setup.kept_prompts.completion_hidden if config.teacher == "fixed" else completion_hidden
+    read = setup.kept_prompts.completion_hidden if keeps_prompts(config) else completion_hidden
     with teacher_view(setup.lora, config.teacher):
         teacher_ND = read(setup.model, teacher_prompts, completions)
     states = (student_ND, teacher_ND, head_weight(setup.model))
-    options = {
-        "kind": config.divergence,
-        "beta": config.beta,
-        "temperature": config.temperature,
-        "clip_mode": config.clip_mode,
-        "clip": config.clip,
-        "chunk_tokens": config.chunk_tokens,
-    }
+    options = divergence_options(config)
     loss_N, stats = chunked_divergence(*states, **options, compile=config.compile)  # Eq. (1), D
     stats["clipped_N"] = loss_N.detach() < stats["kl_N"]
     if cosine:
         stats |= zip(steplog.CLIP_PRODUCTS, clip_products(*states, **options), strict=True)
+    if config.loss_over != "vocabulary":  # not Eq. (1): over fewer entries
+        ids_N = torch.tensor([token for ids in completions for token in ids]).to(loss_N.device)
+        loss_N = narrow_loss(config, *states, ids_N)
     return loss_N, stats
-
-
-# Who writes the completions and what is learned of them. All but the first are controls.
-SOURCES = {
-    "student": (roll_out, copsd_loss),
-    "teacher": (controls.teacher_writes, copsd_loss),
-    "reference": (controls.reference_label, partial(controls.hard_label_loss, completion_hidden)),
-    "garbage": (controls.garbage_label, partial(controls.hard_label_loss, completion_hidden)),
-}
 
 
 def copsd_gradient(
@@ -177,14 +162,14 @@ def copsd_gradient(
     for rows in micro_batches(rollouts, rows_at_once, mine):
         batch = [rollouts[row] for row in rows]
         lengths = [len(rollout.completion_ids) for rollout in batch]
-        prompts = [teacher_prompts[row] for row in rows]
-        loss_N, stats = loss_of(setup, prompts, batch, cosine=cosine)
+        loss_N, stats = loss_of(setup, [teacher_prompts[row] for row in rows], batch, cosine=cosine)
         loss = reduce_loss(  # Eq. (1), 1/N
             loss_N,
             lengths,
             reduction=setup.config.reduction,
             step_tokens=count_tokens(rollouts),
             step_rows=len(rollouts),
+            weight_N=token_weights(setup.config, stats, lengths),
         )
         watch.lap("score")
         loss.backward()
@@ -193,8 +178,11 @@ def copsd_gradient(
     return tally
 
 
-def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
-    """Train from the last saved step to the end; return False if it was ended early."""
+def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_solutions) -> bool:
+    """Train from the last saved step to the end; return False if it was ended early.
+
+    read  what the teacher reads of a step's problems; methods.py has other teachers
+    """
     config = setup.config
     write, _ = SOURCES[config.completion]
     optimizer, step, sampled_tokens, skipped = steps.begin(setup, run)
@@ -208,29 +196,26 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             problems = steps.draw_problems(setup, config.batch_size, step=step)
             rollouts = write(setup, problems, seed=steps.rollout_seed(config, step))
             step_tokens = count_tokens(rollouts)
-            sampled_tokens += step_tokens
+            reading = ranks.decide(read(setup, problems, step))
+            sampled_tokens += step_tokens + reading.sampled_tokens
             watch.lap("rollout")
 
             # The loss and its gradient. Out of memory, they are taken anew in smaller parts.
-            teacher_prompts = [setup.teacher_prompt(problem) for problem in problems]
             cosine = steplog.asks_for_cosine(config, step)
-            attempt = partial(copsd_gradient, setup, rollouts, teacher_prompts, watch, cosine)
+            attempt = partial(copsd_gradient, setup, rollouts, reading.prompts, watch, cosine)
             tally, rows_at_once = halve_until_it_fits(attempt, rows_at_once, optimizer.zero_grad)
             tally = steplog.merge(ranks.gather([tally]))
 
-            # The update. The learning rate falls linearly to 0.
+            # The update. The learning rate falls linearly to 0; the teacher follows where it is to.
             lr = config.lr * (1 - done)
             grad_norm = take_step(optimizer, lr=lr, max_grad_norm=config.max_grad_norm)
             skipped = count_skipped(skipped, grad_norm, step)
-
-            # The teacher follows, where it is to.
-            if config.teacher == "ema":
-                setup.lora.update_ema(config.ema_decay)
+            setup.lora.update_teacher(step, decay=config.ema_decay, every=config.teacher_every)
             watch.lap("update")
 
             # Log and save.
             student_tokens = count_tokens(rollouts, prompts=True)
-            teacher_tokens = step_tokens + sum(map(len, teacher_prompts))
+            teacher_tokens = step_tokens + sum(map(len, reading.prompts))
             if config.completion in LABELS:
                 teacher_tokens = 0  # a label has no teacher but itself
             done = share_done(config, step, sampled_tokens)
@@ -239,11 +224,12 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                 "progress": done,
                 "sampled_tokens": sampled_tokens,
                 **steplog.copsd_metrics(tally),
+                **reading.metrics,
                 **steplog.update_metrics(grad_norm, lr, skipped),
                 **steplog.work_metrics(
                     rollouts,
                     watch,
-                    sampled=step_tokens,
+                    sampled=step_tokens + reading.sampled_tokens,
                     scored=student_tokens + teacher_tokens,
                     updated=student_tokens,
                 ),
@@ -271,6 +257,13 @@ class Group:
     def dead(self) -> bool:
         """Say whether all rewards agree: then every advantage is 0 and nothing is learned."""
         return len(set(self.rewards)) == 1
+
+
+ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
+MAX_DRAWS = 4  # of --resample-dead-groups, for one step
+# What two neighbours add, in methods.py: an advantage for each token, another term of the loss.
+Credit = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+Term = Callable[..., None]
 
 
 def roll_out_groups(setup: Setup, problems: list[Problem], *, seed: int) -> list[Group]:
@@ -343,7 +336,11 @@ def clipped_surrogate(ratio_N: Tensor, advantage_N: Tensor, *, low: float, high:
 
 
 def grpo_loss(
-    setup: Setup, rollouts: list[Rollout], advantage_N: Tensor, old_logprob_N: Tensor | None
+    setup: Setup,
+    rollouts: list[Rollout],
+    advantage_N: Tensor,
+    old_logprob_N: Tensor | None,
+    credit: Credit | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return Eq. (5)'s summand at every completion token, and what to log of each, by name.
 
@@ -351,6 +348,7 @@ def grpo_loss(
     old_logprob_N  the tokens' log-probabilities before the step's first update, which a former call
                    returned as "logprob_N"; None: this is that call, and the ratio is 1. They come
                    from this same forward pass, never from the sampler, whose rounding differs
+    credit         spreads the advantage over a completion's tokens, by their old log-probs
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
@@ -371,8 +369,11 @@ def grpo_loss(
     if old_logprob_N is None:
         old_logprob_N = logprob_N.detach()
     ratio_N = (logprob_N - old_logprob_N).exp()
-    loss_N = clipped_surrogate(ratio_N, advantage_N, low=config.clip_low, high=config.clip_high)
     stats = {"logprob_N": logprob_N, "ratio_N": ratio_N, "entropy_N": entropy_N}
+    if credit is not None:
+        advantage_N, credited = credit(advantage_N, old_logprob_N)
+        stats |= credited
+    loss_N = clipped_surrogate(ratio_N, advantage_N, low=config.clip_low, high=config.clip_high)
     if config.kl_coef:
         with teacher_view(setup.lora, "fixed"):  # the initial model: the adapter switched off
             initial_N, _ = _logprobs()
@@ -396,34 +397,40 @@ def loss_mean(config: Config, tokens: int, rows: int) -> tuple[str, int]:
 
 def grpo_gradient(
     setup: Setup,
-    rollouts: list[Rollout],
+    groups: list[Group],
     advantage_B: Tensor,
     kept: list[int],
     old_logprobs: dict[int, Tensor],
     watch: Stopwatch,
+    credit: Credit | None,
+    add_term: Term | None,
     rows_at_once: int,
 ) -> Tally:
     """Add this rank's share of the gradient of Eq. (5) over a step; return its share of the log.
 
-    kept          the rows that count in the loss
-    old_logprobs  logprob_C by row, of the policy that sampled; filled at the first update
+    kept              the rows that count in the loss
+    old_logprobs      logprob_C by row, of the policy that sampled; filled at the first update
+    credit, add_term  as in train_grpo; what they count goes into this attempt's tally
     """
     config = setup.config
     tally = Tally()
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
     kept_tokens = count_tokens([rollouts[row] for row in kept])
     reduction, denominator = loss_mean(config, kept_tokens, len(kept))
-    groups = range(len(rollouts) // config.group_size)
-    mine = groups[ranks.share(len(groups))]  # groups stay whole
+    share = ranks.share(len(groups))  # groups stay whole
+    mine = range(len(groups))[share]
     own = [row for row in kept if row // config.group_size in mine]
     for rows in micro_batches(rollouts, rows_at_once, own):
         batch = [rollouts[row] for row in rows]
         lengths = [len(rollout.completion_ids) for rollout in batch]
         advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
-        old = [old_logprobs[row] for row in rows if row in old_logprobs]
-        loss_N, stats = grpo_loss(
-            setup, batch, advantage_N.to(setup.model.device), torch.cat(old) if old else None
-        )
-        if not old:
+        # An attempt that ran out of memory at the first update has left some rows' and not others'.
+        is_known = all(row in old_logprobs for row in rows)
+        old_N = torch.cat([old_logprobs[row] for row in rows]) if is_known else None
+        asked = [groups[row // config.group_size].problem for row in rows]
+        spread = partial(credit, setup, asked, batch, tally) if credit else None
+        loss_N, stats = grpo_loss(setup, batch, advantage_N.to(setup.model.device), old_N, spread)
+        if not is_known:
             old_logprobs.update(zip(rows, stats["logprob_N"].split(lengths), strict=True))
         loss = reduce_loss(  # Eq. (5), 1/N
             loss_N,
@@ -436,11 +443,23 @@ def grpo_gradient(
         loss.backward()
         watch.lap("update")
         tally.add(loss, stats, rows, lengths)
+    if add_term:
+        add_term(setup, groups[share], len(groups), tally, rows_at_once)
+        watch.lap("update")
     return tally
 
 
-def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
-    """Train from the last saved step to the end; return False if it was ended early."""
+def train_grpo(
+    setup: Setup,
+    run: runs.Run,
+    view: Watcher,
+    credit: Credit | None = None,
+    add_term: Term | None = None,
+) -> bool:
+    """Train from the last saved step to the end; return False if it was ended early.
+
+    credit, add_term  what two neighbours add, each in a function of methods.py
+    """
     config = setup.config
     optimizer, step, sampled_tokens, skipped = steps.begin(setup, run)
     rows_at_once = config.micro_batch
@@ -471,9 +490,8 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             # Updates on this batch. The log-probs before the first are the old ones for them all.
             tallies = []
             old_logprobs: dict[int, Tensor] = {}  # by row
-            attempt = partial(
-                grpo_gradient, setup, rollouts, advantage_B, kept, old_logprobs, watch
-            )
+            given = (setup, groups, advantage_B, kept, old_logprobs, watch, credit, add_term)
+            attempt = partial(grpo_gradient, *given)
             for _ in range(config.inner_epochs):
                 part, rows_at_once = halve_until_it_fits(attempt, rows_at_once, optimizer.zero_grad)
                 tallies += ranks.gather([part])
@@ -483,6 +501,7 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                 grad_norm = take_step(optimizer, lr=lr, max_grad_norm=config.max_grad_norm)
                 skipped = count_skipped(skipped, grad_norm, step)
                 watch.lap("update")
+            setup.lora.update_teacher(step, decay=config.ema_decay, every=config.teacher_every)
 
             # Log and save.
             tally = steplog.merge(tallies)
@@ -500,8 +519,8 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
                     rollouts,
                     watch,
                     sampled=step_tokens,
-                    scored=updated_tokens * (2 if config.kl_coef else 1),
-                    updated=updated_tokens,
+                    scored=updated_tokens * (2 if config.kl_coef else 1) + tally.scored,
+                    updated=updated_tokens + tally.updated,
                 ),
             }
             asked = [group.problem for group in groups for _ in group.rollouts]
@@ -511,9 +530,6 @@ def train_grpo(setup: Setup, run: runs.Run, view: Watcher) -> bool:
             if steps.finish_step(setup, run, view, optimizer, metrics, rollouts, written, stopped):
                 return False
     return True
-
-
-LOOPS = {"copsd": train_copsd, "grpo": train_grpo}
 
 
 # What a step of both methods shares.
@@ -551,12 +567,29 @@ def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
     return kl_sums, [float(length) for length in lengths]
 
 
+# Who writes the completions of COPSD's step, and what is learned of them. All but the first are
+# controls (parts/controls.py).
+SOURCES = {
+    "student": (roll_out, copsd_loss),
+    "teacher": (controls.teacher_writes, copsd_loss),
+    "reference": (controls.reference_label, partial(controls.hard_label_loss, completion_hidden)),
+    "garbage": (controls.garbage_label, partial(controls.hard_label_loss, completion_hidden)),
+}
+
+
 # The program.
 
 
-def train(setup: Setup, run: runs.Run, console: Console, watching: Watching | None = None) -> int:
+def train(
+    setup: Setup,
+    run: runs.Run,
+    console: Console,
+    loop: Callable[[Setup, runs.Run, Watcher], bool],
+    watching: Watching | None = None,
+) -> int:
     """Train, show what it changed, and return the exit code. What the folder holds is not redone.
 
+    loop  the method's: train_copsd, train_grpo, or another of methods.LOOPS, made of them
     0: finished; 1: the gradient was not finite too often, or collapse; 130: stopped by a signal.
     """
     config = setup.config
@@ -570,7 +603,7 @@ def train(setup: Setup, run: runs.Run, console: Console, watching: Watching | No
     before = measure_once(setup, run, console, "before")
     try:
         with (watching or Watching()).start(setup, run, console) as view:
-            finished = LOOPS[config.method](setup, run, view)
+            finished = loop(setup, run, view)
     except FloatingPointError as error:
         say(console, f"error: {error}; {run.folder} keeps the last save")
         return 1

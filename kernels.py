@@ -260,7 +260,13 @@ def chunked_logprob(
 
 
 def reduce_loss(
-    loss_N: Tensor, lengths: list[int], *, reduction: str, step_tokens: int, step_rows: int
+    loss_N: Tensor,
+    lengths: list[int],
+    *,
+    reduction: str,
+    step_tokens: int,
+    step_rows: int,
+    weight_N: Tensor | None = None,
 ) -> Tensor:
     """Return this micro-batch's share of the step's loss, a scalar.
 
@@ -271,6 +277,8 @@ def reduce_loss(
     lengths    how many tokens each row has
     reduction  token       the mean over step_tokens, in which long rows count for more
                trajectory  the mean over step_rows of each row's mean, in which rows count alike
+    weight_N   how much each token's loss counts, without gradient; None: all count 1. The
+               denominators stay as they are, so weights of mean 1 keep the size of the loss
 
     Raises ValueError for an unknown reduction, and for lengths that do not add up.
 
@@ -287,6 +295,11 @@ def reduce_loss(
         raise ValueError(
             f"lengths must add up to the {len(loss_N)} tokens of the loss, got {sum(lengths)}"
         )
+    if weight_N is not None:
+        if weight_N.shape != loss_N.shape:
+            shapes = f"{list(weight_N.shape)} for {list(loss_N.shape)}"
+            raise ValueError(f"there must be a weight for each token of the loss, got {shapes}")
+        loss_N = loss_N * weight_N.detach().to(loss_N)
     if reduction == "token":
         return loss_N.sum() / step_tokens  # Eq. (1), 1/N: the step's N
     lengths_B = torch.tensor(lengths, dtype=torch.int64, device=loss_N.device)

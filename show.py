@@ -2,13 +2,15 @@
 
     python copsd.py show --lang hau
     python copsd.py show --lang hau --adapter runs/copsd-tiny-hau-0 --html walk.html
+    python copsd.py show --lang hau --method ophsd
 
 The method on one screen. The student writes; at each of its tokens the teacher, which is the same
 model with more to read, has its own opinion; the distance between the two, averaged over the
-tokens, is COPSD's loss. GRPO hears one number of the same rollout: 0 or 1.
+tokens, is COPSD's loss. GRPO hears one number of the same rollout: 0 or 1. Of another method it is
+its own teacher that is shown, and how much each token weighs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -16,8 +18,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from copsd import completion_hidden, roll_out
-from kernels import clip_products, gradient_cosine
+from copsd import Group, advantages, completion_hidden, roll_out
+from kernels import chunked_logprob, clip_products, gradient_cosine
+from methods import reader, witness_pair
 from parts import runs
 from parts.adapters import load_adapter
 from parts.chat import completion_text, freeze_date, prompt_opens_think
@@ -26,12 +29,14 @@ from parts.family import context_length
 from parts.grading import grade
 from parts.machine import pick_device, pick_dtype
 from parts.model import attach_lora, eos_ids, head_weight, load_model, load_tokenizer, teacher_view
-from parts.prompts import Problem, render_prompt, template_hash
-from parts.recipe import Config
+from parts.prompts import Problem, template_hash
+from parts.readings import longest_prompts
+from parts.recipe import DISTILLED, GROUPED, Config, divergence_options
 from parts.sampler import Rollout
 from parts.setup import Setup
 from parts.tokens import TokenRow, explain_tokens, tokens_table, write_tokens_page
 from parts.view import say
+from parts.weights import credit, token_weights
 
 DRAWN = 8  # completions, of which the one is shown that the teacher disagrees with most
 
@@ -48,6 +53,17 @@ class Walk:
     rows: list[TokenRow]  # a row a token, of the untrained student
     after: list[TokenRow] | None  # the same tokens under the trained student
     notes: list[str]  # what stands below the table
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A rollout as a method learns from it."""
+
+    rollout: Rollout
+    teacher_prompt: list[int]
+    advantage: float = 0.0  # of the completion, where the method has rewards
+    weight: float = 1.0  # of all its tokens, beside what the token weights make of it
+    notes: tuple[str, ...] = ()
 
 
 def prepare(config: Config, folder: Path, adapter: Path | None, console: Console) -> Setup:
@@ -74,10 +90,18 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
         fingerprint = runs.folder_fingerprint(folder)
         runs.refuse_foreign_adapter(adapter, fingerprint, config.model)
         lora = load_adapter(model, runs.last_adapter_folder(adapter))
+    # A walk shows the teacher of a first step: the base model, whenever it is renewed later.
+    config = replace(config, teacher="fixed")
     setup = Setup(config, model, tokenizer, lora, train=[problem], heldout=[])
     keep_fitting(
         [problem],
-        [max(setup.student_prompt(problem), setup.teacher_prompt(problem), key=len)],
+        [
+            max(
+                setup.student_prompt(problem),
+                *longest_prompts(config, problem, tokenizer),
+                key=len,
+            )
+        ],
         console,
         context=context_length(model.config),
         max_new_tokens=config.max_new_tokens,
@@ -92,32 +116,32 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
     # With the adapter off the student is the base model, as it is before the first step.
     with teacher_view(setup.lora, "fixed"):
         rollouts = roll_out(setup, [problem], seed=setup.config.seed, samples=DRAWN)
-        explained = [_explain(setup, problem, rollout) for rollout in rollouts]
+        lessons = _lessons(setup, problem, rollouts)
+        explained = [_explain(setup, lesson) for lesson in lessons]
     distances = [fmean(row.kl for row in rows) for rows in explained]
     furthest = distances.index(max(distances))
-    rollout = rollouts[furthest]
+    lesson = lessons[furthest]
+    rollout = lesson.rollout
     rows = explained[furthest]
     with teacher_view(setup.lora, "fixed"):
-        clip_note = _clip_note(setup, problem, rollout)
+        clip_notes = _clip_notes(setup, lesson)
     after = None
     notes = [
-        f"shown: of {DRAWN} completions, the one that the teacher disagrees with most",
+        *lesson.notes,
         _reward_note(setup, problem, rollout, "GRPO hears of this rollout"),
-        clip_note,
+        *clip_notes,
     ]
     if trained:
-        after = _explain(setup, problem, rollout)
+        after = _explain(setup, lesson)
         (own,) = roll_out(setup, [problem], seed=setup.config.seed)
         notes.append(f"the trained student writes: {_text(setup, own)}")
         notes.append(_reward_note(setup, problem, own, "GRPO would hear of that"))
+    prompts = {"student": setup.student_prompt(problem), "teacher": lesson.teacher_prompt}
     return Walk(
         problem=problem,
         rollout=rollout,
-        prompts=_prompt_texts(setup, problem),
-        prompt_tokens={
-            "student": len(setup.student_prompt(problem)),
-            "teacher": len(setup.teacher_prompt(problem)),
-        },
+        prompts={role: str(setup.tokenizer.decode(ids)) for role, ids in prompts.items()},
+        prompt_tokens={role: len(ids) for role, ids in prompts.items()},
         completion=_text(setup, rollout),
         rows=rows,
         after=after,
@@ -131,10 +155,11 @@ def print_walk(setup: Setup, found: Walk, console: Console) -> None:
         say(console, f"===== the {role} reads, {found.prompt_tokens[role]} tokens =====")
         say(console, f"{text}<<< the completion begins here >>>\n")
     say(console, f"===== the student writes, {len(found.rows)} tokens =====\n{found.completion}\n")
-    console.print(tokens_table(found.rows, after=found.after))
+    config = setup.config
+    is_loss = config.method in (*DISTILLED, "ssopd")
+    console.print(tokens_table(found.rows, after=found.after, is_loss=is_loss))
     for note in found.notes:
         say(console, note)
-    config = setup.config
     say(console, f"template hash {template_hash(setup.tokenizer, config.lang, config.thinking)}")
 
 
@@ -153,45 +178,73 @@ def write_page(found: Walk, path: Path) -> None:
     )
 
 
-def _hidden(setup: Setup, problem: Problem, rollout: Rollout) -> tuple[Tensor, Tensor]:
+def _hidden(setup: Setup, lesson: Lesson) -> tuple[Tensor, Tensor]:
     """Return student_ND, of the student as it is at the moment, and teacher_ND."""
-    completions = [rollout.completion_ids]
-    student_ND = completion_hidden(setup.model, [rollout.prompt_ids], completions)
+    completions = [lesson.rollout.completion_ids]
+    student_ND = completion_hidden(setup.model, [lesson.rollout.prompt_ids], completions)
     with teacher_view(setup.lora, "fixed"):
-        teacher_ND = completion_hidden(setup.model, [setup.teacher_prompt(problem)], completions)
+        teacher_ND = completion_hidden(setup.model, [lesson.teacher_prompt], completions)
     return student_ND, teacher_ND
 
 
-def _clip_note(setup: Setup, problem: Problem, rollout: Rollout) -> str:
-    """Say how far the clip turns the gradient of this rollout; where none is set, the paper's."""
+def _clip_notes(setup: Setup, lesson: Lesson) -> list[str]:
+    """Say how far the clip turns the gradient of this rollout; where none is set, the paper's.
+
+    Nothing of a method whose loss is no divergence, nor of a rollout that nothing is learned from.
+    """
     config = setup.config
+    if config.method not in (*DISTILLED, "ssopd") or lesson.weight == 0:
+        return []
     is_set = config.clip_mode != "none"
     mode = config.clip_mode if is_set else Config.clip_mode
     clip = config.clip if is_set else Config.clip
-    products_3N = clip_products(
-        *_hidden(setup, problem, rollout),
-        head_weight(setup.model),
-        kind=config.divergence,
-        beta=config.beta,
-        temperature=config.temperature,
-        clip_mode=mode,
-        clip=clip,
-    )
-    return (
+    options = divergence_options(replace(config, clip_mode=mode, clip=clip))
+    products_3N = clip_products(*_hidden(setup, lesson), head_weight(setup.model), **options)
+    return [
         f"cosine of the gradient on the logits with and without the {mode} clip of {clip:g} nats: "
         f"{gradient_cosine(products_3N):.3f}{'' if is_set else ' (it is not set here)'}"
-    )
+    ]
 
 
-def _explain(setup: Setup, problem: Problem, rollout: Rollout) -> list[TokenRow]:
+def _lessons(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Lesson]:
+    """Return the rollouts as the method learns from them; of SSOPD's, the one that it takes."""
+    config = setup.config
+    shown = f"shown: of {len(rollouts)} completions, the one that the teacher disagrees with most"
+    if config.method not in GROUPED:
+        (prompt,) = reader(config)(setup, [problem], 0).prompts
+        said = () if config.method == "copsd" else (f"{config.method.upper()}'s teacher",)
+        if said and config.token_weight == "uniform" and config.loss_prefix == 1:
+            said = (f"{said[0]}; every token weighs 1",)
+        return [Lesson(rollout, prompt, notes=(shown, *said)) for rollout in rollouts]
+    rewards = [float(_is_right(setup, problem, rollout)) for rollout in rollouts]
+    if config.method == "ssopd":
+        pair = witness_pair(setup, Group(problem, rollouts, rewards))
+        if pair is not None:
+            prompt, learner, weight = pair
+            said = "shown: the start of the longest wrong completion; the teacher reads a right one"
+            return [Lesson(learner, prompt, weight=weight, notes=(said,))]
+        said = f"SSOPD skips this group: {sum(rewards):.0f} of {len(rewards)} completions are right"
+        longest = max(rollouts, key=lambda rollout: len(rollout.completion_ids))
+        return [Lesson(longest, longest.prompt_ids, weight=0.0, notes=(said,))]
+    found = advantages(torch.tensor([rewards]), config.scale_rewards)[0].tolist()
+    prompt = setup.teacher_prompt(problem)
+    lessons = []
+    for rollout, advantage in zip(rollouts, found, strict=True):
+        said = f"each token's advantage is {advantage:.3f}"
+        said += " times its weight" if config.method == "egrsd" else "; GRPO has no teacher"
+        lessons.append(Lesson(rollout, prompt, advantage, notes=(shown, said)))
+    return lessons
+
+
+def _explain(setup: Setup, lesson: Lesson) -> list[TokenRow]:
     """Return a row for each token of the rollout, under the student as it is at the moment."""
     config = setup.config
-    student_ND, teacher_ND = _hidden(setup, problem, rollout)
-    return explain_tokens(
+    student_ND, teacher_ND = _hidden(setup, lesson)
+    rows = explain_tokens(
         student_ND,
         teacher_ND,
         head_weight(setup.model),
-        rollout.completion_ids,
+        lesson.rollout.completion_ids,
         lambda ids: str(setup.tokenizer.decode(ids)),
         kind=config.divergence,
         beta=config.beta,
@@ -199,27 +252,41 @@ def _explain(setup: Setup, problem: Problem, rollout: Rollout) -> list[TokenRow]
         clip_mode=config.clip_mode,
         clip=config.clip,
     )
+    weights = _weights(setup, lesson, student_ND, teacher_ND)
+    return [replace(row, weight=weight) for row, weight in zip(rows, weights, strict=True)]
 
 
-def _prompt_texts(setup: Setup, problem: Problem) -> dict[str, str]:
+def _weights(setup: Setup, lesson: Lesson, student_ND: Tensor, teacher_ND: Tensor) -> list[float]:
+    """Return how much each token weighs for the method."""
     config = setup.config
-    return {
-        role: render_prompt(
-            problem,
-            problem.language,
-            setup.tokenizer,
-            role=role,
-            thinking=config.thinking,
-            english_problem=config.english_problem,
-            english_solution=config.english_solution,
+    ids_N = torch.tensor(lesson.rollout.completion_ids, device=setup.model.device)
+    head_VD = head_weight(setup.model)
+    student_N, _ = chunked_logprob(student_ND, head_VD, ids_N, temperature=config.temperature)
+    teacher_N, entropy_N = chunked_logprob(
+        teacher_ND, head_VD, ids_N, temperature=config.temperature
+    )
+    weight_N = torch.full_like(entropy_N, lesson.weight)
+    given_N = token_weights(config, {"teacher_entropy_N": entropy_N}, [len(ids_N)])
+    if given_N is not None:
+        weight_N = weight_N * given_N
+    if config.method == "egrsd":
+        advantage_N = torch.full_like(entropy_N, lesson.advantage)
+        log_ratio_N = teacher_N - student_N
+        weight_N = weight_N * credit(
+            advantage_N, log_ratio_N, mix=config.credit_mix, clip=config.credit_clip
         )
-        for role in ("student", "teacher")
-    }
+    return weight_N.tolist()
 
 
 def _text(setup: Setup, rollout: Rollout) -> str:
     end_ids = eos_ids(setup.model, setup.tokenizer)
     return completion_text(rollout.completion_ids, setup.tokenizer, end_ids)
+
+
+def _is_right(setup: Setup, problem: Problem, rollout: Rollout) -> bool:
+    think_open = prompt_opens_think(setup.tokenizer, setup.config.thinking)
+    text = _text(setup, rollout)
+    return grade(text, str(problem.answer), think_open=think_open).correct
 
 
 def _reward_note(setup: Setup, problem: Problem, rollout: Rollout, what: str) -> str:

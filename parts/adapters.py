@@ -95,15 +95,10 @@ def save_adapter(lora: Lora, folder: Path, *, base_model: str, revision: str | N
 def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:
     """Put the adapter in folder on model, which has none yet.
 
-    Raises FileNotFoundError or ValueError where the adapter is not all there, does not fit, or is
-    more than plain LoRA (PLAIN_LORA).
+    Raises FileNotFoundError or ValueError as read_settings does, and where it does not fit.
     """
-    for file in (CONFIG_FILE, TENSORS_FILE):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"no adapter in {folder}: {file} is missing")
-    saved = read_object(folder / CONFIG_FILE)
+    saved = read_settings(folder)
     try:
-        _check_plain(saved)
         targets = _read_targets(saved, list(adaptable_layers(model)))
         tensors = read_adapter_tensors(folder)
         # Before memory is asked for: the settings may say a rank that no machine has room for.
@@ -115,6 +110,23 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:
     lora = attach_lora(model, rank=saved["r"], alpha=saved["lora_alpha"], targets=targets, seed=0)
     copy_exactly(tensors, lora.sets["current"])
     return lora
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of the adapter in folder.
+
+    Raises FileNotFoundError or ValueError where the adapter is not all there, or is more than plain
+    LoRA (PLAIN_LORA).
+    """
+    for file in (CONFIG_FILE, TENSORS_FILE):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"no adapter in {folder}: {file} is missing")
+    saved = read_object(folder / CONFIG_FILE)
+    try:
+        _check_plain(saved)
+    except ValueError as error:
+        raise ValueError(f"adapter {folder}: {error}") from error
+    return saved
 
 
 def _check_plain(saved: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from parts.prompts import languages
-from parts.recipe import CompareConfig, Config, EvalConfig, range_text
+from parts.recipe import CompareConfig, Config, EvalConfig, range_text, refuse_idle
 
 Given = dict[str, Any]  # the values of the flags that were typed
 UsageError: Any = typer.BadParameter.__base__  # click's, which typer carries inside
@@ -127,6 +127,7 @@ comparison = _program("Compare methods at an equal budget of sampled tokens.")
 
 # Of a run's settings, those that a walk through one problem depends on.
 SHOWN = (
+    "method",
     "model",
     "lang",
     "data",
@@ -138,6 +139,20 @@ SHOWN = (
     "english_problem",
     "english_solution",
     "thinking",
+    "teacher_reads",
+    "brief",
+    "brief_language",
+    "note_tokens",
+    "vote_samples",
+    "token_weight",
+    "gate_scale",
+    "gate_floor",
+    "gate_lookahead",
+    "loss_prefix",
+    "credit_mix",
+    "credit_clip",
+    "witness_weight",
+    "witness_tokens",
     "temperature",
     "top_p",
     "top_k",
@@ -366,23 +381,26 @@ def train_command(
         bool, typer.Option("--stop-on-collapse", help="Save and stop at the first alarm.")
     ] = False,
 ) -> None:
-    """Train with COPSD or GRPO and show what it changed.
+    """Train with COPSD, GRPO or one of their neighbours, and show what it changed.
 
     The same command goes on with a run that was stopped. A flag that is not given comes from the
     model folder's recipe.json, where there is one, else from its default here.
     """
     console = start()
-    import copsd as method
+    import copsd as program
+    from methods import LOOPS
     from parts.setup import configure, prepare
     from parts.track import check_tracker
     from parts.watch import Watching
 
     with bad_input():
         check_tracker(track)
-        setup, run = prepare(*configure(given), console)
+        config, folder = configure(given)
+        refuse_idle(given, config)
+        setup, run = prepare(config, folder, console)
     watching = Watching(track, show_rollout, stop_on_collapse)
     with working(console, run.kept), other_ranks():
-        code = method.train(setup, run, console, watching)
+        code = program.train(setup, run, console, LOOPS[config.method], watching)
     raise typer.Exit(code)
 
 
@@ -405,7 +423,9 @@ def show_command(
     with bad_input():
         if html and not html.parent.is_dir():
             raise ValueError(f"--html is {html}: there is no such folder")
-        setup = show.prepare(*configure(given), adapter, console)
+        config, folder = configure(given)
+        refuse_idle(given, config)
+        setup = show.prepare(config, folder, adapter, console)
     with working(console, lambda: "nothing was to be kept"):
         found = show.walk(setup, trained=adapter is not None)
         show.print_walk(setup, found, console)

@@ -1,7 +1,7 @@
 """The experiments of compare.py as data: their arms, and which of these are tested against which.
 
 An arm is a name, a title and the settings that it changes; several arms may train with one method.
-A new arm is an entry here, and a new method of the family is a line of FAMILY. The base model,
+A new arm is an entry here, and a new method of the family a line of EVIDENCE. The base model,
 untrained, is an arm of every experiment and is not listed.
 """
 
@@ -51,8 +51,17 @@ class Design:
     in_full: bool = False
 
 
-GRPO = Variant("grpo", "GRPO", {"method": "grpo"}, "code")
-COPSD = Variant("copsd", "COPSD", {"method": "copsd"}, "code")
+# How sure we are of what each method does; "code" is the authors'.
+EVIDENCE = {
+    "copsd": "code",  # arXiv 2605.09548
+    "grpo": "code",  # as in OPSD's scripts, for COPSD released none
+    "opsdc": "code",  # arXiv 2603.05433, also called CRISP
+    "ophsd": "code",  # arXiv 2605.08741
+    "egrsd": "second-hand, its gate ours",  # arXiv 2605.13255
+    "ssopd": "second-hand",  # arXiv 2605.17497
+}
+GRPO = Variant("grpo", "GRPO", {"method": "grpo"}, EVIDENCE["grpo"])
+COPSD = Variant("copsd", "COPSD", {"method": "copsd"}, EVIDENCE["copsd"])
 # The first sweep tried ends where both methods are best; the wider one ends where runs collapse.
 SWEEP = "0.03,0.1,0.3,1,2"
 WIDE_SWEEP = "0.1,0.3,1,3,9"
@@ -66,16 +75,10 @@ COMPARISON = Design(
 )
 
 # The neighbours of COPSD, each with its recipe; see parts/recipe.py for what they set.
-FAMILY_TITLES = (
-    ("opsdc", "OPSDC", "code"),
-    ("ophsd", "OPHSD", "code"),
-    ("egrsd", "EGRSD", "second-hand, its gate ours"),
-    ("ssopd", "SSOPD", "second-hand"),
-)
 NEIGHBOURS = tuple(
-    Variant(method, title, {"method": method}, evidence)
-    for method, title, evidence in FAMILY_TITLES
-    if method in METHODS
+    Variant(method, method.upper(), {"method": method}, EVIDENCE[method])
+    for method in METHODS
+    if method not in ("copsd", "grpo")
 )
 FAMILY = Design(
     name="family",

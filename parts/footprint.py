@@ -62,7 +62,7 @@ class Footprint:
     """The bytes of a run, by what takes them."""
 
     weights: int
-    adapter: int  # and its moving average, where the teacher is one
+    adapter: int  # and its moving average or copy, where the teacher is one
     optimiser: int  # the gradient, and AdamW's two averages of it
     cache: int  # sampling: keys and values
     choice: int  # sampling: logits of the next token
@@ -140,10 +140,10 @@ def footprint(
     weights = shape.parameters * size
     cache, choice = _sampling_bytes(shape, config, size, lengths)
     activations, layer = _update_bytes(shape, config, size, lengths)
-    averages = 2 if config.teacher == "ema" else 1
+    sets = 2 if config.teacher in ("ema", "copy") else 1
     return Footprint(
         weights=weights,
-        adapter=averages * shape.adapter * FP32,
+        adapter=sets * shape.adapter * FP32,
         optimiser=3 * shape.adapter * FP32,
         cache=cache,
         choice=choice,
@@ -189,8 +189,9 @@ def _update_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> 
     kept += 3 * completion * shape.hidden * size + 2 * tokens * shape.hidden * FP32
     # The gradient flows back through one layer at a time.
     passing = tokens * _forward_bytes(shape, size)
-    if config.method == "copsd" or config.kl_coef:
-        other = lengths.teacher if config.method == "copsd" else lengths.student
+    has_teacher = config.method != "grpo"
+    if has_teacher or config.kl_coef:
+        other = lengths.teacher if has_teacher else lengths.student
         passing = max(passing, (rows * other + completion) * _forward_bytes(shape, size))
     return kept, passing
 
@@ -210,7 +211,7 @@ def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> in
 def _chunk_bytes(shape: Shape, config: Config, size: int) -> int:
     """Return the bytes of the logits that exist at a time in the loss."""
     logits = config.chunk_tokens * shape.vocabulary
-    if config.method == "grpo":
+    if config.method in ("grpo", "egrsd"):
         return logits * (size + 4 * FP32)
     if config.compile is not False and logits >= COMPILED_LOGITS:
         return 2 * logits * size  # student's and teacher's; compiled code keeps nothing else whole

@@ -343,7 +343,8 @@ class Lora:
 
     layers  by module path
     sets    the weights that each kind of teacher reads, by "<module path>.lora_A" and ".lora_B".
-            "fixed": none; "current": what is trained; "ema", if asked for: its moving average
+            "fixed": none; "current": what is trained; and if asked for, "ema": its moving
+            average, or "copy": what it was at the last refresh
     """
 
     model: PreTrainedModel
@@ -364,6 +365,24 @@ class Lora:
         """
         for name, average in self.sets["ema"].items():
             average.lerp_(self.sets["current"][name].detach(), 1 - decay)
+
+    def update_teacher(self, step: int, *, decay: float, every: int) -> None:
+        """After the optimiser's step number `step`, let the teacher's own set follow, if any.
+
+        decay  of the moving average, at each step
+        every  steps from one copy of the current set to the next
+        """
+        if "ema" in self.sets:
+            self.update_ema(decay)
+        if "copy" in self.sets and step % every == 0:
+            self.copy_current()
+
+    @torch.no_grad()
+    def copy_current(self) -> None:
+        """Let the teacher's own set, a moving average or a copy, be what the current one is."""
+        for kind in self.sets.keys() & {"ema", "copy"}:
+            for name, tensor in self.sets[kind].items():
+                tensor.copy_(self.sets["current"][name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors, as "current.<path>.lora_A" and so on; memory is shared."""
@@ -449,6 +468,7 @@ def attach_lora(
     targets: tuple[str, ...],
     seed: int,
     ema: bool = False,
+    copy: bool = False,
 ) -> Lora:
     """Replace every linear layer that a target names ("q_proj") by a LoRALinear; freeze the rest.
 
@@ -457,6 +477,7 @@ def attach_lora(
     seed   fixes A, uniform within 1 / sqrt(in) as in peft; B = 0, so the model starts as the base,
            bit for bit
     ema    keep a moving average for the "ema" teacher: one more copy of the adapter
+    copy   keep a copy for the "copy" teacher, likewise
 
     Never adapts the head, whose weight is used outside the model. Raises ValueError for a target
     that matches nothing, or that matches in a mixture of experts more than attention.
@@ -478,8 +499,8 @@ def attach_lora(
             current[f"{path}.lora_B"] = layers[path].lora_B
             model.set_submodule(path, layers[path])
     sets: dict[str, dict[str, Tensor]] = {"fixed": {}, "current": current}
-    if ema:
-        sets["ema"] = {name: tensor.detach().clone() for name, tensor in current.items()}
+    for kind in [name for name, kept in (("ema", ema), ("copy", copy)) if kept]:
+        sets[kind] = {name: tensor.detach().clone() for name, tensor in current.items()}
     return Lora(model, layers, rank, alpha, targets, sets)
 
 
@@ -488,7 +509,7 @@ def teacher_view(lora: Lora, kind: str) -> Iterator[None]:
     """Within the block the model is the teacher: no dropout, no gradient, that kind's adapter.
 
     kind  "fixed": adapter off, which is the base; "current": the adapter as it is; "ema": its
-          moving average
+          moving average; "copy": what it was at the last refresh
 
     Afterwards, exception or not, all is as before. Keep the student's backward out of the block:
     with gradient checkpointing it runs the student's layers again. Raises ValueError for a kind
@@ -497,7 +518,7 @@ def teacher_view(lora: Lora, kind: str) -> Iterator[None]:
     if kind not in lora.sets:
         raise ValueError(
             f"no {kind!r} teacher: valid are fixed, current, "
-            "and ema if the adapter was attached with it"
+            "and ema or copy if the adapter was attached with it"
         )
     tensors = lora.sets[kind]
     modes = [(module, module.training) for module in lora.model.modules()]

@@ -59,6 +59,13 @@ class Language:
     transition: str  # understand the solution, do not copy it, solve the problem yourself
     instruction: str  # reason step by step, put the final answer in \boxed{}
     opening: str  # the assistant's first sentence, which announces thinking in this language
+    # What the family's other teachers read; see parts/readings.py.
+    brief: str  # be brief
+    brief_by_difficulty: str  # be very brief where the problem is easy, longer where it is hard
+    plan_request: str  # write a plan from the solution, without calculation and answer
+    plan_label: str
+    answer_label: str  # the answer, to check only
+    witness_label: str  # a right solution of this problem
 
     @property
     def names(self) -> set[str]:
@@ -194,10 +201,22 @@ def render_prompt(
     else:
         shown = _shown_fields(english_problem, english_solution)
         user_turn = _teacher_turn(problem, language, shown)
+    text = render_turn(user_turn, problem, tokenizer, thinking, shown)
+    return f"{text}{language.opening}\n"
+
+
+def render_turn(
+    user_turn: str, problem: Problem, tokenizer: "Tokenizer", thinking: str, shown: list[str]
+) -> str:
+    """Return the text of a user's turn about a problem, up to where the assistant writes.
+
+    shown  the fields that stand in the turn beside the problem, for the error's message
+    Raises ValueError as render_prompt does.
+    """
     text = open_turn(user_turn, tokenizer, thinking)
     _refuse_lost_text(text, user_turn, problem, shown)
     _refuse_control_text(problem, tokenizer)
-    return f"{text}{language.opening}\n"
+    return text
 
 
 def build_prompt(
@@ -209,7 +228,12 @@ def build_prompt(
     never decoded again, for decoding and tokenising again can give other ids.
     """
     text = render_prompt(problem, language, tokenizer, **options)
-    return tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
+    return encode_prompt(text, tokenizer)
+
+
+def encode_prompt(text: str, tokenizer: "Tokenizer") -> list[int]:
+    """Return a rendered prompt's ids; the template has written the special tokens already."""
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def template_hash(tokenizer: "Tokenizer", language: str | Language, thinking: str = "auto") -> str:
@@ -273,16 +297,21 @@ def _refuse_lost_text(text: str, user_turn: str, problem: Problem, shown: list[s
         )
 
 
-def _refuse_control_text(problem: Problem, tokenizer: "Tokenizer") -> None:
-    """Raise ValueError where a problem spells a control token, which would act as one."""
-    fields = (problem.problem, problem.problem_en, problem.solution_en)
-    text = "\n".join(field for field in fields if field)
+def spelled_control(text: str, tokenizer: "Tokenizer") -> str | None:
+    """Return a control token that the text spells, and that would act as one; None: it has none."""
     template = tokenizer.get_chat_template()
     for token in tokenizer.added_tokens_decoder.values():
         # DeepSeek-R1 does not mark its turn tokens special; Gemma adds runs of blanks that are
         # ordinary text.
         is_control = token.content.strip() and (token.special or token.content in template)
         if is_control and token.content in text:
-            raise ValueError(
-                f"problem {problem.id!r} spells the control token {token.content!r}; drop it"
-            )
+            return token.content
+    return None
+
+
+def _refuse_control_text(problem: Problem, tokenizer: "Tokenizer") -> None:
+    """Raise ValueError where a problem spells a control token."""
+    fields = (problem.problem, problem.problem_en, problem.solution_en)
+    token = spelled_control("\n".join(field for field in fields if field), tokenizer)
+    if token:
+        raise ValueError(f"problem {problem.id!r} spells the control token {token!r}; drop it")

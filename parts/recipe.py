@@ -7,7 +7,12 @@ method, the default.
 
 Sources: "paper" is the released scripts of COPSD (arXiv 2605.09548); "OPSD" those of its parent
 (arXiv 2601.18734), which give GRPO's values, as COPSD released none; TRL is Hugging Face's trainer;
-"ours" is this project.
+OPSDC, OPHSD, EGRSD and SSOPD are COPSD's neighbours (methods.py says what is known of each); "ours"
+is this project, also where a neighbour published no value.
+
+A neighbour is COPSD's or GRPO's recipe with other values. Settings of the four seams, such as
+--teacher-reads, can be set for any method with COPSD's loop; a setting that would do nothing
+beside the others is refused when it is typed.
 """
 
 import math
@@ -21,9 +26,21 @@ from parts.files import read_object
 from parts.prompts import THINKING, find_language
 from parts.typed import typed
 
-METHODS = ("copsd", "grpo")
+# Each method, and the one whose recipe it follows where it has no value of its own.
+PARENTS = {
+    "copsd": "copsd",
+    "grpo": "grpo",
+    "opsdc": "copsd",
+    "ophsd": "copsd",
+    "egrsd": "grpo",
+    "ssopd": "grpo",
+}
+METHODS = tuple(PARENTS)
+GROUPED = tuple(method for method, parent in PARENTS.items() if parent == "grpo")
+DISTILLED = tuple(method for method, parent in PARENTS.items() if parent == "copsd")
 LABELS = ("reference", "garbage")  # completions that nobody samples, learned as hard labels
 COMPLETIONS = ("student", "teacher", *LABELS)
+NOTELESS = ("solution", "brief")  # what a teacher reads that is the same at every step
 
 
 def setting(
@@ -37,6 +54,7 @@ def setting(
     most: float = math.inf,
     below: float = math.inf,
     choices: tuple[str, ...] = (),
+    needs: dict[str, tuple[str, ...]] | None = None,
     **by_method: Any,
 ) -> Any:
     """Return a dataclass field that is also a flag.
@@ -46,16 +64,42 @@ def setting(
     source     who chose the default
     least ...  what check_settings holds it to: least <= value <= most, above < value < below
     choices    the words that are valid
+    needs      other settings, and the values of theirs with which this one does something
     by_method  its default where a method's recipe has another, such as grpo=1.2
     """
     metadata = {"doc": doc, "section": section, "source": source, "by_method": by_method}
     limits = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
-    return field(default=default, metadata=metadata | limits)
+    return field(default=default, metadata=metadata | limits | {"needs": needs or {}})
 
 
 task = partial(setting, section="What to train")
 objective = partial(setting, section="Objective of COPSD: what the student is pulled towards")
-grpo = partial(setting, section="Objective of GRPO: the baseline", source="OPSD")
+weights = partial(
+    setting,
+    section="Token weights: how much each token counts",
+    source="ours",
+    needs={"method": (*DISTILLED, "egrsd")},
+)
+gate = partial(weights, needs={"token_weight": ("confidence",)})
+reading = partial(setting, section="What the teacher reads", source="ours")
+grpo = partial(
+    setting,
+    section="Objective of GRPO: the baseline",
+    source="OPSD",
+    needs={"method": GROUPED},
+)
+egrsd = partial(
+    setting,
+    section="EGRSD: GRPO's advantages, token by token",
+    source="ours",
+    needs={"method": ("egrsd",)},
+)
+ssopd = partial(
+    setting,
+    section="SSOPD: a term beside GRPO's",
+    source="SSOPD",
+    needs={"method": ("ssopd",)},
+)
 rollouts = partial(setting, section="Rollouts: what the student writes in training")
 optimiser = partial(setting, section="Optimiser")
 adapter = partial(setting, section="Adapter (LoRA): the few weights that are trained")
@@ -103,11 +147,16 @@ class Config:
     token_budget: int | None = task(
         None, "Stop at so many sampled tokens, in place of --steps.", source="ours", least=1
     )
+    warm_start: str | None = task(
+        None, "A run's folder, from whose last adapter to start, as COPSD then GRPO.", source="ours"
+    )
 
     divergence: str = objective(
         "forward_kl",
         "How student and teacher are compared. forward_kl is KL(teacher || student).",
         choices=("forward_kl", "reverse_kl", "jsd"),
+        opsdc="reverse_kl",
+        ophsd="reverse_kl",
     )
     beta: float = objective(
         0.5, "The teacher's weight in the mixture of jsd.", source="ours", above=0, below=1
@@ -116,6 +165,8 @@ class Config:
         "entry",
         "What the clip caps: every entry of the vocabulary, a token's whole loss, or nothing.",
         choices=("none", "entry", "token"),
+        opsdc="none",
+        ophsd="none",
     )
     clip: float = objective(0.05, "The cap, in nats.", above=0)
     reduction: str = objective(
@@ -126,11 +177,31 @@ class Config:
     )
     teacher: str = objective(
         "fixed",
-        "The teacher's weights: the initial ones, the current ones, or a moving average.",
-        choices=("fixed", "current", "ema"),
+        "The teacher's weights: the initial ones, the current ones, a moving average, or a copy "
+        "that is renewed every --teacher-every steps.",
+        choices=("fixed", "current", "ema", "copy"),
+        opsdc="copy",
+    )
+    teacher_every: int = objective(
+        50,
+        "Steps from one copy of the student to the next. 1 collapsed in OPSDC's paper.",
+        source="OPSDC",
+        least=1,
+        needs={"teacher": ("copy",)},
     )
     ema_decay: float = objective(
         0.99, "How much of the moving average is kept at a step.", source="ours", least=0, most=1
+    )
+    loss_over: str = objective(
+        "vocabulary",
+        "What a token's loss is taken over: the vocabulary, the teacher's --loss-top-k most likely "
+        "tokens renormalised, or the sampled token alone, a policy gradient of the reverse KL "
+        "without a clip.",
+        source="paper, ours",
+        choices=("vocabulary", "top_k", "sampled"),
+    )
+    loss_top_k: int = objective(
+        100, "So many tokens.", source="ours", least=2, needs={"loss_over": ("top_k",)}
     )
     english_problem: bool = objective(True, "Show the teacher the English problem.")
     english_solution: bool = objective(True, "Show the teacher the English solution.")
@@ -159,6 +230,59 @@ class Config:
         "Whether prompts open a think block. auto: where the model would unasked.",
         source="ours",
         choices=THINKING,
+    )
+
+    teacher_reads: str = reading(
+        "solution",
+        "What the teacher has beside the problem: the English solution; a request to be brief and "
+        "nothing else; a plan that the student writes, and the answer; the solution explained by "
+        "itself (reason_first); or the answer that most attempts at the English problem agree on.",
+        choices=("solution", "brief", "plan", "explained", "voted"),
+        needs={"method": DISTILLED},
+        opsdc="brief",
+        ophsd="plan",
+    )
+    brief: str = reading(
+        "uniform",
+        "The request to be brief: always, or by how hard the problem is.",
+        source="OPSDC",
+        choices=("uniform", "difficulty"),
+        needs={"teacher_reads": ("brief",)},
+    )
+    brief_language: str = reading(
+        "target",
+        "The language of that request: the problem's, or English.",
+        choices=("target", "english"),
+        needs={"teacher_reads": ("brief",)},
+    )
+    note_tokens: int = reading(
+        128,
+        "The length limit of a plan or an explanation, in tokens.",
+        least=1,
+        needs={"teacher_reads": ("plan", "explained")},
+    )
+    vote_samples: int = reading(
+        8, "Attempts that vote on an answer.", least=2, needs={"teacher_reads": ("voted",)}
+    )
+
+    token_weight: str = weights(
+        "uniform",
+        "How a completion's tokens weigh, their mean being 1: alike, by how sure the teacher is "
+        "(the formula is ours), or by their place, falling to 0.",
+        choices=("uniform", "confidence", "position"),
+        egrsd="confidence",
+    )
+    gate_scale: float = gate(
+        1.0, "The teacher's entropy, in nats, at which confidence falls to 1/e.", above=0
+    )
+    gate_floor: float = gate(
+        0.1, "The least weight of an unsure token, before weights are normalised.", above=0, most=1
+    )
+    gate_lookahead: int = gate(
+        0, "A token's entropy is the least of its own and those of so many next tokens.", least=0
+    )
+    loss_prefix: float = weights(
+        1.0, "The share of each completion, from its start, that is learned from.", above=0, most=1
     )
 
     group_size: int = grpo(8, "Completions per problem, compared with each other.", least=2)
@@ -205,6 +329,22 @@ class Config:
         source="TRL",
     )
 
+    credit_mix: float = egrsd(
+        0.5,
+        "How much of an advantage is reweighted by the teacher. 0 is GRPO with the token weights.",
+        least=0,
+        most=1,
+    )
+    credit_clip: float = egrsd(
+        0.2, "The teacher changes a token's advantage by no more than this share.", least=0, below=1
+    )
+    witness_weight: float = ssopd(
+        0.5, "The most that the term weighs, in groups that are half right.", least=0
+    )
+    witness_tokens: int = ssopd(
+        256, "So many first tokens of the longest wrong completion learn.", source="ours", least=1
+    )
+
     batch_size: int = rollouts(
         32,
         "Completions per step. COPSD writes one for each problem, GRPO a group.",
@@ -223,6 +363,7 @@ class Config:
         "Divides the logits, of the rollouts and of all distributions in the loss.",
         above=0,
         grpo=1.2,
+        opsdc=1.0,
     )
     top_p: float = rollouts(
         0.95,
@@ -237,7 +378,10 @@ class Config:
     )
 
     lr: float = optimiser(
-        5e-6, "AdamW's peak learning rate. It falls linearly to 0, without warm-up.", least=0
+        5e-6,
+        "AdamW's peak learning rate. It falls linearly to 0, without warm-up.",
+        least=0,
+        opsdc=1e-6,
     )
     weight_decay: float = optimiser(0.0, "AdamW's weight decay.", least=0)
     max_grad_norm: float = optimiser(0.1, "The gradient's norm is cut to this.", above=0)
@@ -412,11 +556,11 @@ def check_value(f: Field, value: Any, name: str) -> None:
 def check_run(config: Config) -> None:
     """Raise ValueError where single settings, or two that belong together, are out of range."""
     check_settings(config)
-    if config.method == "grpo" and config.batch_size % config.group_size:
+    if config.method in GROUPED and config.batch_size % config.group_size:
         valid = f"a multiple of --group-size {config.group_size}"
         raise ValueError(f"--batch-size is {config.batch_size}; valid: {valid}")
-    if config.method != "copsd" and config.completion != "student":
-        raise ValueError(f"--completion {config.completion} is a control of COPSD; valid: student")
+    if config.completion != "student":
+        check_control(config)
     if config.answer_only and config.swap_solutions:
         raise ValueError("--answer-only and --swap-solutions both replace the solution; leave one")
     if config.answer_only and not config.english_solution:
@@ -431,10 +575,96 @@ def check_run(config: Config) -> None:
     if len(set(targets)) < len(targets) or "" in targets:
         valid = "names of layers, each once, separated by commas"
         raise ValueError(f"--lora-targets is {config.lora_targets!r}; valid: {valid}")
-    largest = config.batch_size * config.max_new_tokens
+    largest = largest_step(config)
     if config.token_budget is not None and config.token_budget < largest:
         valid = f"{largest} or more, what a step may sample"
         raise ValueError(f"--token-budget is {config.token_budget}; valid: {valid}")
+
+
+def check_control(config: Config) -> None:
+    """Raise ValueError where a completion that the student did not write meets what it lacks."""
+    control = f"--completion {config.completion}"
+    if config.method != "copsd":
+        raise ValueError(f"{control} is a control of COPSD; valid: student")
+    if config.teacher_reads not in NOTELESS:
+        valid = ", ".join(NOTELESS)
+        said = f"--teacher-reads {config.teacher_reads} is of the student's completions"
+        raise ValueError(f"{said}; valid with {control}: {valid}")
+    is_weighted = config.token_weight != "uniform" or config.loss_prefix < 1
+    if config.completion in LABELS and (is_weighted or config.loss_over != "vocabulary"):
+        raise ValueError(
+            f"{control} has no teacher; --token-weight, --loss-prefix and --loss-over go without it"
+        )
+
+
+def largest_step(config: Config) -> int:
+    """Return how many tokens a step may sample at most, for what the teacher reads among them."""
+    note = {
+        "plan": config.note_tokens,
+        "explained": config.note_tokens,
+        "voted": config.vote_samples * config.max_new_tokens,
+    }.get(config.teacher_reads, 0)
+    return config.batch_size * (config.max_new_tokens + note)
+
+
+def keeps_prompts(config: Config) -> bool:
+    """Say whether the teacher makes the same of a problem's prompt at every step.
+
+    Its weights are fixed, and it reads no note and no completion that training has written.
+    """
+    reads_the_same = config.teacher_reads in NOTELESS and config.method != "ssopd"
+    return config.teacher == "fixed" and reads_the_same
+
+
+def divergence_options(config: Config) -> dict[str, Any]:
+    """Return the settings of Eq. (1)'s D as the functions of kernels.py take them."""
+    return {
+        "kind": config.divergence,
+        "beta": config.beta,
+        "temperature": config.temperature,
+        "clip_mode": config.clip_mode,
+        "clip": config.clip,
+        "chunk_tokens": config.chunk_tokens,
+    }
+
+
+def refuse_idle(given: dict[str, Any], config: Config) -> None:
+    """Raise ValueError for a typed setting that does nothing in this run, such as another method's.
+
+    given  what was typed, of which `config` was made
+    """
+    for f in fields(config):
+        for name, values in f.metadata["needs"].items():
+            value = getattr(config, name)
+            if f.name in given and value not in values:
+                other = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{_flag(f)} is for {other} {', '.join(values)}; here {other} is {value}"
+                )
+
+
+def collapse_warnings(config: Config) -> list[str]:
+    """Return a line for each choice of settings that collapsed where others tried it."""
+    warnings = []
+    follows = config.teacher != "fixed" and config.method in DISTILLED
+    if follows and config.divergence == "forward_kl" and config.clip_mode == "none":
+        warnings.append(
+            "warning: an unclipped forward KL with a teacher that follows the student collapsed "
+            "in OPSDC's paper (MATH-500 5.7 against 95.7); valid are --divergence reverse_kl, "
+            "a --clip-mode, or --teacher fixed"
+        )
+    if follows and config.teacher == "copy" and config.teacher_every == 1:
+        warnings.append("warning: --teacher-every 1 collapsed in OPSDC's paper; it has 50")
+    return warnings
+
+
+def of_method(values: dict[str, Any], method: str, default: Any) -> Any:
+    """Return a method's value: its own, else that of the method it follows, else the default.
+
+    >>> [of_method({"grpo": 1.2, "opsdc": 1.0}, name, 1.1) for name in METHODS]
+    [1.1, 1.2, 1.0, 1.1, 1.2, 1.2]
+    """
+    return values.get(method, values.get(PARENTS.get(method, method), default))
 
 
 def fill(given: dict[str, Any], model_folder: Path) -> Config:
@@ -442,9 +672,7 @@ def fill(given: dict[str, Any], model_folder: Path) -> Config:
     method = given.get("method", Config.method)
     names = {f.name for f in fields(Config)}
     defaults = {
-        f.name: f.metadata["by_method"][method]
-        for f in fields(Config)
-        if method in f.metadata["by_method"]
+        f.name: of_method(f.metadata["by_method"], method, f.default) for f in fields(Config)
     }
     recipe = read_recipe(model_folder, method)
     if unknown := recipe.keys() - names:
@@ -474,7 +702,8 @@ def read_recipe(model_folder: Path, method: str = "copsd") -> dict[str, Any]:
     """Return the settings that the folder's recipe.json has for this model, {} where there is none.
 
     Each entry is {"value": ..., "why": ...}, with another value under a method's name where that
-    differs. Files in it are relative to the folder; "{lang}" stands for the language.
+    differs, for the methods that follow it, too. Files in it are relative to the folder; "{lang}"
+    stands for the language.
     """
     path = model_folder / "recipe.json"
     if not path.is_file():
@@ -484,7 +713,7 @@ def read_recipe(model_folder: Path, method: str = "copsd") -> dict[str, Any]:
     for name, entry in read_object(path).items():
         if not isinstance(entry, dict) or "value" not in entry:
             raise ValueError(f'{path}: {name} is no object with a "value"')
-        recipe[name] = entry.get(method, entry["value"])
+        recipe[name] = of_method(entry, method, entry["value"])
         if name in known:
             check_value(known[name], recipe[name], f"{path}: {name}")
     for name in ("data", "eval_data"):

@@ -1,5 +1,6 @@
 """All that a training run works with: loaded from its settings, checked, then given a folder."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kernels import compile_fault
-from parts import ranks, runs
+from parts import ranks, readings, runs
+from parts.adapters import put_adapter, read_settings
 from parts.chat import freeze_date, prompt_opens_think
 from parts.data import keep_fitting, read_problem_sets
 from parts.family import context_length
@@ -18,8 +20,15 @@ from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
 from parts.model import Lora, attach_lora, load_config, load_model, load_tokenizer, resolve_model
 from parts.prefixes import KeptPrompts
-from parts.prompts import Problem, build_prompt, is_teachable, pose_in_english, template_hash
-from parts.recipe import LABELS, Config, fill, settle
+from parts.prompts import (
+    Problem,
+    build_prompt,
+    encode_prompt,
+    is_teachable,
+    pose_in_english,
+    template_hash,
+)
+from parts.recipe import DISTILLED, GROUPED, LABELS, Config, collapse_warnings, fill, settle
 from parts.selfcheck import check_model
 from parts.view import say
 
@@ -41,13 +50,34 @@ class Setup:
         """Return the ids of x, before a rollout: what evaluation asks, too."""
         return student_prompt(self.config, problem, self.tokenizer)
 
-    def teacher_prompt(self, problem: Problem) -> list[int]:
-        """Return the ids of x, x_en and s_en, which the teacher reads before the same rollout."""
-        return teacher_prompt(self.config, problem, self.tokenizer)
+    def teacher_prompt(self, problem: Problem, note: str | None = None) -> list[int]:
+        """Return the ids of x, x_en and s_en, which the teacher reads before the same rollout.
+
+        note  what other teachers of the family read in their place; see parts/readings.py
+        """
+        return readings.reading(self.config, problem, self.tokenizer, note)
 
     def can_teach(self, problem: Problem) -> bool:
-        """Say whether the problem has all that the teacher's prompt is to show of it."""
+        """Say whether the problem has all that the teacher's prompt without a note shows of it."""
         return _can_teach(self.config, problem)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the teacher reads before each rollout of a step, and what it took to have it."""
+
+    prompts: list[list[int]]
+    sampled_tokens: int = 0
+    metrics: dict[str, float | None] = field(default_factory=dict)  # to be logged
+
+
+def read_solutions(setup: Setup, problems: list[Problem], step: int) -> Reading:
+    """Return what COPSD's teacher reads, and any other that needs no note: the same at any step."""
+    return Reading([setup.teacher_prompt(problem) for problem in problems])
+
+
+# What finds a step's reading: of the setup, the problems and the step's number.
+Reader = Callable[[Setup, list[Problem], int], Reading]
 
 
 def configure(given: dict[str, Any]) -> tuple[Config, Path]:
@@ -99,7 +129,10 @@ def load_setup(
         targets=tuple(config.lora_targets.split(",")),
         seed=config.seed,
         ema=config.teacher == "ema",
+        copy=config.teacher == "copy",
     )
+    if config.warm_start:
+        identity["warm_start"] = _warm_start(lora, config, str(identity["base_weights"]))
     return Setup(config, model, tokenizer, lora, train, heldout, dev=dev), identity
 
 
@@ -110,6 +143,8 @@ def prepare(
 
     day  as in load_setup, for a new run; one that goes on keeps its own
     """
+    for warning in collapse_warnings(config):
+        say(console, warning)
     run = runs.Run(Path(str(config.out)))
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
     if ranks.is_first():
@@ -127,9 +162,9 @@ def prepare(
     if ranks.is_first():
         run.check(settings, identity)
         runs.check_state(run, setup.lora.state_dict(), setup.lora.parameters())
-        # A state is the adapter, its moving average, and two numbers of the optimiser's for each.
+        # A state is the adapter, the teacher's own, and two numbers of the optimiser's for each.
         adapter = sum(tensor.numel() for tensor in setup.lora.parameters()) * 4  # bytes
-        saved = adapter * (5 if config.teacher == "ema" else 4)
+        saved = adapter * (5 if config.teacher in ("ema", "copy") else 4)
         require_space(run.folder, saved, "the first save")
         run.create(settings, identity)
     return setup, run
@@ -142,19 +177,26 @@ def student_prompt(
     return build_prompt(problem, problem.language, tokenizer, thinking=config.thinking)
 
 
-def teacher_prompt(
-    config: Config, problem: Problem, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """Return the ids of the teacher's prompt under these settings."""
-    return build_prompt(
-        problem,
-        problem.language,
-        tokenizer,
-        role="teacher",
-        thinking=config.thinking,
-        english_problem=config.english_problem,
-        english_solution=config.english_solution,
-    )
+def _warm_start(lora: Lora, config: Config, base_weights: str) -> str:
+    """Put a former run's last adapter into the new one; return what identifies it.
+
+    Raises ValueError for one of another base, or with other layers, rank or scale.
+    """
+    path = Path(str(config.warm_start))
+    runs.refuse_foreign_adapter(path, base_weights, config.model)
+    folder = runs.last_adapter_folder(path)
+    saved = read_settings(folder)
+    if saved["lora_alpha"] / saved["r"] != lora.alpha / lora.rank:
+        raise ValueError(
+            f"--warm-start {path} has an adapter of rank {saved['r']} and alpha "
+            f"{saved['lora_alpha']}; here they are {lora.rank} and {lora.alpha:g}"
+        )
+    try:
+        put_adapter(lora, folder)
+    except ValueError as error:
+        raise ValueError(f"--warm-start {path}: {error}") from error
+    lora.copy_current()
+    return runs.weights_fingerprint(lora.sets["current"])
 
 
 def longest_prompts(
@@ -166,19 +208,23 @@ def longest_prompts(
         parts = (problem.problem, problem.problem_en, problem.solution_en)
         return sum(len(part or "") for part in parts)
 
+    def _teacher_lengths(problem: Problem) -> list[int]:
+        if config.method == "ssopd":  # it reads a completion
+            text = readings.render_witness(config, problem, tokenizer, ".")
+            return [len(encode_prompt(text, tokenizer)) + config.max_new_tokens]
+        if not readings.can_read(config, problem):
+            return []
+        return [len(ids) for ids in readings.longest_prompts(config, problem, tokenizer)]
+
     # Tokenising all of thousands of problems once more takes seconds.
     longest = sorted(problems, key=_letters)[-16:]
     student = [len(student_prompt(config, problem, tokenizer)) for problem in longest]
-    teacher = [
-        len(teacher_prompt(config, problem, tokenizer))
-        for problem in longest
-        if _can_teach(config, problem)
-    ]
+    teacher = [length for problem in longest for length in _teacher_lengths(problem)]
     return Lengths(max(student), max(teacher, default=0))
 
 
 def _can_teach(config: Config, problem: Problem) -> bool:
-    return is_teachable(
+    return config.teacher_reads == "brief" or is_teachable(
         problem,
         english_problem=config.english_problem,
         english_solution=config.english_solution,
@@ -192,9 +238,9 @@ def fitting_problems(
     train, dev, heldout = read_problem_sets(config, console)
     # GRPO's reward is the grader's verdict, so it needs answers to train, too.
     # So do the controls that show the answer to the teacher, or teach it as a label.
-    is_needed = config.method == "grpo" or config.answer_only or config.completion == "garbage"
+    is_needed = config.method in GROUPED or config.answer_only or config.completion == "garbage"
     check_answers([*heldout, *dev, *(train if is_needed else [])])
-    must_teach = config.method == "copsd"
+    must_teach = config.method in (*DISTILLED, "egrsd")
 
     def _fitting(problems: list[Problem], needs_teacher: bool) -> list[Problem]:
         longest = []
@@ -202,8 +248,10 @@ def fitting_problems(
             prompts = []
             for posed in (problem, *pose_in_english([problem], 1.0)):
                 prompts.append(student_prompt(config, posed, tokenizer))
-                if needs_teacher or _can_teach(config, posed):
-                    prompts.append(teacher_prompt(config, posed, tokenizer))
+                if needs_teacher:
+                    prompts += readings.longest_prompts(config, posed, tokenizer)
+                elif _can_teach(config, posed):
+                    prompts.append(readings.reading(config, posed, tokenizer))
             longest.append(max(prompts, key=len))
         return keep_fitting(
             problems,

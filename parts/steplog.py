@@ -30,6 +30,10 @@ class Tally:
         self.loss = 0.0
         self.tokens: dict[str, list[Tensor]] = {}
         self.rows: list[tuple[int, int]] = []  # row, tokens
+        # What a method's own lines log: a sum, and what it is divided by.
+        self.notes: dict[str, tuple[float, float]] = {}
+        self.scored = 0  # tokens that those lines sent forward
+        self.updated = 0  # and backward
 
     def add(
         self, loss: Tensor, stats: Mapping[str, Tensor], rows: list[int], lengths: list[int]
@@ -43,6 +47,11 @@ class Tally:
     def mean(self, name: str) -> float | None:
         """Return a statistic's mean over the step's tokens, None if there are none."""
         return torch.cat(self.tokens[name]).mean().item() if name in self.tokens else None
+
+    def note(self, name: str, total: float, count: float) -> None:
+        """Add to what is logged under a name: the mean of all that is noted, by its count."""
+        old_total, old_count = self.notes.get(name, (0.0, 0.0))
+        self.notes[name] = (old_total + total, old_count + count)
 
     def clip_cosine(self) -> float | None:
         """Return the cosine between the clipped and the plain gradient; None if not measured."""
@@ -68,6 +77,10 @@ def merge(tallies: list[Tally]) -> Tally:
         whole.rows += tally.rows
         for name, tensors in tally.tokens.items():
             whole.tokens.setdefault(name, []).extend(tensors)
+        for name, noted in tally.notes.items():
+            whole.note(name, *noted)
+        whole.scored += tally.scored
+        whole.updated += tally.updated
     return whole
 
 
@@ -81,7 +94,8 @@ def count_tokens(rollouts: list[Rollout], *, prompts: bool = False) -> int:
 
 def asks_for_cosine(config: Config, step: int) -> bool:
     """Say whether this step measures how far the clip turns the gradient: the first does."""
-    if config.clip_mode == "none" or config.cosine_every == 0:
+    is_clipped = config.clip_mode != "none" and config.loss_over == "vocabulary"
+    if not is_clipped or config.cosine_every == 0:
         return False
     return (step - 1) % config.cosine_every == 0
 
@@ -109,6 +123,13 @@ def grpo_metrics(tally: Tally, group_rewards: list[list[float]], inner_epochs: i
         ratio_N = torch.full((1,), math.nan)
     rewards = sum(sum(group) for group in group_rewards)
     dead = sum(len(set(group)) == 1 for group in group_rewards)
+    credited = {}
+    if "credit_N" in tally.tokens:
+        credited = {
+            "loss/teacher_entropy_nats_per_token": tally.mean("teacher_entropy_N"),
+            "credit/mean": tally.mean("credit_N"),
+            "credit/flipped_token_frac": tally.mean("flipped_N"),  # 0, or something is wrong
+        }
     return {
         "loss/objective": tally.loss / inner_epochs,
         "loss/kl_nats_per_token": tally.mean("kl_N"),  # None unless --kl-coef asks for it
@@ -120,6 +141,8 @@ def grpo_metrics(tally: Tally, group_rewards: list[list[float]], inner_epochs: i
         "ratio/max": ratio_N.max().item(),
         "ratio/clipped_low_frac": tally.mean("clipped_low_N"),
         "ratio/clipped_high_frac": tally.mean("clipped_high_N"),
+        **credited,
+        **{name: total / count if count else None for name, (total, count) in tally.notes.items()},
     }
 
 

@@ -54,6 +54,7 @@ class TokenRow:
     kl         the divergence between p and q at this token, unclipped, in nats
     loss       what the token adds to the loss, after the clip, in nats
     clipped    whether the clip made it smaller
+    weight     how much the token counts among its completion's, 1 where all count alike
     student_top, teacher_top   the most likely tokens and their probabilities, from the top
     """
 
@@ -66,6 +67,7 @@ class TokenRow:
     clipped: bool
     student_top: list[tuple[str, float]]
     teacher_top: list[tuple[str, float]]
+    weight: float = 1.0
 
 
 @torch.no_grad()
@@ -136,26 +138,37 @@ def visible(text: str) -> str:
     return ("◌" if alone else "") + text.translate(MARKS)
 
 
-def tokens_table(rows: list[TokenRow], *, after: list[TokenRow] | None = None) -> Table:
+def tokens_table(
+    rows: list[TokenRow], *, after: list[TokenRow] | None = None, is_loss: bool = True
+) -> Table:
     """Return a table of at most 80 columns: a line per token and, last, the mean: it is the loss.
 
     The teacher's favourite is shown only where it is another token, and what the clip leaves of a
     token's KL only where it cut. Nothing is read as rich's markup.
 
-    after  the same tokens after training, for two more columns; ValueError if they are other tokens
+    after    the same tokens after training, for two more columns; ValueError if they are other
+             tokens
+    is_loss  whether the mean is the loss that the method trains on. Where tokens weigh unlike each
+             other, it is the mean of what the clip leaves times the weight
     """
     _check_same_tokens(rows, after)
     kl, loss = _means(rows)
     clips = any(row.clipped for row in rows)
+    weighted = any(row.weight != 1 for row in rows)
+    mark = "\n= loss" if is_loss else ""
     columns = [
         Column("token", "mean", max_width=13),
         Column("student", justify="right"),
         Column("teacher", justify="right"),
         Column("teacher\nwould say", max_width=11),
-        Column("KL,\nnats", _nats(kl) + ("" if clips else "\n= loss"), justify="right"),
+        Column("KL,\nnats", _nats(kl) + ("" if clips or weighted else mark), justify="right"),
     ]
     if clips:
-        columns.append(Column("clip\nleaves", f"{_nats(loss)}\n= loss", justify="right"))
+        said = _nats(loss) + ("" if weighted else mark)
+        columns.append(Column("clip\nleaves", said, justify="right"))
+    if weighted:
+        total = fmean(row.weight * row.loss for row in rows)
+        columns.append(Column("weight", _nats(total) + mark if is_loss else "", justify="right"))
     if after:
         columns.append(Column("student\nafter", justify="right"))
         columns.append(Column("KL\nafter", _nats(_means(after)[0]), justify="right"))
@@ -173,6 +186,8 @@ def tokens_table(rows: list[TokenRow], *, after: list[TokenRow] | None = None) -
         ]
         if clips:
             cells.append(Text(_nats(row.loss) if row.clipped else ""))
+        if weighted:
+            cells.append(Text(_nats(row.weight)))
         if after:
             trained = after[place]
             cells.append(Text(_share(trained.student)))

@@ -15,8 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import compare
-import copsd
 import eval as evaluator
+import methods
 import show
 from parts import commands
 from parts.files import CannotWrite, write_json
@@ -225,8 +225,8 @@ def a_bug(*arguments: Any, **options: Any):
 
 
 def test_a_bug_after_loading_shows_its_traceback(tmp_path, monkeypatch):
-    for method in copsd.LOOPS:
-        monkeypatch.setitem(copsd.LOOPS, method, a_bug)
+    for method in methods.LOOPS:
+        monkeypatch.setitem(methods.LOOPS, method, a_bug)
     monkeypatch.setattr(evaluator, "evaluate", a_bug)
     monkeypatch.setattr(show, "walk", a_bug)
     monkeypatch.setattr(compare, "measure_arm", lambda *arguments, **options: a_bug())

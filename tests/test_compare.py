@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import compare
-import copsd
+import methods
 from compare import arms_of, pick_rate
 from parts import commands, measure, outcome
 from parts import plan as plans
@@ -195,8 +195,8 @@ def test_what_is_finished_is_not_done_again_and_other_settings_are_refused(finis
     out = finished[0]
     before = (out / "RESULTS.md").read_bytes()
     (out / "RESULTS.md").unlink()
-    monkeypatch.setitem(copsd.LOOPS, "grpo", None)
-    monkeypatch.setitem(copsd.LOOPS, "copsd", None)
+    monkeypatch.setitem(methods.LOOPS, "grpo", None)
+    monkeypatch.setitem(methods.LOOPS, "copsd", None)
     assert run_cli(*SMALL, "--out", str(out)).exit_code == 0
     assert (out / "RESULTS.md").read_bytes() == before
     place = SMALL.index("--eval-samples")
@@ -229,7 +229,7 @@ def test_a_training_runs_folder_is_no_comparisons(tmp_path):
 
 
 def test_a_signal_keeps_what_is_finished(tmp_path, monkeypatch):
-    monkeypatch.setitem(copsd.LOOPS, "copsd", lambda setup, run, view: False)
+    monkeypatch.setitem(methods.LOOPS, "copsd", lambda setup, run, view: False)
     result = run_cli(*SMALL, "--out", str(tmp_path / "out"))
     assert result.exit_code == 130 and "same command goes on" in result.stdout
     assert len(list(tmp_path.glob("out/hau/sweep/grpo-*/results.json"))) == 2
@@ -240,7 +240,7 @@ def test_an_arm_whose_gradient_is_lost_ends_the_comparison_with_its_name(tmp_pat
     def diverged(setup, run, view):
         raise FloatingPointError("no finite gradient")
 
-    monkeypatch.setitem(copsd.LOOPS, "grpo", diverged)
+    monkeypatch.setitem(methods.LOOPS, "grpo", diverged)
     result = run_cli(*SMALL, "--out", str(tmp_path / "out"))
     assert result.exit_code == 1
     assert "error: " in result.stdout and "no finite gradient" in result.stdout

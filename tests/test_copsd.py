@@ -374,7 +374,13 @@ CHANGES = {
     "save_every": 1,
     "english_share": 0.0,
     "swap_solutions": True,
+    "answer_only": True,
+    "completion": "reference",
     "token_budget": 150,
+    "loss_over": "sampled",
+    "teacher_reads": "brief",
+    "token_weight": "position",
+    "loss_prefix": 0.3,
 }
 # These change memory, speed, place or the evaluation, and must not change what is learned, or are
 # tested elsewhere.
@@ -398,6 +404,8 @@ ELSEWHERE = {
     "eval_temperature",
     "eval_top_p",
     "keep",
+    # In test_controls.py
+    "cosine_every",
     # In test_watch.py
     "eval_every",
     "dev_problems",
@@ -412,6 +420,21 @@ ELSEWHERE = {
     "loss_norm",
     "mask_truncated",
     "resample_dead_groups",
+    # the family's, in test_methods.py
+    "warm_start",
+    "teacher_every",
+    "loss_top_k",
+    "brief",
+    "brief_language",
+    "note_tokens",
+    "vote_samples",
+    "gate_scale",
+    "gate_floor",
+    "gate_lookahead",
+    "credit_mix",
+    "credit_clip",
+    "witness_weight",
+    "witness_tokens",
 }
 
 
@@ -529,7 +552,7 @@ def write(path: Path, text: str) -> str:
         (["--divergence", "kl"], "forward_kl, reverse_kl, jsd"),
         (["--clip-mode", "all"], "none, entry, token"),
         (["--clip-mode", "entry", "--clip", "0"], "--clip is 0.0; valid: above 0"),
-        (["--teacher", "other"], "fixed, current, ema"),
+        (["--teacher", "other"], "fixed, current, ema, copy"),
         (["--reduction", "sum"], "token, trajectory"),
         (["--thinking", "maybe"], "auto, on, off"),
         (["--thinking", "on"], "think block"),
@@ -544,7 +567,7 @@ def write(path: Path, text: str) -> str:
         (["--dtype", "int3"], "int3"),
         (["--out", "tests"], "tests exists and is not a run folder"),
         (["--max-new-tokens", "512"], "no problem fits the model's context"),
-        (["--method", "ppo"], "unknown method 'ppo'; valid: copsd, grpo"),
+        (["--method", "ppo"], "unknown method 'ppo'; valid: copsd, grpo, opsdc"),
         (["--method", "grpo", "--group-size", "1"], "--group-size is 1; valid: 2 or more"),
         (["--method", "grpo", "--batch-size", "20"], "valid: a multiple of --group-size 8"),
         (["--method", "grpo", "--loss-norm", "mean"], "token, sequence, constant"),

@@ -17,7 +17,14 @@ from parts import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--steps", "2", "--batch-size", "6", "--micro-batch", "2", "--eval-problems", "0"]
-GRPO = [*SMALL, "--method", "grpo", "--group-size", "2", "--temperature", "1.5", "--lr", "1e-3"]
+GROUPS = ["--group-size", "2", "--temperature", "1.5", "--lr", "1e-3"]
+MEMBERS = {
+    "copsd": SMALL,
+    "grpo": [*SMALL, "--method", "grpo", *GROUPS],
+    "ophsd": [*SMALL, "--method", "ophsd", "--note-tokens", "16"],
+    "egrsd": [*SMALL, "--method", "egrsd", *GROUPS],
+    "ssopd": [*SMALL, "--method", "ssopd", *GROUPS],
+}
 
 
 def command(program: str, flags: list[str], count: int) -> list[str]:
@@ -80,11 +87,11 @@ def assert_alike(one: Path, other: Path) -> None:
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("flags", [SMALL, GRPO], ids=["copsd", "grpo"])
-def test_two_ranks_train_as_one_process_does(tmp_path, flags):
+@pytest.mark.parametrize("member", MEMBERS)
+def test_two_ranks_train_as_one_process_does(tmp_path, member):
     for count in (1, 2):
         out = ["--out", str(tmp_path / str(count))]
-        done = run("copsd.py", ["train", *flags, *out], count)
+        done = run("copsd.py", ["train", *MEMBERS[member], *out], count)
         assert done.stdout.count("done in") == 1, "one of them prints"
     assert_alike(tmp_path / "1", tmp_path / "2")
 

@@ -14,6 +14,7 @@ from parts.steplog import (
     copsd_metrics,
     count_tokens,
     grpo_metrics,
+    merge,
     update_metrics,
     work_metrics,
 )
@@ -169,3 +170,20 @@ def test_logged_rollouts_are_whole_and_spread_over_the_step(count, kept):
         "reward": float(last),
         "kl": last,
     }
+
+
+def test_what_ranks_or_updates_leave_is_joined_and_notes_are_means_over_what_is_counted():
+    first = tallied({"kl_N": [1.0, 3.0]}, lengths=[[2]])
+    second = tallied({"kl_N": [5.0]}, lengths=[[1]])
+    empty = Tally()
+    for tally, total, count in ((first, 1.0, 4), (second, 2.0, 2), (empty, 0.0, 0)):
+        tally.note("witness/skipped_group_frac", total, count)
+        tally.scored = tally.updated = count
+    whole = merge([first, second, empty])
+    assert whole.loss == 0.5 and whole.mean("kl_N") == 3.0
+    assert whole.notes == {"witness/skipped_group_frac": (3.0, 6.0)}
+    assert (whole.scored, whole.updated) == (6, 6) and first.scored == 4
+    logged = grpo_metrics(whole, [[1.0, 0.0]], 1)
+    assert logged["witness/skipped_group_frac"] == 0.5
+    empty.note("witness/kl_nats_per_token", 0.0, 0)
+    assert grpo_metrics(empty, [[1.0, 0.0]], 1)["witness/kl_nats_per_token"] is None

@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import copsd
+from methods import LOOPS
 from parts import commands, watch
 from parts.data import load_problems, write_problems
 from parts.files import read_json, read_rows
@@ -30,7 +31,7 @@ def make_setup(out: Path, **given):
 
 def train(out: Path, **given) -> Path:
     setup, run = make_setup(out, **given)
-    assert copsd.LOOPS[setup.config.method](setup, run, StepView(QUIET, setup.config.steps))
+    assert LOOPS[setup.config.method](setup, run, StepView(QUIET, setup.config.steps))
     return run.folder
 
 
@@ -213,7 +214,7 @@ def test_what_is_shown_changes_no_byte(tmp_path):
     ):
         setup, run = make_setup(tmp_path / name, steps=2)
         console = Console(file=io.StringIO(), force_terminal=terminal, width=40)
-        assert copsd.train(setup, run, console, watching) == 0
+        assert copsd.train(setup, run, console, copsd.train_copsd, watching) == 0
         folders.append(run.folder)
     plain, shown = folders
     assert adapter(plain, 2) == adapter(shown, 2) and timeless(plain) == timeless(shown)

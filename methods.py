@@ -1,0 +1,319 @@
+"""The family on one bench: COPSD, GRPO, and four published neighbours as variants of their loops.
+
+Four seams carry them all. Two are settings and no more: which divergence, and when the teacher's
+weights are renewed. What the teacher reads, and how a token is weighted, are settings where COPSD's
+loop suffices; where it does not, a member's own lines are here, and one of the two loops in
+copsd.py takes them as an argument.
+
+    python copsd.py train --method opsdc     shorter solutions: the teacher was asked to be brief
+    python copsd.py show --method ssopd      what its teacher reads, and what each token weighs
+
+    member  the teacher reads              token weight            divergence        teacher
+    copsd   English problem and solution   1                       forward KL, clip  fixed
+    opsdc   a request to be brief          1                       reverse KL        copy of the
+                                                                                     student
+    ophsd   a plan by the student, answer  1                       reverse KL        fixed
+    egrsd   as copsd                       GRPO's advantage times  none              fixed
+                                           credit and confidence
+    ssopd   a right completion             first tokens of the     forward KL, clip  fixed
+                                           longest wrong one
+
+EGRSD's light form has no rewards. It is COPSD with its weights: --token-weight confidence, and its
+control is --token-weight position. The formula of that confidence is ours (parts/weights.py).
+
+How sure we are of each stands in EVIDENCE (parts/experiments.py): "code", read in the authors'
+code; "second-hand", from notes on the paper. No member is claimed to be an exact reproduction.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from copsd import (
+    Group,
+    completion_hidden,
+    copsd_loss,
+    micro_batches,
+    roll_out_groups,
+    train_copsd,
+    train_grpo,
+)
+from kernels import chunked_logprob, reduce_loss
+from parts.chat import CLOSE, completion_text, prompt_opens_think
+from parts.family import context_length
+from parts.grading import extract_answer, normalise
+from parts.model import eos_ids, head_weight, teacher_view, valid_ids
+from parts.prompts import Problem, encode_prompt, pose_in_english, spelled_control
+from parts.readings import note_request, render_witness
+from parts.recipe import LABELS, Config
+from parts.runs import Run
+from parts.sampler import Rollout, SamplingParams, sample
+from parts.setup import Reader, Reading, Setup, read_solutions
+from parts.steplog import Metrics, Tally, count_tokens
+from parts.steps import rollout_seed
+from parts.view import Watcher
+from parts.weights import credit, token_weights
+
+NOTE_SEEDS = 10**18  # further than any seed of a rollout: no stream is shared
+
+
+# OPHSD, and the other teachers whose text is written during training.
+
+
+def read_notes(setup: Setup, problems: list[Problem], step: int) -> Reading:
+    """Return what the teacher reads where a note is written for each problem: a plan by the student
+    as it is now, or an explanation of the solution by the teacher itself (reason_first).
+
+    A note that is empty, spells a control token, or would not fit the context leaves the plain
+    prompt, the student's own, in its place; the log counts them. One that reaches --note-tokens
+    is used as far as it goes.
+    """
+    config = setup.config
+    requests = [note_request(config, problem, setup.tokenizer) or [] for problem in problems]
+    if config.teacher_reads == "explained":
+        with teacher_view(setup.lora, config.teacher):
+            written = ask(setup, requests, step=step, limit=config.note_tokens)
+    else:
+        written = ask(setup, requests, step=step, limit=config.note_tokens)
+    limit = context_length(setup.model.config) - config.max_new_tokens
+    prompts = []
+    plain = 0
+    for problem, (rollout,) in zip(problems, written, strict=True):
+        note = usable_text(setup, rollout)
+        prompt = setup.teacher_prompt(problem, note) if note else []
+        if not prompt or len(prompt) > limit:
+            prompt = setup.student_prompt(problem)
+            plain += 1
+        prompts.append(prompt)
+    sampled = count_tokens([rollout for (rollout,) in written])
+    noted: Metrics = {
+        "note/plain_frac": plain / len(problems),
+        "note/tokens_mean": sampled / len(written),
+    }
+    return Reading(prompts, sampled, noted)
+
+
+def read_votes(setup: Setup, problems: list[Problem], step: int) -> Reading:
+    """Return what the teacher reads where no solution is known: the answer most attempts agree on.
+
+    The student as it is now attempts the English problem --vote-samples times. A problem without
+    a single answer leaves the plain prompt, the student's own, in its place.
+    """
+    config = setup.config
+    prompts = [setup.student_prompt(problem) for problem in pose_in_english(problems, 1.0)]
+    attempts = ask(
+        setup, prompts, step=step, limit=config.max_new_tokens, samples=config.vote_samples
+    )
+    found = []
+    right = []
+    for problem, rollouts in zip(problems, attempts, strict=True):
+        texts = [usable_text(setup, rollout) for rollout in rollouts]
+        votes = Counter(answer for text in texts if (answer := voted_answer(text)))
+        # Of answers with as many votes, the one that came first.
+        winner = votes.most_common(1)[0][0] if votes else None
+        if problem.answer:
+            right.append(winner is not None and winner == normalise(problem.answer))
+        found.append(
+            setup.teacher_prompt(problem, winner) if winner else setup.student_prompt(problem)
+        )
+    sampled = sum(count_tokens(rollouts) for rollouts in attempts)
+    noted: Metrics = {"vote/right_frac": sum(right) / len(right) if right else None}
+    return Reading(found, sampled, noted)
+
+
+def voted_answer(text: str) -> str | None:
+    """Return the normal form of a text's answer, by which votes are counted; None: it has none."""
+    answer = extract_answer(text)
+    return None if answer is None else normalise(answer)
+
+
+def ask(
+    setup: Setup, prompts: list[list[int]], *, step: int, limit: int, samples: int = 1
+) -> list[list[Rollout]]:
+    """Sample from prompts other than the student's, with a random stream apart from the rollouts'.
+
+    limit  new tokens at most
+    """
+    config = setup.config
+    seed = NOTE_SEEDS + rollout_seed(config, step)
+    params = SamplingParams(limit, config.temperature, config.top_p, config.top_k, seed)
+    return sample(
+        setup.model,
+        prompts,
+        params,
+        samples_per_prompt=samples,
+        max_rows=config.sample_rows,
+        eos_ids=eos_ids(setup.model, setup.tokenizer),
+        valid_ids=valid_ids(setup.tokenizer),
+    )
+
+
+def usable_text(setup: Setup, rollout: Rollout) -> str:
+    """Return what a model wrote as another may read it: after its thoughts, "" where it cannot be.
+
+    A text that spells a control token cannot: it would end the turn that it stands in.
+    """
+    text = completion_text(
+        rollout.completion_ids, setup.tokenizer, eos_ids(setup.model, setup.tokenizer)
+    )
+    if prompt_opens_think(setup.tokenizer, setup.config.thinking):
+        _, closed, text = text.rpartition(CLOSE)
+        text = text if closed else ""
+    text = text.strip()
+    return "" if spelled_control(text, setup.tokenizer) else text
+
+
+# EGRSD: GRPO's advantage of a completion, spread over its tokens by what the teacher thinks.
+
+
+def egrsd_credit(
+    setup: Setup,
+    problems: list[Problem],
+    rollouts: list[Rollout],
+    tally: Tally,
+    advantage_N: Tensor,
+    old_logprob_N: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return each token's advantage times its credit and its weight, and what to log of each.
+
+    problems       each rollout's, of which the teacher reads English problem and solution
+    tally          counts the tokens that the teacher reads
+    old_logprob_N  the student's log q of the tokens when they were sampled
+    Neither factor is below 0, so that no reward flips its sign.
+    """
+    config = setup.config
+    completions = [rollout.completion_ids for rollout in rollouts]
+    prompts = [setup.teacher_prompt(problem) for problem in problems]
+    ids_N = torch.tensor([token for ids in completions for token in ids], device=setup.model.device)
+    with teacher_view(setup.lora, config.teacher):
+        logprob_N, entropy_N = chunked_logprob(
+            completion_hidden(setup.model, prompts, completions),
+            head_weight(setup.model),
+            ids_N,
+            temperature=config.temperature,
+            chunk_tokens=config.chunk_tokens,
+        )
+    tally.scored += sum(map(len, prompts)) + len(ids_N)
+    stats = {"teacher_entropy_N": entropy_N}
+    log_ratio_N = logprob_N - old_logprob_N
+    factor_N = credit(advantage_N, log_ratio_N, mix=config.credit_mix, clip=config.credit_clip)
+    weight_N = token_weights(config, stats, list(map(len, completions)))
+    if weight_N is not None:
+        factor_N = factor_N * weight_N
+    credited_N = advantage_N * factor_N
+    flipped_N = credited_N * advantage_N < 0
+    return credited_N, {**stats, "credit_N": factor_N, "flipped_N": flipped_N}
+
+
+# SSOPD: beside GRPO's loss, the longest wrong completion learns from the shortest right one.
+
+
+def add_ssopd_term(
+    setup: Setup, groups: list[Group], step_groups: int, tally: Tally, rows_at_once: int
+) -> None:
+    """Add the gradient of these groups' share of the term, and of the log.
+
+    L = (1/M) sum over the step's M groups of w(p) times the mean divergence over the first
+    --witness-tokens of the wrong completion; w is 0 for groups that are not mixed.
+
+    groups        this rank's, of the step_groups, M, of all ranks
+    rows_at_once  of a micro-batch
+    """
+    found = [pair for group in groups if (pair := witness_pair(setup, group))]
+    learners = [learner for _, learner, _ in found]
+    kl = 0.0
+    for rows in micro_batches(learners, rows_at_once):
+        batch = [learners[row] for row in rows]
+        lengths = [len(rollout.completion_ids) for rollout in batch]
+        loss_N, stats = copsd_loss(setup, [found[row][0] for row in rows], batch)
+        weight_B = torch.tensor([found[row][2] for row in rows])
+        loss = reduce_loss(
+            loss_N,
+            lengths,
+            reduction="trajectory",
+            step_tokens=0,
+            step_rows=step_groups,
+            weight_N=weight_B.repeat_interleave(torch.tensor(lengths)),
+        )
+        loss.backward()
+        tally.loss += loss.item()
+        kl += stats["kl_N"].sum().item()
+    student_tokens = count_tokens(learners, prompts=True)
+    tally.updated += student_tokens
+    tokens = count_tokens(learners)
+    tally.scored += student_tokens + tokens + sum(len(prompt) for prompt, _, _ in found)
+    tally.note("witness/skipped_group_frac", len(groups) - len(found), len(groups))
+    tally.note("witness/kl_nats_per_token", kl, tokens)
+
+
+def witness_pair(setup: Setup, group: Group) -> tuple[list[int], Rollout, float] | None:
+    """Return what the teacher reads, the start of the wrong completion, and the group's weight.
+
+    None, where the group has no right or no wrong completion, or where the right one cannot be
+    read: it is empty without its thoughts, spells a control token, or does not fit the context.
+    """
+    config = setup.config
+    judged = list(zip(group.rollouts, group.rewards, strict=True))
+    right = [rollout for rollout, reward in judged if reward]
+    wrong = [rollout for rollout, reward in judged if not reward]
+    if not right or not wrong:
+        return None
+    witness = usable_text(setup, min(right, key=lambda rollout: len(rollout.completion_ids)))
+    longest = max(wrong, key=lambda rollout: len(rollout.completion_ids))
+    first = slice(config.witness_tokens)
+    learner = Rollout(
+        longest.prompt_ids, longest.completion_ids[first], longest.logprobs[first], "length"
+    )
+    text = render_witness(config, group.problem, setup.tokenizer, witness)
+    prompt = encode_prompt(text, setup.tokenizer)
+    fits = len(prompt) + len(learner.completion_ids) <= context_length(setup.model.config)
+    weight = group_weight(len(right) / len(judged), config.witness_weight)
+    return (prompt, learner, weight) if witness and fits else None
+
+
+def group_weight(pass_rate: float, most: float) -> float:
+    """Return w(p) = most * 4 p (1 - p): 0 where all completions or none are right.
+
+    >>> [group_weight(pass_rate, 0.5) for pass_rate in (0.0, 0.25, 0.5, 1.0)]
+    [0.0, 0.375, 0.5, 0.0]
+    """
+    return most * 4 * pass_rate * (1 - pass_rate)
+
+
+# The loop of each method, which takes a setup, a run and a view.
+
+
+def reader(config: Config) -> Reader:
+    """Return what finds the teacher's prompts of a step under these settings."""
+    readers = {"plan": read_notes, "explained": read_notes, "voted": read_votes}
+    return readers.get(config.teacher_reads, read_solutions)
+
+
+def distil(setup: Setup, run: Run, view: Watcher) -> bool:
+    """Train with COPSD's loop and the teacher that the settings name."""
+    return train_copsd(setup, run, view, reader(setup.config))
+
+
+def example_prompts(setup: Setup, problems: list[Problem]) -> list[list[int] | None]:
+    """Return what the method's teacher would read of some problems now; None: nothing."""
+    config = setup.config
+    if config.method == "grpo" or config.completion in LABELS:
+        return [None] * len(problems)
+    if config.method == "ssopd":
+        groups = roll_out_groups(setup, problems, seed=config.seed)
+        pairs = [witness_pair(setup, group) for group in groups]
+        return [pair[0] if pair else None for pair in pairs]
+    return [*reader(config)(setup, problems, 0).prompts]
+
+
+LOOPS: dict[str, Callable[[Setup, Run, Watcher], bool]] = {
+    "copsd": distil,
+    "grpo": train_grpo,
+    "opsdc": distil,
+    "ophsd": distil,
+    "egrsd": partial(train_grpo, credit=egrsd_credit),
+    "ssopd": partial(train_grpo, add_term=add_ssopd_term),
+}

@@ -1,0 +1,648 @@
+"""The family: what each member reads, weighs and renews; a killed run ends as a whole one."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import copsd
+import methods
+from copsd import Group, copsd_loss, grpo_loss, roll_out, roll_out_groups
+from methods import LOOPS, egrsd_credit, group_weight, read_notes, usable_text, witness_pair
+from parts import commands
+from parts.experiments import EVIDENCE
+from parts.model import teacher_view
+from parts.readings import longest_prompts, note_request
+from parts.recipe import METHODS, collapse_warnings
+from parts.sampler import Rollout
+from parts.setup import configure, prepare
+from parts.steplog import Tally
+from parts.view import StepView
+
+SMALL = {
+    "steps": 2,
+    "batch_size": 8,
+    "micro_batch": 3,
+    "eval_problems": 0,
+    "max_new_tokens": 24,
+    "english_share": 0.0,
+    "lr": 1e-3,
+}
+GROUPS = {"group_size": 4, "max_new_tokens": 40}
+QUIET = Console(quiet=True)
+# What a member is trained with here, beside SMALL; each is a member or a variant of one.
+VARIANTS = {
+    "opsdc": {"method": "opsdc", "teacher_every": 2},
+    "ophsd": {"method": "ophsd", "note_tokens": 16},
+    "egrsd": {"method": "egrsd", **GROUPS},
+    "ssopd": {"method": "ssopd", **GROUPS, "witness_tokens": 9},
+    "light egrsd": {"token_weight": "confidence", "gate_lookahead": 2},
+    "explained": {"teacher_reads": "explained", "note_tokens": 16},
+    "voted": {"teacher_reads": "voted", "vote_samples": 3},
+}
+
+
+def make_setup(tmp_path: Path, **given):
+    config, folder = configure({**SMALL, "out": str(tmp_path / "run"), **given})
+    return prepare(config, folder, QUIET)
+
+
+def train(tmp_path: Path, **given) -> Path:
+    setup, run = make_setup(tmp_path, **given)
+    assert LOOPS[setup.config.method](setup, run, StepView(QUIET, setup.config.steps))
+    return run.folder
+
+
+def jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def nudge(setup, scale: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in setup.lora.parameters():
+            tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
+
+
+def gradient(setup) -> torch.Tensor:
+    grads = [t.grad.flatten() for t in setup.lora.parameters() if t.grad is not None]
+    for tensor in setup.lora.parameters():
+        tensor.grad = None
+    return torch.cat(grads)
+
+
+def every_second_is_right(monkeypatch) -> None:
+    """Let groups be mixed: the lab model's own would depend on its weights."""
+    monkeypatch.setattr(copsd, "is_correct", lambda text, gold, think_open: len(text) % 2 == 0)
+
+
+# What every member owes
+
+
+def test_every_method_has_a_loop_and_says_how_sure_we_are_of_it():
+    assert tuple(LOOPS) == METHODS == tuple(EVIDENCE)
+    for said in EVIDENCE.values():
+        assert said.split(",")[0] in ("code", "second-hand", "ours")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch, variant):
+    every_second_is_right(monkeypatch)
+    flags = {"steps": 3, "save_every": 1, "batch_size": 4, **VARIANTS[variant]}
+    straight = train(tmp_path / "straight", **flags)
+    setup, run = make_setup(tmp_path / "killed", **flags)
+    view = StepView(QUIET, 3)
+
+    def die_at_step_two(metrics):
+        if metrics["step"] == 2:
+            raise KeyboardInterrupt  # after the step was logged, before it was saved
+
+    monkeypatch.setattr(view, "show", die_at_step_two)
+    with pytest.raises(KeyboardInterrupt):
+        LOOPS[setup.config.method](setup, run, view)
+    resumed = train(tmp_path / "killed", **flags)
+    for name in (
+        "adapters/step_00003/adapter_model.safetensors",
+        "resume/step_00003.safetensors",
+        "completions.jsonl",
+    ):
+        assert (straight / name).read_bytes() == (resumed / name).read_bytes()
+    rows = [
+        [{k: v for k, v in row.items() if "time_s" not in k and "memory" not in k} for row in each]
+        for each in (jsonl(straight / "metrics.jsonl"), jsonl(resumed / "metrics.jsonl"))
+    ]
+    assert rows[0] == rows[1] and rows[0][-1]["sampled_tokens"] == sum(
+        row["rollout/tokens"] for row in rows[0]
+    )
+
+
+@pytest.mark.parametrize("over", ["vocabulary", "top_k", "sampled"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_teacher_that_reads_the_students_prompt_gives_no_loss_and_no_gradient(
+    tmp_path, kind, over
+):
+    # The current teacher is the initial one at the start, and reads as the student does, to the
+    # bit; of the fixed one prompts are kept, which is rounded otherwise (test_copsd.py).
+    given = {"divergence": kind, "clip_mode": "none", "teacher": "current"}
+    setup, _ = make_setup(tmp_path, **given, loss_over=over, loss_top_k=5)
+    rollouts = roll_out(setup, setup.train[:3], seed=0)
+    loss_N, _ = copsd_loss(setup, [rollout.prompt_ids for rollout in rollouts], rollouts)
+    loss_N.sum().backward()
+    assert loss_N.abs().max() == 0
+    # Exactly 0 in closed form; autograd's p - q of the top-k loss is rounded, over some 70 tokens.
+    assert gradient(setup).abs().max() <= (0 if over == "vocabulary" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"teacher_reads": "brief", "brief": "difficulty", "brief_language": "english"},
+        {"teacher_reads": "brief"},
+        {"teacher_reads": "plan"},
+        {"teacher_reads": "explained"},
+        {"teacher_reads": "voted"},
+    ],
+)
+def test_every_reading_ends_as_the_students_prompt_so_that_the_same_tokens_are_scored(
+    tmp_path, given
+):
+    setup, _ = make_setup(tmp_path, **given)
+    problem = setup.train[0]
+    student = setup.student_prompt(problem)
+    teacher = setup.teacher_prompt(problem, "First 14, then 27.")
+    start = setup.tokenizer.encode("<|im_start|>", add_special_tokens=False)[0]
+    assistant = student[len(student) - 1 - student[::-1].index(start) :]
+    assert len(assistant) > 5 and teacher[-len(assistant) :] == assistant and teacher != student
+    rollouts = roll_out(setup, [problem], seed=0)
+    loss_N, _ = copsd_loss(setup, [teacher], rollouts)
+    assert len(loss_N) == len(rollouts[0].completion_ids) and loss_N.abs().max() > 0
+
+
+# OPSDC
+
+
+def test_the_copied_teacher_is_the_student_after_a_refresh_and_stays_put_in_between(
+    tmp_path, monkeypatch
+):
+    setup, run = make_setup(tmp_path, method="opsdc", teacher_every=3, steps=4, save_every=1)
+    seen = {}
+    real = setup.lora.update_teacher
+
+    def remember(step, **options):
+        real(step, **options)
+        seen[step] = {
+            kind: {name: t.detach().clone() for name, t in setup.lora.sets[kind].items()}
+            for kind in ("current", "copy")
+        }
+
+    monkeypatch.setattr(setup.lora, "update_teacher", remember)
+    start = {name: t.clone() for name, t in setup.lora.sets["copy"].items()}
+    assert LOOPS["opsdc"](setup, run, StepView(QUIET, 4))
+
+    def same(first, second):
+        return all(torch.equal(first[name], second[name]) for name in first)
+
+    assert same(seen[1]["copy"], start) and same(seen[2]["copy"], start)
+    assert not same(seen[2]["current"], start)
+    assert same(seen[3]["copy"], seen[3]["current"]) and same(seen[4]["copy"], seen[3]["copy"])
+    assert not same(seen[4]["current"], seen[4]["copy"])
+    saved = run.load_state()[2]
+    for name, tensor in seen[4]["copy"].items():
+        assert torch.equal(saved[f"lora/copy.{name}"], tensor)
+    # A view of that teacher scores as the student did when it was copied.
+    with teacher_view(setup.lora, "copy"):
+        active = next(iter(setup.lora.layers.values())).active
+    assert active is not None and active[0] is next(iter(setup.lora.sets["copy"].values()))
+
+
+def test_opsdc_is_its_settings_and_its_teacher_reads_nothing_privileged(tmp_path):
+    setup, _ = make_setup(tmp_path, method="opsdc")
+    config = setup.config
+    assert (config.divergence, config.clip_mode) == ("reverse_kl", "none")
+    assert (config.teacher, config.teacher_every, config.temperature) == ("copy", 50, 1.0)
+    problem = setup.train[0]
+    text = str(setup.tokenizer.decode(setup.teacher_prompt(problem)))
+    assert "taƙaita" in text and str(problem.problem_en) not in text
+    assert str(problem.solution_en) not in text
+    bare = replace(problem, problem_en=None, solution_en=None)
+    assert setup.can_teach(bare) and setup.teacher_prompt(bare) == setup.teacher_prompt(problem)
+    english = replace(setup, config=replace(config, brief_language="english", brief="difficulty"))
+    said = str(setup.tokenizer.decode(english.teacher_prompt(problem)))
+    assert "Match the length to the difficulty" in said and "mataki-mataki" in said
+
+
+def test_what_collapsed_elsewhere_is_warned_of(tmp_path):
+    given = {"method": "opsdc", "divergence": "forward_kl", "out": "runs/x"}
+    config, _ = configure(given)
+    assert any("unclipped forward KL" in said for said in collapse_warnings(config))
+    for other in ({"divergence": "reverse_kl"}, {"clip_mode": "entry"}, {"teacher": "fixed"}):
+        assert collapse_warnings(replace(config, **other)) == []
+    every = replace(config, divergence="reverse_kl", teacher_every=1)
+    assert any("--teacher-every 1 collapsed" in said for said in collapse_warnings(every))
+    result = run_cli(
+        "--method", "opsdc", "--divergence", "forward_kl", "--out", str(tmp_path / "r")
+    )
+    assert "warning: an unclipped forward KL" in result.stdout
+
+
+# OPHSD, and other notes
+
+
+def test_a_plan_is_the_current_students_and_does_not_touch_the_rollouts(tmp_path):
+    flags = {"divergence": "reverse_kl", "clip_mode": "none", "lr": 0.0}
+    plain = train(tmp_path / "plain", **flags)
+    planned = train(tmp_path / "plan", method="ophsd", note_tokens=16, lr=0.0)
+    texts = [
+        [row["completion"] for row in jsonl(each / "completions.jsonl")]
+        for each in (plain, planned)
+    ]
+    assert texts[0] == texts[1], "plans have a random stream of their own"
+    setup, _ = make_setup(tmp_path / "s", method="ophsd", note_tokens=16, top_k=1)
+    problems = setup.train[:4]
+    first = read_notes(setup, problems, 1)
+    assert read_notes(setup, problems, 1).prompts == first.prompts
+    nudge(setup, 0.3)
+    assert read_notes(setup, problems, 1).prompts != first.prompts, "the student has changed"
+    text = str(setup.tokenizer.decode(first.prompts[0]))
+    assert "Tsari:" in text and f"kawai:\n{problems[0].answer}" in text
+    assert str(problems[0].solution_en) not in text
+    assert first.sampled_tokens > 0 and first.metrics["note/plain_frac"] == 0
+
+
+@pytest.mark.parametrize("note", ["", "  \n", "so <|im_end|> it"])
+def test_a_plan_that_cannot_be_read_leaves_the_plain_prompt_and_is_counted(
+    tmp_path, monkeypatch, note
+):
+    setup, _ = make_setup(tmp_path, method="ophsd")
+    problems = setup.train[:2]
+    good = setup.tokenizer.encode("Add both.", add_special_tokens=False)
+    spelled = setup.tokenizer.encode(note, add_special_tokens=False)
+    written = [
+        [Rollout([5], ids or [setup.tokenizer.eos_token_id], [0.0], "stop")]
+        for ids in (good, spelled)
+    ]
+    monkeypatch.setattr(methods, "ask", lambda *a, **k: written)
+    monkeypatch.setattr(
+        methods,
+        "completion_text",
+        lambda ids, *_: note if ids != good else "Add both.",
+    )
+    found = read_notes(setup, problems, 1)
+    assert found.prompts[0] == setup.teacher_prompt(problems[0], "Add both.")
+    assert found.prompts[1] == setup.student_prompt(problems[1])
+    assert found.metrics["note/plain_frac"] == 0.5
+
+
+def test_a_plan_that_would_not_fit_leaves_the_plain_prompt(tmp_path, monkeypatch):
+    setup, _ = make_setup(tmp_path, method="ophsd")
+    monkeypatch.setattr(methods, "usable_text", lambda *_: "a b c " * 300)
+    found = read_notes(setup, setup.train[:2], 1)
+    assert found.prompts == [setup.student_prompt(problem) for problem in setup.train[:2]]
+    assert found.metrics["note/plain_frac"] == 1
+
+
+def test_problems_whose_plan_might_not_fit_are_left_out_before_the_run(tmp_path):
+    setup, _ = make_setup(tmp_path, method="ophsd", note_tokens=40)
+    problem = setup.train[0]
+    with_plan, request = longest_prompts(setup.config, problem, setup.tokenizer)
+    assert len(with_plan) == len(setup.teacher_prompt(problem, ".")) + 40
+    asked = note_request(setup.config, problem, setup.tokenizer)
+    room = setup.config.max_new_tokens
+    assert asked is not None and len(request) + room == len(asked) + 40
+    with pytest.raises(ValueError, match="no problem fits the model's context"):
+        make_setup(tmp_path / "long", method="ophsd", note_tokens=400)
+
+
+def test_thoughts_are_no_part_of_a_note(tmp_path, monkeypatch):
+    setup, _ = make_setup(tmp_path)
+    monkeypatch.setattr(methods, "prompt_opens_think", lambda *_: True)
+    rollout = Rollout([5], [6], [0.0], "stop")
+    for said, left in (("a</think> b", "b"), ("never closed", "")):
+        monkeypatch.setattr(methods, "completion_text", lambda *_, said=said: said)
+        assert usable_text(setup, rollout) == left
+
+
+def test_an_explanation_is_the_teachers_and_stands_beside_the_solution(tmp_path):
+    setup, _ = make_setup(tmp_path, teacher_reads="explained", note_tokens=16, top_k=1)
+    problem = setup.train[0]
+    first = read_notes(setup, [problem], 1)
+    text = str(setup.tokenizer.decode(first.prompts[0]))
+    assert str(problem.solution_en) in text and "Why it is right:" in text
+    nudge(setup, 0.3)
+    assert read_notes(setup, [problem], 1).prompts == first.prompts, "the teacher is fixed"
+
+
+def test_the_answer_that_most_attempts_agree_on_takes_the_solutions_place(tmp_path, monkeypatch):
+    setup, _ = make_setup(tmp_path, teacher_reads="voted", vote_samples=3)
+    first, second = setup.train[:2]
+    said = [[r"\boxed{7}", r"\boxed{41}", r"so \boxed{41.0}"], ["none", "none", "none"]]
+    written = [[Rollout([5], [index], [0.0], "stop") for index in (0, 1, 2)] for _ in said]
+    texts = iter(text for row in said for text in row)
+    monkeypatch.setattr(methods, "ask", lambda *a, **k: written)
+    monkeypatch.setattr(methods, "usable_text", lambda *_: next(texts))
+    found = methods.read_votes(setup, [replace(first, answer="41"), second], 1)
+    text = str(setup.tokenizer.decode(found.prompts[0]))
+    assert "Most attempts give the answer 41." in text and str(first.solution_en) not in text
+    assert found.prompts[1] == setup.student_prompt(second)
+    assert found.sampled_tokens == 6 and found.metrics["vote/right_frac"] == 0.5
+
+
+# EGRSD
+
+
+def test_egrsd_without_teacher_or_weights_is_grpo_byte_for_byte(tmp_path, monkeypatch):
+    every_second_is_right(monkeypatch)
+    grpo = train(tmp_path / "grpo", method="grpo", **GROUPS)
+    off = {"credit_mix": 0.0, "token_weight": "uniform"}
+    egrsd = train(tmp_path / "egrsd", method="egrsd", **GROUPS, **off)
+    light = train(tmp_path / "w", method="egrsd", **GROUPS, credit_mix=0.0)
+    mixed = train(tmp_path / "m", method="egrsd", **GROUPS, token_weight="uniform")
+    name = "adapters/step_00002/adapter_model.safetensors"
+    assert (grpo / name).read_bytes() == (egrsd / name).read_bytes()
+    assert len({(each / name).read_bytes() for each in (grpo, light, mixed)}) == 3
+    rows = jsonl(mixed / "metrics.jsonl")
+    assert all(row["credit/flipped_token_frac"] == 0 for row in rows)
+    assert all(0.9 <= row["credit/mean"] <= 1.1 for row in rows)
+
+
+def test_egrsds_advantage_is_the_formula_of_two_plain_forwards(tmp_path):
+    setup, _ = make_setup(
+        tmp_path, method="egrsd", **GROUPS, token_weight="uniform", credit_mix=0.4
+    )
+    nudge(setup)
+    problem = setup.train[0]
+    (rollout,) = roll_out(setup, [problem], seed=0)
+
+    def logprobs(prompt: list[int]) -> torch.Tensor:
+        ids = torch.tensor([prompt + rollout.completion_ids])
+        with torch.no_grad():
+            logits = setup.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        log_NV = (logits / setup.config.temperature).log_softmax(-1)
+        return log_NV[range(len(rollout.completion_ids)), rollout.completion_ids]
+
+    student_N = logprobs(rollout.prompt_ids)
+    with teacher_view(setup.lora, "fixed"):
+        teacher_N = logprobs(setup.teacher_prompt(problem))
+    for advantage in (1.5, -0.5):
+        advantage_N = torch.full_like(student_N, advantage)
+        tally = Tally()
+        found_N, stats = egrsd_credit(setup, [problem], [rollout], tally, advantage_N, student_N)
+        ratio_N = (advantage_N.sign() * (teacher_N - student_N)).exp().clamp(0.8, 1.2)
+        torch.testing.assert_close(
+            found_N, advantage_N * (0.6 + 0.4 * ratio_N), atol=1e-4, rtol=1e-4
+        )
+        assert not stats["flipped_N"].any() and len(stats["credit_N"].unique()) > 1
+        assert tally.scored == len(setup.teacher_prompt(problem)) + len(student_N)
+
+
+# SSOPD
+
+
+def test_the_weight_of_a_group_is_0_where_all_or_none_are_right():
+    assert group_weight(0.0, 0.5) == group_weight(1.0, 0.5) == 0
+    assert group_weight(0.5, 0.5) == 0.5 and group_weight(0.25, 0.5) == pytest.approx(0.375)
+
+
+def test_the_longest_wrong_completion_learns_from_the_shortest_right_one(tmp_path):
+    setup, _ = make_setup(tmp_path, method="ssopd", **GROUPS, witness_tokens=5)
+    encode = setup.tokenizer.encode
+    texts = ["one two three", "four", "five six", "seven eight nine ten one two"]
+    rollouts = []
+    for text in texts:
+        ids = encode(text, add_special_tokens=False)
+        rollouts.append(Rollout([5], ids, [0.0] * len(ids), "stop"))
+    group = Group(setup.train[0], rollouts, [0.0, 1.0, 1.0, 0.0])
+    pair = witness_pair(setup, group)
+    assert pair is not None
+    prompt, learner, weight = pair
+    text = str(setup.tokenizer.decode(prompt))
+    assert "[farkon mafita]\nfour\n[ƙarshen mafita]" in text
+    assert str(group.problem.solution_en) not in text
+    assert learner.completion_ids == rollouts[3].completion_ids[:5] and weight == 0.5
+    for reward in (0.0, 1.0):
+        assert witness_pair(setup, replace(group, rewards=[reward] * 4)) is None
+
+
+def test_groups_that_are_not_mixed_are_skipped_and_counted_and_leave_grpo(tmp_path, monkeypatch):
+    name = "adapters/step_00002/adapter_model.safetensors"
+    monkeypatch.setattr(copsd, "is_correct", lambda *_, **__: False)
+    dead = train(tmp_path / "dead", method="ssopd", **GROUPS)
+    rows = jsonl(dead / "metrics.jsonl")
+    assert all(row["witness/skipped_group_frac"] == 1 for row in rows)
+    assert all(row["witness/kl_nats_per_token"] is None for row in rows)
+    every_second_is_right(monkeypatch)
+    grpo = train(tmp_path / "grpo", method="grpo", **GROUPS)
+    nothing = train(tmp_path / "nothing", method="ssopd", **GROUPS, witness_weight=0.0)
+    ssopd = train(tmp_path / "ssopd", method="ssopd", **GROUPS)
+    assert (grpo / name).read_bytes() == (nothing / name).read_bytes()
+    assert (grpo / name).read_bytes() != (ssopd / name).read_bytes()
+    row = jsonl(ssopd / "metrics.jsonl")[0]
+    assert row["witness/skipped_group_frac"] < 1 and row["witness/kl_nats_per_token"] > 0
+    assert row["score/tokens"] > jsonl(grpo / "metrics.jsonl")[0]["score/tokens"]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_ssopds_term_is_the_weighted_mean_over_groups_of_the_means_over_tokens(
+    tmp_path, monkeypatch, micro_batch
+):
+    every_second_is_right(monkeypatch)
+    given = {"method": "ssopd", **GROUPS, "witness_tokens": 9, "micro_batch": micro_batch}
+    setup, _ = make_setup(tmp_path, **given)
+    nudge(setup)
+    groups = roll_out_groups(setup, setup.train[:4], seed=0)
+    pairs = [pair for group in groups if (pair := witness_pair(setup, group))]
+    assert pairs
+    tally = Tally()
+    methods.add_ssopd_term(setup, groups, len(groups), tally, micro_batch)
+    found = gradient(setup)
+    total = torch.tensor(0.0)
+    for prompt, learner, weight in pairs:
+        loss_N, _ = copsd_loss(setup, [prompt], [learner])
+        total = total + weight * loss_N.mean() / len(groups)
+    total.backward()
+    expected = gradient(setup)
+    assert tally.loss == pytest.approx(total.item(), abs=1e-5)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, atol=1e-5 * scale, rtol=0)
+
+
+# Out of memory, and prompts that are kept
+
+
+@pytest.mark.parametrize(
+    ("method", "place", "name"),
+    [
+        ("egrsd", copsd, "grpo_loss"),
+        ("ssopd", copsd, "grpo_loss"),
+        ("ssopd", methods, "copsd_loss"),
+    ],
+)
+def test_an_attempt_that_ran_out_of_memory_leaves_nothing_in_the_log(
+    tmp_path, monkeypatch, capsys, method, place, name
+):
+    every_second_is_right(monkeypatch)
+    # Five rows, then two: of three micro-batches of the second attempt one is half known.
+    given = {"method": method, **GROUPS, "steps": 1, "micro_batch": 5, "inner_epochs": 2}
+    straight = train(tmp_path / "a", **given)
+    calls = []
+    real = getattr(place, name)
+
+    def fail_once(*arguments, **options):
+        calls.append(1)
+        found = real(*arguments, **options)
+        if len(calls) == (2 if name == "grpo_loss" else 1):
+            raise torch.OutOfMemoryError("as if")
+        return found
+
+    monkeypatch.setattr(place, name, fail_once)
+    halved = train(tmp_path / "b", **given)
+    assert "out of memory: micro-batches of 2 rows" in capsys.readouterr().err
+    (first,), (second,) = (jsonl(run / "metrics.jsonl") for run in (straight, halved))
+    assert first.keys() == second.keys()
+    for metric, value in first.items():
+        if "time_s" not in metric and "memory" not in metric:
+            close = value is not None and value == pytest.approx(second[metric], rel=2e-3, abs=1e-5)
+            assert value == second[metric] or close, metric
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"method": "copsd"}, True),
+        ({"method": "opsdc", "teacher": "fixed"}, True),
+        ({"method": "opsdc"}, False),
+        ({"method": "ophsd"}, False),
+        ({"teacher_reads": "explained"}, False),
+        ({"teacher_reads": "voted"}, False),
+        ({"method": "ssopd"}, False),
+    ],
+)
+def test_only_prompts_that_never_change_are_kept(tmp_path, given, kept):
+    setup, _ = make_setup(tmp_path, **given)
+    problem = setup.train[0]
+    rollouts = roll_out(setup, [problem], seed=0)
+    copsd_loss(setup, [setup.teacher_prompt(problem, None)], rollouts)
+    assert bool(setup.kept_prompts.kept) == kept
+
+
+# COPSD then GRPO
+
+
+def test_a_warm_start_begins_with_a_runs_last_adapter(tmp_path):
+    first = train(tmp_path / "first")
+    setup, run = make_setup(tmp_path / "second", method="grpo", **GROUPS, warm_start=str(first))
+    saved = first / "adapters" / "step_00002"
+    for name, tensor in methods_tensors(saved).items():
+        assert torch.equal(setup.lora.sets["current"][name], tensor)
+    copied, _ = make_setup(tmp_path / "third", method="opsdc", warm_start=str(first))
+    for name, tensor in copied.lora.sets["copy"].items():
+        assert torch.equal(tensor, copied.lora.sets["current"][name])
+    assert json.loads(run.record_file.read_text())["identity"]["warm_start"]
+
+
+def methods_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from parts.adapters import read_adapter_tensors
+
+    return read_adapter_tensors(folder)
+
+
+def test_a_warm_start_from_another_base_or_another_shape_is_one_line(tmp_path):
+    first = train(tmp_path / "first")
+    other = tmp_path / "other"
+    shutil.copytree(first, other)
+    record = json.loads((other / "config.json").read_text())
+    record["identity"]["base_weights"] = "0" * 16
+    (other / "config.json").write_text(json.dumps(record))
+    for flags, said in (
+        (["--warm-start", str(other)], "was trained on other base weights"),
+        (["--warm-start", str(first), "--lora-rank", "4"], "has an adapter of rank 16"),
+        (["--warm-start", str(first), "--lora-targets", "q_proj"], "adapter tensors are missing"),
+        (["--warm-start", str(tmp_path / "nowhere")], "neither an adapter folder nor a run folder"),
+    ):
+        result = run_cli(*flags, "--out", str(tmp_path / "run"))
+        assert result.exit_code == 2 and said in result.stderr, result.output
+        assert result.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+# The command line
+
+
+def run_cli(*arguments: str):
+    small = ["--steps", "1", "--batch-size", "8", "--eval-problems", "0"]
+    return CliRunner().invoke(commands.copsd, ["train", *small, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--teacher-every", "5"],
+            "--teacher-every is for --teacher copy; here --teacher is fixed",
+        ),
+        (["--group-size", "4"], "--group-size is for --method grpo, egrsd, ssopd; here"),
+        (
+            ["--method", "grpo", "--token-weight", "position"],
+            "--token-weight is for --method copsd",
+        ),
+        (["--method", "ssopd", "--loss-prefix", "0.5"], "here --method is ssopd"),
+        (["--method", "opsdc", "--witness-tokens", "9"], "--witness-tokens is for --method ssopd"),
+        (["--method", "ophsd", "--brief", "uniform"], "--brief is for --teacher-reads brief; here"),
+        (["--method", "opsdc", "--note-tokens", "9"], "--note-tokens is for --teacher-reads plan"),
+        (["--method", "ssopd", "--credit-mix", "0.5"], "--credit-mix is for --method egrsd; here"),
+        (["--gate-floor", "0.5"], "--gate-floor is for --token-weight confidence; here"),
+        (["--loss-top-k", "5"], "--loss-top-k is for --loss-over top_k; here"),
+        (["--vote-samples", "5"], "--vote-samples is for --teacher-reads voted; here"),
+        (["--method", "opsdc", "--teacher-every", "0"], "--teacher-every is 0; valid: 1 or more"),
+        (["--method", "ophsd", "--note-tokens", "0"], "--note-tokens is 0; valid: 1 or more"),
+        (["--method", "ophsd", "--note-tokens", "999"], "no problem fits the model's context"),
+        (
+            ["--method", "egrsd", "--credit-clip", "1"],
+            "--credit-clip is 1.0; valid: 0 or more, below",
+        ),
+        (["--method", "egrsd", "--batch-size", "20"], "valid: a multiple of --group-size 8"),
+        (["--loss-prefix", "0"], "--loss-prefix is 0.0; valid: above 0, up to 1"),
+        (["--teacher-reads", "hints"], "solution, brief, plan, explained, voted"),
+        (["--token-weight", "x"], "uniform, confidence, position"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, arguments, said):
+    out = tmp_path / "run"
+    result = run_cli("--out", str(out), *arguments)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--method", "ophsd"], "lacks what --teacher-reads plan needs: an English solution"),
+        (["--teacher-reads", "voted"], "lacks what --teacher-reads voted needs: an English"),
+        (["--method", "egrsd", "--batch-size", "8"], "has no problem_en"),
+    ],
+)
+def test_data_that_lacks_what_the_teacher_reads_is_one_line(tmp_path, flags, said):
+    data = tmp_path / "data.jsonl"
+    rows = [{"problem": f"p{i}", "answer": "18", "language": "hau"} for i in range(5)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = run_cli("--data", str(data), "--out", str(tmp_path / "run"), *flags)
+    assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("opsdc", ["Ka taƙaita", "every token weighs 1"]),
+        ("ophsd", ["Tsari:", "Amsa, don tabbatarwa kawai:"]),
+        ("egrsd", ["Mafita da Turanci", "weight", "each token's advantage is"]),
+        ("ssopd", ["Mafita daidai ta wannan matsala:", "weight", "0.500"]),
+        ("grpo", ["GRPO has no teacher"]),
+    ],
+)
+def test_show_prints_a_members_teacher_and_weights(method, said):
+    result = CliRunner().invoke(commands.copsd, ["show", "--lang", "hau", "--method", method])
+    assert result.exit_code == 0, result.output
+    for words in said:
+        assert words in result.stdout, words
+
+
+def test_a_reward_never_changes_its_sign_in_the_loss(tmp_path):
+    setup, _ = make_setup(tmp_path, method="egrsd", **GROUPS)
+    problem = setup.train[0]
+    rollouts = roll_out(setup, [problem, problem], seed=0)
+    lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+    advantage_N = torch.tensor([1.0, -1.0]).repeat_interleave(lengths)
+    tally = Tally()
+
+    def spread(given_N, old_N):
+        return egrsd_credit(setup, [problem, problem], rollouts, tally, given_N, old_N)
+
+    loss_N, stats = grpo_loss(setup, rollouts, advantage_N, None, spread)
+    # With a ratio of 1 the loss of a token is minus its advantage.
+    assert torch.equal(loss_N.detach().sign(), -advantage_N.sign())
+    assert stats["credit_N"].min() > 0
