@@ -159,19 +159,28 @@ def footprint(
 
 def _sampling_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tuple[int, int]:
     """Return the bytes of the cache and of choosing a token, for the rows decoded at once."""
-    wanted = max(config.batch_size, config.eval_problems * config.eval_samples)
-    rows = min(config.sample_rows, wanted)
+    rows = _sampled_rows(config)
+    # A plan, an explanation and a control's completion are written behind more than the problem.
+    writes_more = config.teacher_reads in ("plan", "explained") or config.completion == "teacher"
+    prompt = lengths.teacher if writes_more else lengths.student
     column = 2 * shape.kv_heads * shape.head_size * size  # a layer's key and value of one token
     # One layer more, while it is copied to grow. Attention under a mask repeats the keys and values
     # of one layer for each query head.
     groups = shape.heads // shape.kv_heads
     layers = shape.layers + 1 + (groups if groups > 1 else 0)
-    full = rows * (lengths.student + config.max_new_tokens) * column * layers
+    full = rows * (prompt + config.max_new_tokens) * column * layers
     # When rows enter, the keys and values of their prompts exist twice.
-    entering = 2 * rows * lengths.student * column * shape.layers
-    prefill = max(PREFILL_TOKENS, lengths.student) * _forward_bytes(shape, size)
+    entering = 2 * rows * prompt * column * shape.layers
+    prefill = max(PREFILL_TOKENS, prompt) * _forward_bytes(shape, size)
     logits = rows * shape.vocabulary * (size + 3 * FP32)  # as they come, scaled, allowed, exp
     return max(full, entering), max(logits, prefill)
+
+
+def _sampled_rows(config: Config) -> int:
+    """Return how many completions are decoded at once: no more than there are."""
+    attempts = config.vote_samples if config.teacher_reads == "voted" else 1
+    wanted = max(config.batch_size * attempts, config.eval_problems * config.eval_samples)
+    return min(config.sample_rows, wanted)
 
 
 def _update_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tuple[int, int]:
@@ -266,11 +275,7 @@ def changes_that_fit(
 def _next_change(config: Config, *, sampling: bool) -> dict[str, Any] | None:
     """Return what saves memory in the phase that lacks it, the cheapest in time first."""
     if sampling:
-        # So many rows are decoded, not more than there are.
-        rows = min(
-            config.sample_rows,
-            max(config.batch_size, config.eval_problems * config.eval_samples),
-        )
+        rows = _sampled_rows(config)
         return {"sample_rows": rows // 2} if rows > 1 else None
     rows = min(config.micro_batch, config.batch_size)
     if not config.gradient_checkpointing:

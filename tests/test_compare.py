@@ -17,12 +17,12 @@ from parts import commands, measure, outcome
 from parts import plan as plans
 from parts.adapters import load_adapter
 from parts.data import load_problems
-from parts.experiments import ATTRIBUTION, GRPO
+from parts.experiments import ATTRIBUTION, EVIDENCE, GRPO
 from parts.files import read_json, read_rows, write_json
 from parts.metrics import ratios
 from parts.model import load_model, load_tokenizer
 from parts.plan import ablation_arms, parse_seeds
-from parts.recipe import Config
+from parts.recipe import METHODS, Config
 from parts.sampler import SamplingParams
 
 SMALL = [
@@ -434,6 +434,37 @@ def test_an_attribution_writes_both_tables_and_the_whole_prompts(tmp_path, monke
         assert row["label"] == f"{problems[row['problem']].solution_en}<|im_end|>"
     for row in read_json(out / "hau" / "copsd-0" / "prompts.json"):
         assert str(problems[row["problem"]].solution_en) in row["teacher"] and "label" not in row
+
+
+def test_the_family_is_every_method_each_with_what_its_own_teacher_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "NEARLY", 1e9)  # no second run at equal seconds
+    right = iter(range(10**6))
+    monkeypatch.setattr("copsd.is_correct", lambda *_, **__: next(right) % 2 == 0)  # mixed groups
+    out = tmp_path / "out"
+    flags = [*SMALL, "--family", "--seeds", "1", "--sweep", "1", "--note-tokens", "8"]
+    result = run_cli(*flags, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    text = (out / "RESULTS.md").read_text(encoding="utf-8")
+    told = {}
+    for method in METHODS:
+        assert f"| Hausa: {method.upper()} " in text and EVIDENCE[method] in text
+        assert read_rows(out / "hau" / f"{method}-0" / "metrics.jsonl")
+        told[method] = [row["teacher"] for row in read_json(out / f"hau/{method}-0/prompts.json")]
+    assert told["grpo"] == [None] * 4
+    problems = load_problems(out / "hau" / "train.jsonl", language="hau")
+    for place, problem in enumerate(problems[:4]):
+        for method in ("copsd", "egrsd"):
+            assert str(problem.solution_en) in told[method][place]
+        for method in ("opsdc", "ophsd", "ssopd"):
+            assert str(problem.solution_en) not in told[method][place]
+        assert "taƙaita" in told["opsdc"][place]
+        assert f"kawai:\n{problem.answer}" in told["ophsd"][place]
+        assert "Mafita daidai ta wannan matsala:" in told["ssopd"][place]
+
+
+def test_a_budget_is_enough_for_a_step_of_the_arm_that_samples_most(tmp_path):
+    result = run_cli(*SMALL, "--family", "--note-tokens", "99", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2 and "--token-budget is 900; valid: 1112 or more" in result.stderr
 
 
 def test_the_splits_that_are_written_are_kept_as_they_are(tmp_path):
