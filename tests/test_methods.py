@@ -588,6 +588,12 @@ def run_cli(*arguments: str):
         (["--loss-prefix", "0"], "--loss-prefix is 0.0; valid: above 0, up to 1"),
         (["--teacher-reads", "hints"], "solution, brief, plan, explained, voted"),
         (["--token-weight", "x"], "uniform, confidence, position"),
+        (["--completion", "reference", "--loss-prefix", "0.3"], "has no teacher; --token-weight"),
+        (["--completion", "garbage", "--loss-over", "sampled"], "has no teacher; --token-weight"),
+        (
+            ["--completion", "teacher", "--teacher-reads", "plan"],
+            "valid with --completion teacher: solution, brief",
+        ),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, arguments, said):
