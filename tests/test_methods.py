@@ -16,6 +16,7 @@ from copsd import Group, copsd_loss, grpo_loss, roll_out, roll_out_groups
 from methods import LOOPS, egrsd_credit, group_weight, read_notes, usable_text, witness_pair
 from parts import commands
 from parts.experiments import EVIDENCE
+from parts.files import read_sealed, write_sealed
 from parts.model import teacher_view
 from parts.readings import longest_prompts, note_request
 from parts.recipe import METHODS, collapse_warnings
@@ -535,9 +536,9 @@ def test_a_warm_start_from_another_base_or_another_shape_is_one_line(tmp_path):
     first = train(tmp_path / "first")
     other = tmp_path / "other"
     shutil.copytree(first, other)
-    record = json.loads((other / "config.json").read_text())
+    record = read_sealed(other / "config.json")
     record["identity"]["base_weights"] = "0" * 16
-    (other / "config.json").write_text(json.dumps(record))
+    write_sealed(other / "config.json", record)
     for flags, said in (
         (["--warm-start", str(other)], "was trained on other base weights"),
         (["--warm-start", str(first), "--lora-rank", "4"], "has an adapter of rank 16"),
