@@ -17,6 +17,7 @@ from parts.grading import is_correct
 from parts.model import head_weight, teacher_view
 from parts.recipe import COMPLETIONS, METHODS
 from parts.setup import Setup, configure, prepare
+from parts.steps import draw_problems, rollout_seed
 from parts.view import StepView
 
 QUIET = Console(quiet=True)
@@ -128,8 +129,8 @@ def test_a_step_trains_on_the_completions_that_it_logs(tmp_path, monkeypatch, co
     monkeypatch.setitem(SOURCES, completion, (write, spy))
     copsd.train_copsd(setup, run, StepView(QUIET, 1))
     (row,) = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    problems = copsd.draw_problems(setup, 6, step=1)
-    expected = write(setup, problems, seed=copsd.rollout_seed(setup.config, 1))
+    problems = draw_problems(setup, 6, step=1)
+    expected = write(setup, problems, seed=rollout_seed(setup.config, 1))
     if completion in ("reference", "garbage"):  # what the trained model would sample is another
         assert sorted(r.completion_ids for r in seen) == sorted(r.completion_ids for r in expected)
         assert row["score/tokens"] == row["update/tokens"]  # no teacher reads a label
@@ -161,7 +162,7 @@ def test_the_other_teachers_read_what_their_arms_say(tmp_path):
 
 def test_the_english_arm_asks_in_english_only(tmp_path):
     setup, _ = make_setup(tmp_path, **arm("english"))
-    drawn = copsd.draw_problems(setup, 6, step=1)
+    drawn = draw_problems(setup, 6, step=1)
     assert all(p.language == "eng" and p.problem == p.problem_en for p in drawn)
 
 
