@@ -16,6 +16,7 @@ from parts.experiments import ATTRIBUTION, COMPARISON, FAMILY
 from parts.grading import is_correct
 from parts.model import head_weight, teacher_view
 from parts.recipe import COMPLETIONS, METHODS
+from parts.runs import Run
 from parts.setup import Setup, configure, prepare
 from parts.steps import draw_problems, rollout_seed
 from parts.view import StepView
@@ -24,7 +25,7 @@ QUIET = Console(quiet=True)
 SMALL = {"steps": 1, "batch_size": 6, "micro_batch": 4, "eval_problems": 0, "max_new_tokens": 48}
 
 
-def make_setup(tmp_path: Path, **given) -> tuple[Setup, object]:
+def make_setup(tmp_path: Path, **given) -> tuple[Setup, Run]:
     config, folder = configure({**SMALL, "out": str(tmp_path / "run"), **given})
     return prepare(config, folder, QUIET)
 

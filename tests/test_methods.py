@@ -17,7 +17,7 @@ from methods import LOOPS, egrsd_credit, group_weight, read_notes, usable_text, 
 from parts import commands
 from parts.experiments import EVIDENCE
 from parts.files import read_sealed, write_sealed
-from parts.model import teacher_view
+from parts.model import eos_ids, teacher_view
 from parts.readings import longest_prompts, note_request
 from parts.recipe import METHODS, collapse_warnings
 from parts.sampler import Rollout
@@ -264,7 +264,7 @@ def test_a_plan_that_cannot_be_read_leaves_the_plain_prompt_and_is_counted(
     good = setup.tokenizer.encode("Add both.", add_special_tokens=False)
     spelled = setup.tokenizer.encode(note, add_special_tokens=False)
     written = [
-        [Rollout([5], ids or [setup.tokenizer.eos_token_id], [0.0], "stop")]
+        [Rollout([5], ids or sorted(eos_ids(setup.model, setup.tokenizer))[:1], [0.0], "stop")]
         for ids in (good, spelled)
     ]
     monkeypatch.setattr(methods, "ask", lambda *a, **k: written)
