@@ -101,6 +101,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Lora:
     try:
         targets = _read_targets(saved, list(adaptable_layers(model)))
         tensors = read_adapter_tensors(folder)
+        if not tensors:
+            raise ValueError(f"all adapter tensors are missing in {TENSORS_FILE}")
         # Before memory is asked for: the settings may say a rank that no machine has room for.
         largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
         if saved["r"] > largest:
