@@ -84,15 +84,14 @@ def run_flags(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
         "data": str(data),
         "steps": STEPS,
         "batch-size": arguments.problems * group,
-        "group-size": arguments.group_size,
         "micro-batch": min(micro, arguments.problems * group),
         "max-new-tokens": arguments.new_tokens,
         "lora-rank": arguments.lora_rank,
         "dtype": arguments.dtype,
         "clip-mode": "none",  # TRL has no clip
         "english-share": 0,
-        "kl-coef": 0,
         "eval-problems": 0,
+        **({"group-size": group, "kl-coef": 0} if arguments.method == "grpo" else {}),
     }
 
 
