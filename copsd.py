@@ -401,11 +401,10 @@ def grpo_gradient(
         batch = [rollouts[row] for row in rows]
         lengths = [len(rollout.completion_ids) for rollout in batch]
         advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
-        old = [old_logprobs[row] for row in rows if row in old_logprobs]
-        loss_N, stats = grpo_loss(
-            setup, batch, advantage_N.to(setup.model.device), torch.cat(old) if old else None
-        )
-        if not old:
+        is_first = any(row not in old_logprobs for row in rows)
+        old_N = None if is_first else torch.cat([old_logprobs[row] for row in rows])
+        loss_N, stats = grpo_loss(setup, batch, advantage_N.to(setup.model.device), old_N)
+        if is_first:
             old_logprobs.update(zip(rows, stats["logprob_N"].split(lengths), strict=True))
         loss = reduce_loss(  # Eq. (5), 1/N
             loss_N,
