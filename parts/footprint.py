@@ -403,6 +403,8 @@ def parts_table(found: Footprint) -> Table:
         "weights": found.weights,
         "adapter": found.adapter,
         "gradient and optimiser": found.optimiser,
+        "prompts that the teacher keeps": found.kept,
+        "sampling: weights with the adapter": found.merged,
         "sampling: keys and values": found.cache,
         "sampling: choice of a token": found.choice,
         "sampling: holes in a CPU's heap": found.cache_gaps,
