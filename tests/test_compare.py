@@ -392,7 +392,7 @@ def test_seeds_are_a_count_or_a_list():
         (["--lang", "hau,xyz"], "unknown language 'xyz'"),
         (["--lang", "hau,fra"], "no data file"),
         (["--seeds", "1,1"], "names one of them twice"),
-        (["--seeds", "0"], "valid: a count of 1 or more"),
+        (["--seeds", "0"], "valid: a count of 1 to 1000"),
         (["--token-budget", "100"], "--token-budget is 100; valid: 4096 or more"),
         (["--sweep", "0,1"], "factors above 0"),
         (["--sweep", "a"], "--sweep is 'a'"),
