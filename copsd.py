@@ -22,8 +22,8 @@ initial model, is estimated by Schulman's k3.
 
 Read from top to bottom: COPSD whole, GRPO whole, what a step of both shares, the program. Left out
 so that the methods stand alone: settings (parts/recipe.py), prompts (parts/prompts.py), sampling,
-grading, what a step has around its method (parts/steps.py), the run folder, measuring, and COPSD's
-neighbours (methods.py). Departures from the paper are listed in README.md.
+grading, the frame of a step (parts/steps.py), the run folder, measuring, COPSD's neighbours
+(methods.py). README.md lists what departs from the paper.
 
 A tensor's name ends in its axes: B rows, T positions, N the completion tokens of all rows, D hidden
 size, V vocabulary, G completions of a group. p is the teacher's distribution, q the student's.

@@ -23,7 +23,8 @@ from rich.table import Column, Table
 from transformers import AutoModelForCausalLM
 
 from parts.machine import DTYPES
-from parts.model import adaptable_layers, load_config, loading, resolve_model
+from parts.model import MERGED_BYTES, adaptable_layers, load_config, loading, resolve_model
+from parts.prefixes import KEPT_BYTES
 from parts.recipe import Config, check_run, fill
 from parts.view import say
 
@@ -43,11 +44,13 @@ class Shape:
 
     parameters    of the base, those that two layers share counted once
     adapter       numbers in A and B of all adapted layers
+    adapted       weights of these layers
     intermediate  the width inside a layer's MLP
     """
 
     parameters: int
     adapter: int
+    adapted: int
     layers: int
     hidden: int
     intermediate: int
@@ -64,6 +67,8 @@ class Footprint:
     weights: int
     adapter: int  # and its moving average or copy, where the teacher is one
     optimiser: int  # the gradient, and AdamW's two averages of it
+    kept: int  # keys and values of prompts, as the fixed teacher read them
+    merged: int  # sampling: weights with the adapter added, in fp32
     cache: int  # sampling: keys and values
     choice: int  # sampling: logits of the next token
     activations: int  # update: what is kept for the backward pass
@@ -76,12 +81,12 @@ class Footprint:
     @property
     def static(self) -> int:
         """Return what is there in both phases."""
-        return self.weights + self.adapter + self.optimiser
+        return self.weights + self.adapter + self.optimiser + self.kept
 
     @property
     def sampling(self) -> int:
         """Return the peak while completions are sampled."""
-        return self.static + self.cache + self.cache_gaps + self.choice
+        return self.static + self.merged + self.cache + self.cache_gaps + self.choice
 
     @property
     def update(self) -> int:
@@ -113,15 +118,17 @@ def read_shape(folder: Path, config: Config) -> Shape:
     text = config_file.get_text_config()
     targets = tuple(config.lora_targets.split(","))
     adapted = [
-        layer.in_features + layer.out_features
+        layer
         for path, layer in adaptable_layers(model).items()
         if any(f".{path}".endswith(f".{target}") for target in targets)
     ]
+    ends = sum(layer.in_features + layer.out_features for layer in adapted)
     # Families that lack one of these mean the usual value by it.
     heads = text.num_attention_heads
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        adapter=config.lora_rank * sum(adapted),
+        adapter=config.lora_rank * ends,
+        adapted=sum(layer.weight.numel() for layer in adapted),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
@@ -145,6 +152,8 @@ def footprint(
         weights=weights,
         adapter=sets * shape.adapter * FP32,
         optimiser=3 * shape.adapter * FP32,
+        kept=_kept_bytes(shape, config, size, lengths),
+        merged=_merged_bytes(shape, size),
         cache=cache,
         choice=choice,
         activations=activations,
@@ -155,6 +164,21 @@ def footprint(
         # A CPU's weights are the file, mapped; to hash it, it is mapped once more.
         loading=2 * weights if on_cpu else weights,
     )
+
+
+def _kept_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
+    """Return the bytes of the prompts that the fixed teacher keeps, if no step repeats one."""
+    if config.method != "copsd" or config.teacher != "fixed":
+        return 0
+    prompts = config.batch_size * (config.steps or 1) + config.eval_problems
+    column = 2 * shape.kv_heads * shape.head_size * size
+    return min(KEPT_BYTES, prompts * lengths.teacher * column * shape.layers)
+
+
+def _merged_bytes(shape: Shape, size: int) -> int:
+    """Return the bytes of the copies that are sampled from, which only fp32 has, if they fit."""
+    copies = shape.adapted * FP32
+    return copies if size == FP32 and copies <= MERGED_BYTES else 0
 
 
 def _sampling_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tuple[int, int]:
@@ -304,7 +328,8 @@ def footprint_line(found: Footprint) -> str:
 
     return (
         f"memory: {_gib(found.peak)} GiB at most: weights {_gib(found.weights)}, "
-        f"adapter and optimiser {_gib(found.adapter + found.optimiser)}, then the larger of "
+        f"adapter and optimiser {_gib(found.adapter + found.optimiser)}, kept prompts "
+        f"{_gib(found.kept)}, then the larger of "
         f"sampling {_gib(found.sampling - found.static)} and update "
         f"{_gib(found.update - found.static)}"
     )
@@ -384,6 +409,8 @@ def parts_table(found: Footprint) -> Table:
         "weights": found.weights,
         "adapter": found.adapter,
         "gradient and optimiser": found.optimiser,
+        "prompts that the teacher keeps": found.kept,
+        "sampling: weights with the adapter": found.merged,
         "sampling: keys and values": found.cache,
         "sampling: choice of a token": found.choice,
         "sampling: holes in a CPU's heap": found.cache_gaps,

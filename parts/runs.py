@@ -227,13 +227,19 @@ class Run:
         """Raise ValueError for a file that is not what it was when it was vouched for.
 
         under  the path, below the folder, of what is looked at; "": everything
-        A file that was removed is no error: an evaluation is made again, and old adapters may go.
-        Nor are rows that are missing at the end of a file of rows, which are made again, too.
+        A file that was removed is no error: an evaluation is made again, and old adapters may go,
+        but not a part of one. Nor are rows that are missing at the end of a file of rows, which are
+        made again, too.
         """
         path = self.folder / DIGESTS
         for name, held in (read_sealed(path) if path.is_file() else {}).items():
             file = self.folder / name
-            if not (name.startswith(under) and file.is_file()):
+            if not name.startswith(under):
+                continue
+            if not file.is_file():
+                if name.startswith("adapters/") and file.parent.is_dir():
+                    remedy = f"remove {file.parent} to go on without it"
+                    raise ValueError(f"{file} is missing, so this adapter is damaged; {remedy}")
                 continue
             if isinstance(held, list):
                 found = line_digests(file)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 # A test that reaches for the network is a broken test. The libraries read this when imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests run beside each other, and so do the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
