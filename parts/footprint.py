@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from parts.machine import DTYPES
 from parts.model import MERGED_BYTES, adaptable_layers, load_config, loading, resolve_model
 from parts.prefixes import KEPT_BYTES
-from parts.recipe import Config, check_run, fill
+from parts.recipe import DISTILLED, Config, check_run, fill, keeps_prompts
 from parts.view import say
 
 Result = TypeVar("Result")
@@ -168,7 +168,7 @@ def footprint(
 
 def _kept_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
     """Return the bytes of the prompts that the fixed teacher keeps, if no step repeats one."""
-    if config.method != "copsd" or config.teacher != "fixed":
+    if config.method not in DISTILLED or not keeps_prompts(config):
         return 0
     prompts = config.batch_size * (config.steps or 1) + config.eval_problems
     column = 2 * shape.kv_heads * shape.head_size * size
