@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -457,7 +458,9 @@ def test_the_clips_cosine_is_that_of_autograds_gradients_on_the_logits(
 ) -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
     student_NV = (student_ND @ head_VD.T).detach().requires_grad_()
-    given = options(kind, clip_mode) | ({"clip": 0.1} if clip_mode == "token" else {})
+    given: dict[str, Any] = options(kind, clip_mode) | (
+        {"clip": 0.1} if clip_mode == "token" else {}
+    )
     gradients = {}
     for mode in {"none", clip_mode}:
         exact_N = oracle(student_NV, teacher_ND @ head_VD.T, **{**given, "clip_mode": mode})
@@ -534,10 +537,11 @@ def test_the_gradient_of_a_weighted_loss_is_autograds_of_the_plain_one(kind, red
     plain_N = kernels.divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, kind=kind)
     rows = plain_N.split(lengths)
     weights = weight_N.split(lengths)
-    total = sum(
+    shares = [
         (row * weight).sum() / (20 if reduction == "token" else 5 * len(row))
         for row, weight in zip(rows, weights, strict=True)
-    )
+    ]
+    total = torch.stack(shares).sum()
     (expected_ND,) = torch.autograd.grad(total, student_ND)
     torch.testing.assert_close(loss, total)
     torch.testing.assert_close(found_ND, expected_ND)
