@@ -335,6 +335,23 @@ def clipped_surrogate(ratio_N: Tensor, advantage_N: Tensor, *, low: float, high:
     return -torch.minimum(ratio_N * advantage_N, clamped_N * advantage_N)  # Eq. (5)
 
 
+def completion_logprob(
+    setup: Setup, prompts: list[list[int]], completions: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Return the log-prob of every completion token, logprob_N, and the entropy there, entropy_N.
+
+    Both in nats, under the model as it is seen at the moment: with the adapter, or within a view of
+    the teacher.
+    """
+    return chunked_logprob(
+        completion_hidden(setup.model, prompts, completions),
+        head_weight(setup.model),
+        torch.tensor([token for ids in completions for token in ids], device=setup.model.device),
+        temperature=setup.config.temperature,
+        chunk_tokens=setup.config.chunk_tokens,
+    )
+
+
 def grpo_loss(
     setup: Setup,
     rollouts: list[Rollout],
@@ -353,19 +370,7 @@ def grpo_loss(
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
     prompts = [rollout.prompt_ids for rollout in rollouts]
-    ids_N = torch.tensor([token for ids in completions for token in ids], device=setup.model.device)
-
-    def _logprobs() -> tuple[Tensor, Tensor]:
-        hidden_ND = completion_hidden(setup.model, prompts, completions)
-        return chunked_logprob(
-            hidden_ND,
-            head_weight(setup.model),
-            ids_N,
-            temperature=config.temperature,
-            chunk_tokens=config.chunk_tokens,
-        )
-
-    logprob_N, entropy_N = _logprobs()
+    logprob_N, entropy_N = completion_logprob(setup, prompts, completions)
     if old_logprob_N is None:
         old_logprob_N = logprob_N.detach()
     ratio_N = (logprob_N - old_logprob_N).exp()
@@ -376,7 +381,7 @@ def grpo_loss(
     loss_N = clipped_surrogate(ratio_N, advantage_N, low=config.clip_low, high=config.clip_high)
     if config.kl_coef:
         with teacher_view(setup.lora, "fixed"):  # the initial model: the adapter switched off
-            initial_N, _ = _logprobs()
+            initial_N, _ = completion_logprob(setup, prompts, completions)
         # Schulman's k3 estimates the KL from the sampled tokens alone, and is never below 0.
         stats["kl_N"] = (initial_N - logprob_N).expm1() - (initial_N - logprob_N)
         loss_N = loss_N + config.kl_coef * stats["kl_N"]  # Eq. (5), KL
@@ -572,8 +577,8 @@ def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
 SOURCES = {
     "student": (roll_out, copsd_loss),
     "teacher": (controls.teacher_writes, copsd_loss),
-    "reference": (controls.reference_label, partial(controls.hard_label_loss, completion_hidden)),
-    "garbage": (controls.garbage_label, partial(controls.hard_label_loss, completion_hidden)),
+    "reference": (controls.reference_label, partial(controls.hard_label_loss, completion_logprob)),
+    "garbage": (controls.garbage_label, partial(controls.hard_label_loss, completion_logprob)),
 }
 
 

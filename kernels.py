@@ -169,11 +169,11 @@ def clip_products(
     """Return products_3N, from which `gradient_cosine` says how far the clip turns the gradient.
 
     Let u be the gradient of a token's D on the student's logits, [V], without the clip, and c with
-    it, both by Eq. (3). The rows are c.u, c.c and u.u at each token, in fp32 or fp64 and
-    but for a factor 1 / T^2 that they share. Arguments are
-    as in `chunked_divergence`; nothing carries a gradient, and logits of at most chunk_tokens rows
-    exist at a time. It costs two of that function's three matrix products, so training asks for it
-    at some steps only. Raises ValueError as `divergence` does.
+    it, both by Eq. (3). The rows are c.u, c.c and u.u at each token, in fp32 or fp64, but for a
+    factor 1 / T^2 that they share. Arguments are as in `chunked_divergence`; nothing carries a
+    gradient, and logits of at most chunk_tokens rows exist at a time. It costs two of that
+    function's three matrix products, so training asks for it at some steps only. Raises ValueError
+    as `divergence` does.
     """
     _check_options(kind, beta, temperature, clip_mode, clip)
     _check_projection(head_VD, chunk_tokens, student_ND, teacher_ND)

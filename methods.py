@@ -34,18 +34,18 @@ from torch import Tensor
 
 from copsd import (
     Group,
-    completion_hidden,
+    completion_logprob,
     copsd_loss,
     micro_batches,
     roll_out_groups,
     train_copsd,
     train_grpo,
 )
-from kernels import chunked_logprob, reduce_loss
+from kernels import reduce_loss
 from parts.chat import CLOSE, completion_text, prompt_opens_think
 from parts.family import context_length
 from parts.grading import extract_answer, normalise
-from parts.model import eos_ids, head_weight, teacher_view, valid_ids
+from parts.model import eos_ids, teacher_view, valid_ids
 from parts.prompts import Problem, encode_prompt, pose_in_english, spelled_control
 from parts.readings import note_request, render_witness
 from parts.recipe import LABELS, Config
@@ -187,16 +187,9 @@ def egrsd_credit(
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
     prompts = [setup.teacher_prompt(problem) for problem in problems]
-    ids_N = torch.tensor([token for ids in completions for token in ids], device=setup.model.device)
     with teacher_view(setup.lora, config.teacher):
-        logprob_N, entropy_N = chunked_logprob(
-            completion_hidden(setup.model, prompts, completions),
-            head_weight(setup.model),
-            ids_N,
-            temperature=config.temperature,
-            chunk_tokens=config.chunk_tokens,
-        )
-    tally.scored += sum(map(len, prompts)) + len(ids_N)
+        logprob_N, entropy_N = completion_logprob(setup, prompts, completions)
+    tally.scored += sum(map(len, prompts)) + len(logprob_N)
     stats = {"teacher_entropy_N": entropy_N}
     log_ratio_N = logprob_N - old_logprob_N
     factor_N = credit(advantage_N, log_ratio_N, mix=config.credit_mix, clip=config.credit_clip)

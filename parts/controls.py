@@ -16,18 +16,15 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from kernels import chunked_logprob
 from parts.chat import turn_end_ids
-from parts.model import eos_ids, head_weight, teacher_view, valid_ids
+from parts.model import eos_ids, teacher_view, valid_ids
 from parts.prompts import Problem
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Setup
 
-Hidden = Callable[[PreTrainedModel, list[list[int]], list[list[int]]], Tensor]
+Scorer = Callable[[Setup, list[list[int]], list[list[int]]], tuple[Tensor, Tensor]]
 
 
 def teacher_writes(setup: Setup, problems: list[Problem], *, seed: int) -> list[Rollout]:
@@ -80,7 +77,7 @@ def garbage_text(problem: Problem, seed: int) -> str:
 
 
 def hard_label_loss(
-    hidden_of: Hidden,
+    logprob_of: Scorer,
     setup: Setup,
     teacher_prompts: list[list[int]],
     rollouts: list[Rollout],
@@ -89,22 +86,14 @@ def hard_label_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return -log q of every completion token, loss_N in nats, and what to log of each, by name.
 
-    hidden_of        copsd.completion_hidden, which stands above this file
+    logprob_of       copsd.completion_logprob, which stands above this file
     teacher_prompts  are not read: a label has no teacher but itself
     cosine           is not measured: nothing is clipped
     It is the forward KL from a teacher that is sure of the label, so it is logged as the KL.
     """
-    config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
     prompts = [rollout.prompt_ids for rollout in rollouts]
-    ids_N = torch.tensor([token for ids in completions for token in ids], device=setup.model.device)
-    logprob_N, entropy_N = chunked_logprob(
-        hidden_of(setup.model, prompts, completions),
-        head_weight(setup.model),
-        ids_N,
-        temperature=config.temperature,
-        chunk_tokens=config.chunk_tokens,
-    )
+    logprob_N, entropy_N = logprob_of(setup, prompts, completions)
     return -logprob_N, {"kl_N": -logprob_N.detach(), "student_entropy_N": entropy_N.detach()}
 
 

@@ -16,8 +16,10 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,15 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             with suppress(OSError):  # /dev/full, for one, has no length
                 os.truncate(path, whole)
         raise cannot_write(path, error) from error
+
+
+def read_edge_rows(path: Path, first: int, last: int) -> list[dict[str, Any]]:
+    """Return a file's first and last rows, as read_rows does, without parsing those between."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as stream:
+        lines = [*islice(stream, first), *deque(stream, maxlen=last)]
+    return [parse_json(line) for line in lines if line.endswith(b"\n")]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -206,12 +206,10 @@ def loading(folder: Path, name: str) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except LIBRARY_ERRORS as error:
-        raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
     except Exception as error:
-        if type(error) is not Exception:
-            raise
         # tokenizers, which is written in Rust, raises no kind of its own.
+        if not isinstance(error, LIBRARY_ERRORS) and type(error) is not Exception:
+            raise
         raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from parts import ranks
 from parts.chat import completion_text, prompt_opens_think
-from parts.files import parse_json
+from parts.files import parse_json, read_edge_rows
 from parts.grading import extract_answer
 from parts.measure import Ruler
 from parts.metrics import ratios
@@ -79,7 +79,9 @@ def look(
     found = {**metrics, **text_metrics(setup, rollouts)}
     if is_look_due(setup.config, metrics["step"], metrics["progress"]):
         found |= dev_metrics(setup)
-    logged = run.metrics() if ranks.is_first() else []  # another machine may not have the file
+    logged: list[dict[str, Any]] = []  # another machine may not have the file
+    if ranks.is_first():
+        logged = read_edge_rows(run.folder / "metrics.jsonl", START_STEPS, RECENT_STEPS - 1)
     return {**found, "alarms": alarms([*logged, found])}
 
 
@@ -135,7 +137,8 @@ def dev_metrics(setup: Setup) -> dict[str, float]:
 def alarms(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Return, by its name, what is said of each rule that the last steps break.
 
-    rows  the metrics of every step so far. None of the recent steps is among the first.
+    rows  the metrics of every step so far, those between the first and the recent ones left out or
+          not. None of the recent steps is among the first.
     """
     if len(rows) < START_STEPS + RECENT_STEPS:
         return {}

@@ -16,6 +16,7 @@ from parts.files import (
     append_rows,
     file_digest,
     json_lines,
+    read_edge_rows,
     read_json,
     read_object,
     read_rows,
@@ -249,3 +250,16 @@ def test_a_digest_is_of_so_many_bytes(tmp_path):
     assert file_digest(path, 3) == file_digest(start)
     assert file_digest(start, 6) != file_digest(path, 6)
     assert file_digest(start, 6) != file_digest(start)
+
+
+def test_the_edges_of_a_file_are_its_rows_without_those_between(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_edge_rows(path, 2, 3) == []
+    for count in range(8):
+        write_text(path, json_lines({"step": number} for number in range(count)))
+        rows = read_rows(path)
+        expected = rows if count <= 5 else rows[:2] + rows[-3:]
+        assert read_edge_rows(path, 2, 3) == expected
+    with path.open("a") as stream:
+        stream.write('{"step": 7')  # torn
+    assert read_edge_rows(path, 2, 3) == rows[:2] + rows[-2:]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from test_grpo import jsonl, nudge
 from typer.testing import CliRunner
 
 import copsd
@@ -57,17 +58,6 @@ def train(tmp_path: Path, **given) -> Path:
     setup, run = make_setup(tmp_path, **given)
     assert LOOPS[setup.config.method](setup, run, StepView(QUIET, setup.config.steps))
     return run.folder
-
-
-def jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def nudge(setup, scale: float = 0.05) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in setup.lora.parameters():
-            tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
 
 
 def gradient(setup) -> torch.Tensor:
