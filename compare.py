@@ -4,6 +4,7 @@
     python compare.py --ablate --lang hau      COPSD's recipe, and each of its parts changed
     python compare.py --attribute --lang hau   where the gain comes from: COPSD and its controls
     python compare.py --family --lang hau      every method
+    python compare.py --jobs 2                 any of them, with two runs at a time
 
 An experiment is a list of arms (parts/experiments.py), and an arm is a name and settings: a run
 that `copsd.py train` with the settings in its config.json makes again. The folder of an experiment
@@ -27,9 +28,12 @@ if __name__ == "__main__":
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 
 import copsd
@@ -47,6 +51,7 @@ from parts.prompts import Problem, pose_in_english
 from parts.recipe import GROUPED, LABELS, largest_step
 from parts.runs import Run
 from parts.setup import Setup, configure, prepare
+from parts.side_by_side import work_through
 from parts.view import ArmsProgress, say
 
 CHECKPOINTS = 6  # of a run, at which it is measured
@@ -54,6 +59,7 @@ KL_PROBLEMS = 64  # at every checkpoint; a KL per token needs fewer problems tha
 SHOWN_PROBLEMS = 4  # in prompts.json
 # An arm whose training takes as long as COPSD's but for this share is not run a second time.
 NEARLY = 0.1
+STOPPED = 130  # the exit code of a run that a signal ended
 
 
 @dataclass(frozen=True)
@@ -75,49 +81,52 @@ class Stopped(Exception):
     """A signal stopped the arm that was training; its state is saved."""
 
 
-def arms_of(plan: Plan, found: dict[Path, Results]) -> Iterator[Arm]:
-    """Yield the arms in the order of their work.
+def stages_of(plan: Plan, found: dict[Path, Results]) -> Iterator[list[Arm]]:
+    """Yield the arms in the order of their work, in stages; those of one do not wait for another.
 
-    found  by an arm's folder: the results of the arms before, which decide the later ones' budget
-           (by the base's length) and learning rate (by the sweep)
+    found  by an arm's folder: the results of the stages before, which decide later ones' budget (by
+           the base's length), learning rate (by the sweep), and equal seconds (by COPSD's)
     """
-    rates: dict[str, float] = {}
-    for lang in plan.langs:
-        folder = plan.out / lang
-        common = {
-            **plan.given,
-            "lang": lang,
-            "data": str(folder / "train.jsonl"),
-            "eval_data": str(folder / "test.jsonl"),
-        }
-        base = Arm(
-            name="base",
-            title=f"{lang}, base",
-            folder=folder / "base",
-            settings={**common, "seed": 0},
-            size=0.1,
-            is_trained=False,
-        )
-        yield base
-        budget = token_budget(plan, found[base.folder])
-        common |= {
-            "token_budget": budget,
+    bases = [base_arm(plan, lang) for lang in plan.langs]
+    yield bases
+    common: dict[str, dict[str, Any]] = {
+        lang: {
+            **base.settings,
+            "token_budget": token_budget(plan, found[base.folder]),
             "save_every": max(1, plan.main.steps // CHECKPOINTS),
         }
-        if plan.factors and lang == plan.langs[0]:
-            half = {
-                **common,
-                "eval_data": str(folder / "dev.jsonl"),
-                "eval_problems": plan.options.dev_problems,
-                "token_budget": max(budget // 2, least_budget(plan)),
-                "seed": SWEEP_SEED,
-            }
-            yield from sweep_arms(plan, half)
-            rates = {variant.name: pick_rate(plan, variant, found) for variant in plan.trained}
-        for variant in plan.design.variants:
-            yield from seed_arms(plan, lang, variant, common, rates)
-        if plan.design.in_full:
-            yield from seconds_arms(plan, lang, common, rates, found)
+        for lang, base in zip(plan.langs, bases, strict=True)
+    }
+    rates: dict[str, float] = {}
+    if plan.factors:
+        yield list(sweep_arms(plan, common[plan.langs[0]]))
+        rates = {variant.name: pick_rate(plan, variant, found) for variant in plan.trained}
+    yield [
+        arm
+        for lang in plan.langs
+        for variant in plan.design.variants
+        for arm in seed_arms(plan, lang, variant, common[lang], rates)
+    ]
+    if plan.design.in_full:
+        yield [
+            arm
+            for lang in plan.langs
+            for arm in seconds_arms(plan, lang, common[lang], rates, found)
+        ]
+
+
+def base_arm(plan: Plan, lang: str) -> Arm:
+    """Return the arm of the untrained model; its settings are the first of every other's."""
+    folder = plan.out / lang
+    data = {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "test.jsonl")}
+    return Arm(
+        name="base",
+        title=f"{lang}, base",
+        folder=folder / "base",
+        settings={**plan.given, "lang": lang, **data, "seed": 0},
+        size=0.1,
+        is_trained=False,
+    )
 
 
 def seed_arms(
@@ -181,11 +190,21 @@ def training_seconds(plan: Plan, lang: str, name: str, found: dict[Path, Results
 
 
 def sweep_arms(plan: Plan, common: dict[str, Any]) -> Iterator[Arm]:
-    """Yield a run of each trained arm at each factor of its learning rate."""
+    """Yield a run of each trained arm at each factor of its learning rate, with half the budget.
+
+    common  the settings that all arms share
+    """
+    half = {
+        **common,
+        "eval_data": str(plan.out / plan.langs[0] / "dev.jsonl"),
+        "eval_problems": plan.options.dev_problems,
+        "token_budget": max(common["token_budget"] // 2, least_budget(plan)),
+        "seed": SWEEP_SEED,
+    }
     for variant in plan.trained:
         for rate in sweep_rates(plan, variant):
             title = f"{plan.langs[0]}, sweep, {variant.title}, lr {rate:g}"
-            settings = {**common, **variant.settings, "lr": rate}
+            settings = {**half, **variant.settings, "lr": rate}
             folder = sweep_folder(plan, variant.name, rate)
             yield Arm(variant.name, title, folder, settings, size=0.5, is_sweep=True)
 
@@ -257,23 +276,69 @@ def run(plan: Plan, console: Console) -> int:
     )
     found: dict[Path, Results] = {}
     try:
-        for arm in arms_of(plan, found):
-            if arm.is_extra:
-                progress.expect(arm.size)
-            progress.start(arm.title, arm.size)
-            earlier = (arm.folder / "results.json").is_file()
-            found[arm.folder] = run_arm(plan, arm, progress)
-            final = found[arm.folder]["final"]
-            said = f"greedy accuracy {accuracy(final):.3f}, trained {final.get('train_s', 0):.0f} s"
-            progress.finish(said, earlier=earlier)
+        for arms in stages_of(plan, found):
+            for arm in arms:
+                if arm.is_extra:
+                    progress.expect(arm.size)
+            for arm, results, earlier in finish_arms(plan, arms, progress):
+                found[arm.folder] = results
+                trained_s = results["final"].get("train_s", 0)
+                right = accuracy(results["final"])
+                said = f"greedy accuracy {right:.3f}, trained {trained_s:.0f} s"
+                progress.finish(said, earlier=earlier)
     except (Stopped, KeyboardInterrupt):
         say(console, "stopped; finished arms are kept, and the same command goes on from here")
-        return 130
+        return STOPPED
     except FloatingPointError as error:
-        say(console, f"error: {arm.folder}: {error}")
+        say(console, f"error: {error}")
         return 1
     write_outcome(plan, found, console)
     return 0
+
+
+def finish_arms(
+    plan: Plan, arms: list[Arm], progress: ArmsProgress
+) -> Iterator[tuple[Arm, Results, bool]]:
+    """Run what is missing of a stage; yield each arm as it is finished, and its results.
+
+    Beside them stands whether an earlier call did the work; such arms come first.
+    """
+    earlier = [arm for arm in arms if results_file(arm).is_file()]
+    missing = [arm for arm in arms if arm not in earlier]
+    ended = ((arm, 0) for arm in missing)
+    if plan.options.jobs > 1:
+        apart = partial(run_apart, plan)
+        ended = work_through(apart, missing, plan.options.jobs, preload=__name__)
+    for arm, code in chain(((arm, 0) for arm in earlier), ended):
+        if code == STOPPED:
+            raise Stopped
+        if code < 0:
+            commands.say_error(f"{arm.folder}: its process was killed by signal {-code}")
+            raise SystemExit(1)
+        if code:
+            raise SystemExit(code)  # the arm's own process has said why
+        progress.start(arm.title, arm.size)
+        # What an earlier call, or a process beside this one, has finished is read.
+        yield arm, run_arm(plan, arm, progress), arm in earlier
+
+
+def run_apart(plan: Plan, arm: Arm) -> int:
+    """Run an arm in a process of its own, which leaves its results; return the exit code."""
+    try:
+        run_arm(plan, arm, ArmsProgress(Console(quiet=True), arms=1, units=arm.size))
+    except Stopped:
+        return STOPPED
+    except FloatingPointError as error:
+        say(Console(), f"error: {error}")
+        return 1
+    except typer.Exit as ending:
+        return ending.exit_code
+    return 0
+
+
+def results_file(arm: Arm) -> Path:
+    """Return where the results of an arm are kept, once it is finished."""
+    return arm.folder / "results.json"
 
 
 def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
@@ -281,7 +346,7 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
 
     What is finished is read, not done again.
     """
-    path = arm.folder / "results.json"
+    path = results_file(arm)
     with commands.bad_input():
         if path.is_file():
             return read_results(path)
@@ -296,8 +361,11 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
     if not arm.is_trained:
         results: Results = {"points": [], "final": measure_arm(plan, setup, kl=True, sampled=True)}
     else:
-        if not methods.LOOPS[config.method](setup, run, progress):
-            raise Stopped
+        try:
+            if not methods.LOOPS[config.method](setup, run, progress):
+                raise Stopped
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{arm.folder}: {error}") from error
         points = measure_checkpoints(plan, arm, setup, run)
         results = {"points": points, "final": points[-1]}
     write_sealed(path, results)

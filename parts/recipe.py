@@ -459,6 +459,13 @@ class CompareConfig(Config):
         False, "Compare COPSD with controls that ask where its gain comes from."
     )
     family: bool = comparison(False, "Compare every method, each with its own recipe.")
+    jobs: int = comparison(
+        1,
+        "Runs at a time, each in a process with its share of the processors. On a CPU two take two "
+        "thirds of the time of one after the other; their sums round otherwise.",
+        least=1,
+        most=64,
+    )
     results: str | None = comparison(
         None, "A Markdown file whose section for this experiment is written anew."
     )

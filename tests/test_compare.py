@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import compare
 import methods
-from compare import arms_of, pick_rate
+from compare import pick_rate, stages_of
 from parts import commands, measure, outcome
 from parts import plan as plans
 from parts.adapters import load_adapter
@@ -277,10 +277,11 @@ def walk(plan: plans.Plan, accuracies: dict[str, float]) -> list[compare.Arm]:
     """Return the arms of a plan, whose sweep's runs get these accuracies by their folder's name."""
     found: dict[Path, Any] = {}
     arms = []
-    for arm in arms_of(plan, found):
-        arms.append(arm)
-        accuracy = accuracies.get(arm.folder.name, 0.0)
-        found[arm.folder] = measured([accuracy, accuracy], [10.0, 20.0])
+    for stage in stages_of(plan, found):
+        arms += stage
+        for arm in stage:
+            accuracy = accuracies.get(arm.folder.name, 0.0)
+            found[arm.folder] = measured([accuracy, accuracy], [10.0, 20.0])
     return arms
 
 
@@ -292,8 +293,8 @@ def test_arms_are_the_base_the_sweep_and_the_methods_of_every_seed(tmp_path):
     sweep = [
         f"sweep/{method}-{rate}" for method in ("grpo", "copsd") for rate in ("0.0005", "0.001")
     ]
-    hausa = [f"hau/{name}" for name in ("base", *sweep, *seeds)]
-    assert names == [*hausa, *(f"swa/{name}" for name in ("base", *seeds))]
+    later = [f"{lang}/{name}" for lang in ("hau", "swa") for name in seeds]
+    assert names == ["hau/base", "swa/base", *(f"hau/{name}" for name in sweep), *later]
     assert [arm.folder.name for arm in arms if not arm.is_trained] == ["base", "base"]
     assert [arm.folder.name for arm in arms if arm.is_sweep] == [n.split("/")[1] for n in sweep]
     assert sum(arm.size for arm in arms) == pytest.approx(2 * 0.1 + 4 * 0.5 + 8)
@@ -372,11 +373,12 @@ def attributed(tmp_path: Path, seconds: dict[str, float]) -> list[compare.Arm]:
     plan = make_plan(tmp_path, attribute=True)
     found: dict[Path, Any] = {}
     arms = []
-    for arm in arms_of(plan, found):
-        arms.append(arm)
-        results = measured([1.0, 0.0], [10.0, 20.0])
-        results["final"]["train_s"] = seconds.get(arm.folder.name, 100.0)
-        found[arm.folder] = results
+    for stage in stages_of(plan, found):
+        arms += stage
+        for arm in stage:
+            results = measured([1.0, 0.0], [10.0, 20.0])
+            results["final"]["train_s"] = seconds.get(arm.folder.name, 100.0)
+            found[arm.folder] = results
     return arms
 
 
@@ -518,3 +520,29 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
     assert result.exit_code == 2, result.output
     assert said in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_at_a_time_give_what_one_after_the_other_give(finished, tmp_path):
+    out = tmp_path / "out"
+    result = run_cli(*SMALL, "--jobs", "2", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    lines = [line.split(":")[0] for line in result.stdout.splitlines() if "greedy accuracy" in line]
+    assert [line.split("/")[0] for line in lines[:9]] == [str(number) for number in range(1, 10)]
+    adapters = sorted((finished[0] / "hau").rglob("adapter_model.safetensors"))
+    assert len(adapters) == 8
+    for path in adapters:
+        assert (out / path.relative_to(finished[0])).read_bytes() == path.read_bytes()
+    for name in ("sweep", "languages"):
+        both = [read_json(folder / "compare.json")[name] for folder in (finished[0], out)]
+        assert without_seconds(both[0]) == without_seconds(both[1])
+
+
+CLOCKED = ("seconds", "train_s")
+
+
+def without_seconds(content: Any) -> Any:
+    """Return nested results without what a clock tells."""
+    if isinstance(content, dict):
+        kept = {name: without_seconds(value) for name, value in content.items()}
+        return {name: value for name, value in kept.items() if name not in CLOCKED}
+    return content

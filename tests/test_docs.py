@@ -56,6 +56,7 @@ PARTS = (
     "watch",
     "controls",
     "steps",
+    "side_by_side",
     "exports",
     "plan",
     "figures",

@@ -1,0 +1,87 @@
+"""Work in several processes at once, where one piece of it does not wait for another.
+
+The lab's products are too small to be divided well: a second thread makes a training step a
+quarter faster. Two runs at the same time, with a thread each, take two thirds of the time of one
+after the other.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from typing import TypeVar
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from parts.machine import keep_freed_memory
+from parts.stops import stop_signals
+
+LOOK_EVERY_S = 0.5  # from one look for a signal to the next
+Piece = TypeVar("Piece")
+
+
+def work_through(
+    work: Callable[[Piece], int], pieces: Iterable[Piece], jobs: int, *, preload: str
+) -> Generator[tuple[Piece, int], None, None]:
+    """Call work(piece) for each piece, `jobs` at a time; yield each with its exit code as it ends.
+
+    work     is looked up by its name in the process of each piece, so it is a function of a module,
+             or a partial of one; what it returns is the exit code
+    preload  the name of that module, which is imported once for all processes
+
+    A signal that asks this process to end is passed on, no further piece begins, and
+    KeyboardInterrupt is raised once all have ended. Where the caller asks for no more, the pieces
+    at work are asked to end.
+    """
+    # Each process begins as a copy of a server that has done nothing but the import.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    threads = max(1, torch.get_num_threads() // jobs)
+    waiting = deque(pieces)
+    running: list[tuple[Piece, ForkServerProcess]] = []
+    passed_on = 0
+    with stop_signals() as stopped:
+        try:
+            while running or waiting:
+                while waiting and len(running) < jobs:
+                    process = context.Process(target=_work_alone, args=(work, waiting[0], threads))
+                    process.start()
+                    running.append((waiting.popleft(), process))
+                wait([process.sentinel for _, process in running], LOOK_EVERY_S)
+                pass_on(stopped[passed_on:], running)
+                passed_on = len(stopped)
+                ended = [pair for pair in running if not pair[1].is_alive()]
+                running = [pair for pair in running if pair not in ended]
+                if stopped:
+                    waiting.clear()
+                yield from ((piece, int(process.exitcode or 0)) for piece, process in ended)
+        finally:
+            # Whoever asked is gone, or a signal was passed on already: a second one would not wait
+            # for what is being saved.
+            if not stopped:
+                pass_on([signal.SIGTERM], running)
+            for _, process in running:
+                process.join()
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def pass_on(signals: list[int], running: list[tuple[Piece, ForkServerProcess]]) -> None:
+    """Send each signal to every process."""
+    for number in signals:
+        for _, process in running:
+            os.kill(int(process.pid or 0), number)
+
+
+def _work_alone(work: Callable[[Piece], int], piece: Piece, threads: int) -> None:
+    """Be one of the processes, apart from the terminal's Ctrl-C, which the first passes on."""
+    os.setpgrp()
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    transformers_logging.disable_progress_bar()
+    sys.exit(work(piece))
