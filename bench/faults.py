@@ -60,6 +60,7 @@ UNEQUAL = ("config.json", "settings.json", "digests.json", "compare.json", "RESU
 SMALL = ["--device", "cpu", "--max-new-tokens", "8", "--eval-samples", "2"]
 TRAIN = ["train", *SMALL, "--steps", "3", "--save-every", "1", "--keep", "2", "--batch-size", "2"]
 TRAIN += ["--eval-problems", "1"]
+WATCHED = ["--eval-every", "2", "--dev-problems", "1"]  # an adapter at a look, and the best one
 COMPARE = [*SMALL, "--seeds", "1", "--sweep", "1", "--token-budget", "32", "--batch-size", "2"]
 COMPARE += ["--group-size", "2", "--eval-problems", "1", "--dev-problems", "1"]
 
@@ -75,7 +76,9 @@ class Program:
 
 PROGRAMS = [
     Program("train copsd", commands.copsd, TRAIN),
-    Program("train grpo", commands.copsd, [*TRAIN, "--method", "grpo", "--group-size", "2"]),
+    Program(
+        "train grpo", commands.copsd, [*TRAIN, *WATCHED, "--method", "grpo", "--group-size", "2"]
+    ),
     Program(
         "eval",
         commands.evaluation,
