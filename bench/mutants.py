@@ -36,7 +36,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # File -> its tests, those first that are quick to fail.
 TESTS = {
     "kernels.py": ["tests/test_kernels.py", "tests/test_docs.py"],
-    "copsd.py": ["tests/test_grpo.py", "tests/test_copsd.py", "tests/test_watch.py"],
+    "copsd.py": [
+        "tests/test_grpo.py",
+        "tests/test_copsd.py",
+        "tests/test_methods.py",
+        "tests/test_watch.py",
+    ],
     "parts/sampler.py": ["tests/test_sampler.py", "tests/test_docs.py"],
     "parts/batch.py": ["tests/test_sampler.py", "tests/test_batch.py"],
     "parts/metrics.py": ["tests/test_metrics.py", "tests/test_docs.py"],
