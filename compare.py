@@ -368,6 +368,7 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
             raise FloatingPointError(f"{arm.folder}: {error}") from error
         points = measure_checkpoints(plan, arm, setup, run)
         results = {"points": points, "final": points[-1]}
+    results["files"] = run.inventory()
     write_sealed(path, results)
     return results
 
@@ -424,11 +425,12 @@ def whole_prompts(setup: Setup) -> list[dict[str, str | None]]:
 
 
 def read_results(path: Path) -> Results:
-    """Return an arm's results; ValueError where the file is damaged."""
+    """Return an arm's results; ValueError where they, or another file of the arm, are damaged."""
     results = read_sealed(path)
     final = results.get("final")
     if not (isinstance(final, dict) and "greedy" in final and "points" in results):
         raise ValueError(f"{path} is damaged: it holds no results; without it the arm is run again")
+    Run(path.parent).check_inventory(results.get("files", {}))
     return results
 
 

@@ -35,7 +35,6 @@ from parts.chat import freeze_date
 from parts.data import keep_fitting, load_aloud
 from parts.family import context_length
 from parts.files import (
-    append_rows,
     read_json,
     read_rows,
     read_sealed,
@@ -394,8 +393,7 @@ def evaluate_resumably(job: Job, part: Part, console: Console) -> list[Graded]:
                 on_progress=progress.update,
             )
         if file and part.run:
-            append_rows(file, [asdict(each) for each in graded[kept:]])
-            part.run.vouch(file, rows=True)
+            part.run.add_rows(file, [asdict(each) for each in graded[kept:]], after=len(done))
         done += graded[kept:]
     return done
 

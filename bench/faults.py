@@ -60,6 +60,7 @@ UNEQUAL = ("config.json", "settings.json", "digests.json", "compare.json", "RESU
 SMALL = ["--device", "cpu", "--max-new-tokens", "8", "--eval-samples", "2"]
 TRAIN = ["train", *SMALL, "--steps", "3", "--save-every", "1", "--keep", "2", "--batch-size", "2"]
 TRAIN += ["--eval-problems", "1"]
+WATCHED = ["--eval-every", "2", "--dev-problems", "1"]  # an adapter at a look, and the best one
 COMPARE = [*SMALL, "--seeds", "1", "--sweep", "1", "--token-budget", "32", "--batch-size", "2"]
 COMPARE += ["--group-size", "2", "--eval-problems", "1", "--dev-problems", "1"]
 
@@ -75,7 +76,9 @@ class Program:
 
 PROGRAMS = [
     Program("train copsd", commands.copsd, TRAIN),
-    Program("train grpo", commands.copsd, [*TRAIN, "--method", "grpo", "--group-size", "2"]),
+    Program(
+        "train grpo", commands.copsd, [*TRAIN, *WATCHED, "--method", "grpo", "--group-size", "2"]
+    ),
     Program(
         "eval",
         commands.evaluation,
@@ -187,11 +190,17 @@ def content(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or path.suffix in (".png", ".pdf"):
+        # The lock of a killed process stays in a folder in which nothing was left to do, and there
+        # saved states are of no use any more.
+        is_finished = (path.parent.parent / "results.json").is_file()
+        is_used = path.name != owner.LOCK and not (path.parent.name == "resume" and is_finished)
+        if not path.is_file() or not is_used:
             continue
         found[name] = path.read_bytes()
         is_voucher = path.parent.name == "resume" and path.suffix == ".json"
-        if path.name in UNEQUAL or is_voucher:
+        # A comparison draws accuracy over seconds, too, in the figure of each language.
+        shows_time = path.suffix in (".png", ".svg") and "_" in path.stem
+        if path.name in UNEQUAL or is_voucher or shows_time:
             found[name] = "there"
         elif path.name in ("metrics.jsonl", "results.json"):
             lines = path.read_text("utf-8").splitlines() if path.suffix == ".jsonl" else []
@@ -204,7 +213,8 @@ def _timeless(value: object) -> object:
     """Return what JSON held without times, memory, and digests of them."""
     if isinstance(value, dict):
         kept = {n: each for n, each in value.items() if not any(w in n for w in WHEN)}
-        return {name: _timeless(each) for name, each in kept.items() if name != "sha256"}
+        digests = ("sha256", "files")
+        return {name: _timeless(each) for name, each in kept.items() if name not in digests}
     return [_timeless(each) for each in value] if isinstance(value, list) else value
 
 
@@ -309,9 +319,10 @@ def _killer(out: Path, number: int, *, torn: bool) -> Hook:
     return _hook
 
 
-def _full_disk(out: Path, target: Path) -> Hook:
+def _full_disk(out: Path, target: Path, record: Path) -> Hook:
     """Let every write of the file `target` below `out` fail as it does on a full disk.
 
+    record  of the run that the file is of, below `out`
     What is replaced is written beside its place first: a link to /dev/full stands there. What grows
     fails as it is opened.
     """
@@ -330,9 +341,7 @@ def _full_disk(out: Path, target: Path) -> Hook:
             if event == "open" and path == out / target:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             # In a new folder nothing may stand before its record.
-            is_run = path.name.removesuffix(PARTIAL) in RECORDS or any(
-                (out / name).is_file() for name in RECORDS
-            )
+            is_run = target == record or (out / record).is_file()
             if is_run and partial.parent.is_dir() and not partial.is_symlink():
                 partial.unlink(missing_ok=True)
                 partial.symlink_to("/dev/full")
@@ -380,7 +389,13 @@ def signalled(bench: Bench, program: Program, number: int, times: int) -> str:
 def full(bench: Bench, program: Program, target: Path) -> str:
     """Fill the disk for one file, then free it."""
     out = bench.place()
-    ended = run(program, out, hook=_full_disk(out, target))
+    records = [
+        folder / name
+        for folder in target.parents  # the nearest first
+        for name in RECORDS
+        if folder / name in bench.writes[program.name]
+    ]
+    ended = run(program, out, hook=_full_disk(out, target, records[0]))
     if not (ended.code == 2 and ended.is_clear and str(target) in ended.errors):
         return bench.explain(program, out, f"full at {target}: {ended.code} {ended.errors}")
     return bench.again(program, out)
@@ -388,8 +403,13 @@ def full(bench: Bench, program: Program, target: Path) -> str:
 
 def changed(bench: Bench, program: Program, name: Path, how: str) -> str:
     """Change a file of a run that was killed half way."""
-    out = bench.place()
-    shutil.copytree(bench.halves[program.name], out)
+    # In the place where it was: a comparison's record holds paths.
+    out = bench.halves[program.name]
+    saved = out.with_name("saved")
+    if not saved.exists():
+        shutil.copytree(out, saved)
+    shutil.rmtree(out)
+    shutil.copytree(saved, out)
     file = out / name
     held = bytearray(file.read_bytes())
     place = bench.random.randrange(len(held)) if held else 0

@@ -15,10 +15,14 @@ import ast
 import contextlib
 import copy
 import importlib
+import json
+import math
 import multiprocessing
 import os
 import random
+import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -26,12 +30,18 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # File -> its tests, those first that are quick to fail.
 TESTS = {
     "kernels.py": ["tests/test_kernels.py", "tests/test_docs.py"],
-    "copsd.py": ["tests/test_grpo.py", "tests/test_copsd.py", "tests/test_watch.py"],
+    "copsd.py": [
+        "tests/test_grpo.py",
+        "tests/test_copsd.py",
+        "tests/test_methods.py",
+        "tests/test_watch.py",
+    ],
     "parts/sampler.py": ["tests/test_sampler.py", "tests/test_docs.py"],
     "parts/batch.py": ["tests/test_sampler.py", "tests/test_batch.py"],
     "parts/metrics.py": ["tests/test_metrics.py", "tests/test_docs.py"],
@@ -41,6 +51,7 @@ TESTS = {
 }
 # Tests that say nothing of the maths and take long.
 LEFT_OUT = "not readme and not bad_input and not every_flag and not bad_data_file"
+PATIENCE = 30  # seconds on the clock for one of processor time, before what waits is ended
 LEFT_OUT_FUNCTIONS = {"train", "measure_once"}  # the program around the maths of copsd.py
 SWAPS = {
     ast.Lt: ast.LtE,
@@ -177,8 +188,40 @@ def mutants_of(file: str) -> list[Mutant]:
     ]
 
 
-def _run_tests(folder: Path, tests: list[str]) -> None:
-    """Run in a forked process: end with 0 if all tests pass."""
+class QuickestFirst:
+    """A plug-in of pytest: tests run in the order of what each took when it ran first.
+
+    A mutant then mostly dies within seconds. The times of the first run stand in `file`.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.seconds: dict[str, float] = {}
+        if file.is_file():
+            self.seconds = json.loads(file.read_text(encoding="utf-8"))
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Sort; a test that was never seen comes first."""
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Note what a test took, with its fixtures."""
+        self.seconds.setdefault(report.nodeid, 0.0)
+        if not self.file.is_file():
+            self.seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        """Keep the times of the first run."""
+        if not self.file.is_file():
+            self.file.write_text(json.dumps(self.seconds), encoding="utf-8")
+
+
+def _run_tests(folder: Path, tests: list[str], times: Path, limit_s: float) -> None:
+    """Run in a forked process: end with 0 if all tests pass, by SIGXCPU where they take too long.
+
+    limit_s  seconds of processor time, so that a busy machine kills no mutant
+    """
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit_s), math.ceil(limit_s) + 1))
     os.chdir(folder)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
@@ -187,23 +230,36 @@ def _run_tests(folder: Path, tests: list[str]) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT]
-    os._exit(int(importlib.import_module("pytest").main([*options, *tests])))
+    main = importlib.import_module("pytest").main
+    os._exit(int(main([*options, *tests], plugins=[QuickestFirst(times)])))
 
 
 def tests_pass(folder: Path, file: str, limit_s: float) -> bool | None:
-    """Say whether the file's tests pass in the copy; None if they run into the limit."""
+    """Say whether the file's tests pass in the copy; None if they run into the limit.
+
+    limit_s  seconds of processor time
+    """
     tests = [test for test in TESTS[file] if not test.endswith("test_docs.py")]
     if len(tests) < len(TESTS[file]):
         module = file.removesuffix(".py").replace("/", ".")
         tests.append(f"tests/test_docs.py::test_examples_in_docstrings_run[{module}]")
-    process = multiprocessing.get_context("fork").Process(target=_run_tests, args=(folder, tests))
+    times = folder / f"{Path(file).stem}.times.json"
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_tests, args=(folder, tests, times, limit_s)
+    )
     process.start()
-    process.join(limit_s)
+    process.join(PATIENCE * limit_s)  # one that waits takes no processor time
     if process.is_alive():
         process.kill()
         process.join()
         return None
-    return process.exitcode == 0
+    return None if process.exitcode == -signal.SIGXCPU else process.exitcode == 0
+
+
+def _used_s() -> float:
+    """Return the processor time of all processes that were waited for, in seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def sample_of(files: list[str], count: int, seed: int) -> list[Mutant]:
@@ -228,19 +284,23 @@ def run(mutants: list[Mutant], *, minutes: float, limit_s: float) -> int:
             ".git", "__pycache__", "runs", "evaluations", ".hypothesis"
         )
         shutil.copytree(ROOT, folder, ignore=ignored)
+        limits = {}
         for file in dict.fromkeys(mutant.file for mutant in mutants):
             print(f"unchanged {file}", flush=True)
+            began = _used_s()
             if not tests_pass(folder, file, 10 * limit_s):
                 print((folder / "tests.log").read_text(encoding="utf-8")[-2000:])
                 print(f"error: the tests of {file} do not pass as it is, so they can kill nothing")
                 return 1
+            # Slow tests are no death: only what takes twice as long as without the change is.
+            limits[file] = max(limit_s, 2 * (_used_s() - began))
         for mutant in mutants:
             if time.monotonic() > ends:
                 break
             place = folder / mutant.file
             whole = place.read_bytes()
             place.write_text(mutant.source(), encoding="utf-8")
-            passed = tests_pass(folder, mutant.file, limit_s)
+            passed = tests_pass(folder, mutant.file, limits[mutant.file])
             place.write_bytes(whole)
             if passed and mutant.key in HARMLESS:
                 fate = "harmless"
@@ -274,7 +334,9 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30.0, help="stop beginning new ones then")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds of one mutant's tests")
+    parser.add_argument(
+        "--limit", type=float, default=60.0, help="processor seconds, at least, of its tests"
+    )
     given = parser.parse_args()
     with contextlib.suppress(ImportError):
         importlib.import_module("matplotlib")

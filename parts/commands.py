@@ -39,6 +39,7 @@ class _OneLineErrors(TyperGroup):
         typed = list(sys.argv[1:] if args is None else args)
         if self.no_args_is_help and not typed:
             typed = ["--help"]
+        refuse_unread(typed)
         output = Output(sys.stdout)
         try:
             with redirect_stdout(output):
@@ -304,6 +305,19 @@ def say_error(text: str) -> None:
     from parts.view import shown
 
     typer.echo(f"error: {shown(' '.join(text.split()))}", err=True)
+
+
+def refuse_unread(words: Sequence[str]) -> None:
+    """Exit with code 2, in a line, where a word has bytes that are no letters in this locale.
+
+    Python keeps them as half surrogates, which no JSON, no tokenizer and no terminal takes.
+    """
+    encoding = sys.getfilesystemencoding()
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            remedy = "name it in UTF-8" if "utf" in encoding else "set PYTHONUTF8=1"
+            say_error(f"{word}: not all of it is letters in this locale ({encoding}); {remedy}")
+            sys.exit(2)
 
 
 @contextmanager

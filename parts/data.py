@@ -272,6 +272,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             place = f"line {number}, column {error.colno}"
             raise ValueError(f"{place}: {error.msg}{_escape_advice(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
         yield f"line {number}", row
 
 

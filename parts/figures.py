@@ -72,6 +72,7 @@ def curves_figure(panels: list[Panel], paths: list[Path], *, columns: int = 2) -
     """
     # Imported here, so that only who draws waits for it to load. Not pyplot, which keeps every
     # figure in memory and chooses a backend.
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     labels = list(dict.fromkeys(label for panel in panels for label in panel.curves))
@@ -94,8 +95,11 @@ def curves_figure(panels: list[Panel], paths: list[Path], *, columns: int = 2) -
         frameon=False,
     )
     for path in paths:
-        with whole_file(path) as partial:
-            figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=160)
+        form = path.suffix.removeprefix(".")
+        # An SVG would carry the time of drawing and random names; so, drawn again, it is the same.
+        undated = {"Date": None} if form == "svg" else {}
+        with whole_file(path) as partial, rc_context({"svg.hashsalt": "figure"}):
+            figure.savefig(partial, format=form, dpi=160, metadata=undated)
 
 
 def _plain(text: str) -> str:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -108,10 +109,16 @@ def write_text(path: Path, text: str) -> None:
 def json_text(content: Any, *, indent: int | None = None) -> str:
     """Return content as JSON, letters as they are, and null for a number that is not finite.
 
+    Half a surrogate pair, which UTF-8 cannot write, is escaped. Names of files have such where the
+    locale is POSIX: there Python cannot read their letters, and keeps their bytes so.
+
+    >>> print(json_text(["ɓ", "\\udcc9"]))
+    ["ɓ", "\\udcc9"]
     >>> json_text({"loss": math.nan, "ratios": [1.5, math.inf]})
     '{"loss": null, "ratios": [1.5, null]}'
     """
-    return json.dumps(_without_nan(content), ensure_ascii=False, allow_nan=False, indent=indent)
+    text = json.dumps(_without_nan(content), ensure_ascii=False, allow_nan=False, indent=indent)
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def _without_nan(content: Any) -> Any:
@@ -147,12 +154,24 @@ def parse_json(text: str | bytes) -> Any:
     """Return what JSON says; ValueError, JSONDecodeError or UnicodeDecodeError where it is broken.
 
     Lists in lists in lists, some thousands deep, are broken, too: nothing of ours is like that, and
-    Python's reader would give up with a RecursionError.
+    Python's reader would give up with a RecursionError. So is an object that names something twice,
+    of which that reader would take the last and say nothing.
     """
+    whole = text if isinstance(text, str) else text.decode()
     try:
-        return json.loads(text if isinstance(text, str) else text.decode())
+        return json.loads(whole, object_pairs_hook=_named_once)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; ValueError where it has a name twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it names {repeated!r} twice")
+    return content
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:

@@ -214,13 +214,27 @@ class Run:
         self._row(state.step)
         return [f"{fault}; going on from step {state.step}" for fault in passed_over]
 
-    def vouch(self, *files: Path, rows: bool = False) -> None:
-        """Keep the length and digest of files that will not change, or, with rows, of each line."""
+    def vouch(self, *files: Path) -> None:
+        """Keep the length and digest of files that will not change."""
         path = self.folder / DIGESTS
         held = read_sealed(path) if path.is_file() else {}
         for file in files:
-            name = file.relative_to(self.folder).as_posix()
-            held[name] = line_digests(file) if rows else checkpoints.measured(file)
+            held[file.relative_to(self.folder).as_posix()] = checkpoints.measured(file)
+        write_sealed(path, held)
+
+    def add_rows(self, file: Path, rows: Sequence[Mapping[str, Any]], *, after: int) -> None:
+        """Append rows that will not change to a file of `after` rows, and keep a digest of each.
+
+        Only what is new is digested: a file that grows chunk by chunk is not read for each of them.
+        """
+        path = self.folder / DIGESTS
+        held = read_sealed(path) if path.is_file() else {}
+        name = file.relative_to(self.folder).as_posix()
+        digests = held.get(name, [])
+        if len(digests) != after:  # rows were cut off, or a kill came between rows and their digest
+            digests = line_digests(file.read_bytes()) if file.is_file() else []
+        append_rows(file, rows)
+        held[name] = digests + line_digests(json_lines(rows).encode())
         write_sealed(path, held)
 
     def check_digests(self, under: str = "") -> None:
@@ -242,7 +256,7 @@ class Run:
                     raise ValueError(f"{file} is missing, so this adapter is damaged; {remedy}")
                 continue
             if isinstance(held, list):
-                found = line_digests(file)
+                found = line_digests(file.read_bytes())
                 both = min(len(found), len(held))
                 is_whole = found[:both] == held[:both]
             else:
@@ -251,6 +265,22 @@ class Run:
                 raise ValueError(
                     f"{file} is damaged: it is not what was written; remove it to go on without it"
                 )
+
+    def inventory(self) -> dict[str, Any]:
+        """Return length and digest of each file of a finished run; its saved states may go."""
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        names = [path.relative_to(self.folder).as_posix() for path in files]
+        kept = [n for n in names if n != owner.LOCK and not n.startswith(f"{checkpoints.FOLDER}/")]
+        return {name: checkpoints.measured(self.folder / name) for name in kept}
+
+    def check_inventory(self, held: Mapping[str, Any]) -> None:
+        """Raise ValueError for a file that is missing, but in a whole adapter, or has changed."""
+        for name, measured in held.items():
+            file = self.folder / name
+            if checkpoints.measured(file) == measured or not file.parent.is_dir():
+                continue
+            what = "damaged: it is not what was written" if file.is_file() else "missing"
+            raise ValueError(f"{file} is {what}; remove {self.folder} to have it made again")
 
     def kept(self) -> str:
         """Return, for a line about a stop, what of the run is saved."""
@@ -310,9 +340,9 @@ def folder_fingerprint(folder: Path) -> str:
         )
 
 
-def line_digests(file: Path) -> list[str]:
-    """Return 16 hex digits for each whole line of a file."""
-    *lines, _ = file.read_bytes().split(b"\n")
+def line_digests(content: bytes) -> list[str]:
+    """Return 16 hex digits for each whole line of a file's content."""
+    *lines, _ = content.split(b"\n")
     return [hashlib.sha256(line).hexdigest()[:16] for line in lines]
 
 

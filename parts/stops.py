@@ -3,6 +3,7 @@
 The first one asks: a step is finished and saved, or what is kept is said. The second one acts.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +37,18 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def _at_once(number: int) -> Any:
-    """Return what a signal does unasked: Ctrl-C raises KeyboardInterrupt, the others end it."""
-    return signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    """Return the handler of what a signal does unasked: Ctrl-C interrupts, the others end it."""
+    return signal.default_int_handler if number == signal.SIGINT else _end
+
+
+def _end(number: int, frame: Any) -> None:
+    """End the process by the signal.
+
+    A function and not SIG_DFL: where two signals come together, Python calls their handlers one
+    after the other, and one that the first has just set to SIG_DFL would be lost with a traceback.
+    """
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 @contextmanager
@@ -69,7 +80,7 @@ def stops_act() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in STOPS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, _end)
     try:
         yield
     finally:

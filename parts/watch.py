@@ -34,6 +34,7 @@ START_STEPS = 5  # a run's start, which later steps are compared with, is their 
 RECENT_STEPS = 3  # one odd batch is no alarm, so it is the mean of so many that is compared
 REPEATED_TOKENS = 8  # in a row: shorter runs, such as "= 10 +", recur in honest mathematics
 DEV_METRIC = "dev/greedy_accuracy"  # decides which adapter is the best
+DEV_TIME = "dev/time_s"
 TAIL_BYTES = 2**22  # of completions.jsonl, in which its last line surely fits
 
 
@@ -131,7 +132,7 @@ def dev_metrics(setup: Setup) -> dict[str, float]:
         "dev/completion_tokens_mean": "mean tokens",
     }
     means = {name: sum(found[metric][0]) / len(graded) for name, metric in names.items()}
-    return {**means, "dev/problems": len(graded), "dev/time_s": time.perf_counter() - started}
+    return {**means, "dev/problems": len(graded), DEV_TIME: time.perf_counter() - started}
 
 
 def alarms(rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -172,7 +173,8 @@ def write_best(run: Run) -> str | None:
     if row is None:
         return None
     folder = run.adapter_folder(row["step"])
-    dev = {name: value for name, value in row.items() if name.startswith("dev/")}
+    # Without how long it took, so that the same run ends with the same bytes.
+    dev = {n: value for n, value in row.items() if n.startswith("dev/") and n != DEV_TIME}
     adapter = folder.relative_to(run.folder).as_posix()
     run.write_evaluation("best", {"step": row["step"], "adapter": adapter, **dev})
     score = f"greedy accuracy {row[DEV_METRIC]:.3f} on {row['dev/problems']} development problems"

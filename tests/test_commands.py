@@ -306,6 +306,57 @@ def test_a_terminal_without_the_letters_shows_marks_and_nothing_stops(encoding):
     assert len(lines) == 1 + len(languages()) and b"Amharic" in lines[1] and b"????" in lines[1]
 
 
+POSIX = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+# Trains, evaluates, reports and shows in one process, which loads torch once.
+POSIX_DAY = """
+import sys
+from parts import commands
+small = ["--max-new-tokens", "8"]
+train = ["--eval-problems", "1", "--eval-samples", "1", "--steps", "1", "--batch-size", "2"]
+for app, typed in (
+    (commands.copsd, ["train", *small, *train, "--show-rollout", "--out", "run"]),
+    (commands.evaluation, [*small, "--limit", "2", "--adapter", "run", "--out", "one"]),
+    (commands.evaluation, ["report", "one", "--out", "report"]),
+    (commands.copsd, ["show", *small, "--html", "walk.html"]),
+    (commands.copsd, ["languages"]),
+    (commands.comparison, ["--help"]),
+):
+    try:
+        app(typed)
+    except SystemExit as end:
+        assert not end.code, (typed, end.code)
+"""
+
+
+def test_a_posix_locale_writes_the_same_letters(tmp_path):
+    env = {**os.environ, **POSIX, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", POSIX_DAY]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, env=env)
+    assert result.returncode == 0 and result.stderr == b"", result.stderr
+    letters = ["run/completions.jsonl", "one/problems.jsonl", "report/report.html", "walk.html"]
+    for name in letters:
+        assert "ƙ" in (tmp_path / name).read_text(encoding="utf-8"), name
+    for path in tmp_path.rglob("*"):
+        if path.suffix in (".json", ".jsonl", ".md", ".tex", ".csv", ".html"):
+            path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "command", ["copsd.py train --out", "eval.py --out", "eval.py report", "compare.py --out"]
+)
+def test_a_name_that_the_locale_cannot_read_is_refused_with_the_remedy(tmp_path, command):
+    name = str(tmp_path).encode() + "/ɓulà".encode()
+    result = subprocess.run(
+        [sys.executable.encode(), *command.encode().split(), name],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, **POSIX},
+    )
+    assert result.returncode == 2 and result.stderr.count(b"\n") == 1
+    assert b"not all of it is letters in this locale (ascii); set PYTHONUTF8=1" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_the_detector_of_languages_one_line_says_so(monkeypatch, capsys):
     monkeypatch.setattr("parts.measure.language_detector", lambda: None)
     commands.start()

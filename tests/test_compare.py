@@ -210,6 +210,21 @@ def test_what_is_finished_is_not_done_again_and_other_settings_are_refused(finis
         assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "name", ["base/prompts.json", "grpo-1/metrics.jsonl", "copsd-0/config.json"]
+)
+def test_a_finished_arm_that_is_damaged_is_named_and_not_taken_as_it_is(finished, name):
+    file = finished[0] / "hau" / name
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"t", b"T", 1))
+    try:
+        result = run_cli(*SMALL, "--out", str(finished[0]))
+    finally:
+        file.write_bytes(whole)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert f"{file} is damaged" in result.stderr and f"remove {file.parent} " in result.stderr
+
+
 @pytest.mark.parametrize("layout", [None, 1])
 def test_a_folder_of_an_older_comparison_is_refused_with_one_line(tmp_path, layout):
     config = {"langs": ["hau"], "seeds": [0, 1]} | ({} if layout is None else {"layout": layout})

@@ -89,6 +89,12 @@ def test_rows_scored_together_are_rows_scored_alone(tmp_path):
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
 
 
+def test_a_prompt_without_a_completion_is_an_error_and_not_left_out(tmp_path):
+    setup, _ = make_setup(tmp_path)
+    with pytest.raises(ValueError, match="shorter"):
+        completion_hidden(setup.model, [[1, 2], [3]], [[4]])
+
+
 def test_every_completion_token_is_scored_once_and_eos_is_among_them(tmp_path):
     setup, _ = make_setup(tmp_path, max_new_tokens=64)
     rollouts = roll_out(setup, setup.train[:8], seed=0)

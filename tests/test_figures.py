@@ -34,6 +34,16 @@ def test_a_label_looks_alike_in_all_panels_and_stands_once_in_the_legend(tmp_pat
     assert copsd > base
 
 
+@pytest.mark.parametrize("form", ["png", "svg"])
+def test_what_is_drawn_again_has_the_same_bytes(tmp_path, form):
+    panels = [Panel("Hausa", "k", "pass@k", {"base": [(1.0, 0.2, 0.1, 0.3), (4.0, 0.5, 0.4, 0.6)]})]
+    for name in ("first", "second"):
+        curves_figure(panels, [tmp_path / f"{name}.{form}"])
+    first, second = ((tmp_path / f"{name}.{form}").read_bytes() for name in ("first", "second"))
+    assert first == second
+    assert b"dc:date" not in first
+
+
 def test_more_labels_than_colours_still_look_different(tmp_path):
     names = [f"run {place}" for place in range(2 * len(LOOKS))]
     curves = {name: [(float(x), 0.5, 0.4, 0.6) for x in (1, 2)] for name in names}

@@ -76,6 +76,15 @@ def test_json_comes_back_and_keeps_its_letters_readable(tmp_path):
     assert "ƙ".encode() in (tmp_path / "x.json").read_bytes()
 
 
+def test_a_name_that_no_utf8_can_write_comes_back(tmp_path):
+    # A POSIX locale has no letter ɓ: Python keeps the bytes of a path like that as half surrogates.
+    name = "ɓulà ƙ".encode().decode("ascii", "surrogateescape")
+    write_sealed(tmp_path / "x.json", {"out": name, name: 1})
+    assert read_sealed(tmp_path / "x.json") == {"out": name, name: 1}
+    append_rows(tmp_path / "x.jsonl", [{"out": name}])
+    assert read_rows(tmp_path / "x.jsonl") == [{"out": name}]
+
+
 def test_doctests():
     result = doctest.testmod(files)
     assert result.failed == 0 and result.attempted >= 1
@@ -240,6 +249,24 @@ def test_json_that_is_nested_without_end_is_broken(tmp_path, content):
     (tmp_path / "x.jsonl").write_text(content + "\n")
     with pytest.raises(ValueError, match=r"x.jsonl is broken before its last line"):
         read_rows(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("content", ['{"a": 1, "b": 2, "a": 1}', '{"c": [{"a": 1, "a": 2}]}'])
+def test_an_object_that_names_something_twice_is_broken(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=r"x.json: broken JSON: it names 'a' twice"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.jsonl").write_text(content + "\n")
+    with pytest.raises(ValueError, match=r"x.jsonl is broken .*: it names 'a' twice"):
+        read_rows(tmp_path / "x.jsonl")
+
+
+def test_a_number_that_is_not_finite_in_a_sealed_file_is_damage(tmp_path):
+    path = tmp_path / "config.json"
+    write_sealed(path, {"config": {"lr": 0.5}})
+    path.write_text(path.read_text().replace("0.5", "NaN"))
+    with pytest.raises(ValueError, match=r"config.json is damaged"):
+        read_sealed(path)
 
 
 def test_a_digest_is_of_so_many_bytes(tmp_path):

@@ -460,6 +460,28 @@ def test_a_token_budget_ends_the_run_and_the_rate_falls_with_it(tmp_path, method
     ) == len(rows)
 
 
+@pytest.mark.parametrize("method", ["copsd", "grpo"])
+def test_updates_dropped_in_a_row_are_counted_across_a_stop(tmp_path, monkeypatch, method):
+    flags = {"method": method, "steps": 6, "batch_size": 4, "max_new_tokens": 4}
+    loop = {"copsd": copsd.train_copsd, "grpo": copsd.train_grpo}[method]
+    plain = torch.nn.utils.clip_grad_norm_
+    norms = iter([None, math.nan, math.nan])  # the first update is made, two are dropped
+
+    def broken_norm(parameters, most):
+        norm = next(norms, math.inf)
+        return plain(parameters, most) if norm is None else torch.tensor(norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken_norm)
+    setup, run = make_setup(tmp_path, **flags)
+    view = StepView(QUIET, 6)
+    with monkeypatch.context() as stopping:
+        stopping.setattr(view, "show", lambda metrics: metrics["step"] == 3)
+        assert loop(setup, run, view) is False
+    setup, run = make_setup(tmp_path, **flags)
+    with pytest.raises(FloatingPointError, match="no finite gradient in 3 updates up to step 4"):
+        loop(setup, run, view)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_step_in_which_everything_is_masked_changes_nothing(tmp_path, monkeypatch, masked):
     monkeypatch.setattr(

@@ -1,12 +1,14 @@
 """parts/runs.py: nothing half-written, nothing overwritten, and a state that comes back whole."""
 
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from parts.files import append_rows, read_json, write_json
+from parts import runs
+from parts.files import append_rows, read_json, read_rows, read_sealed, write_json
 from parts.runs import (
     Run,
     fingerprint,
@@ -293,3 +295,68 @@ def test_rows_that_were_appended_apart_are_one_log(tmp_path):
     run = Run(tmp_path)
     run.log({"step": 2}, [])
     assert [row["step"] for row in run.metrics()] == [1, 2]
+
+
+def test_rows_that_are_vouched_for_are_digested_once_however_often_there_are_more(
+    tmp_path, monkeypatch
+):
+    run = Run(tmp_path)
+    file = tmp_path / "problems.jsonl"
+    digested: list[int] = []
+    plain = runs.line_digests
+    monkeypatch.setattr(runs, "line_digests", lambda c: digested.append(len(c)) or plain(c))
+    for row in range(20):
+        run.add_rows(file, [{"id": row, "text": "word " * 50}], after=row)
+    assert sum(digested) == file.stat().st_size
+    run.check_digests()
+    assert read_sealed(tmp_path / "digests.json")[file.name] == plain(file.read_bytes())
+
+
+@pytest.mark.parametrize("lost", ["rows at the end", "the digest of the last rows"])
+def test_rows_go_on_after_a_kill_and_any_byte_of_them_is_still_watched(tmp_path, lost):
+    run = Run(tmp_path)
+    file = tmp_path / "problems.jsonl"
+    for row in range(4):
+        before = (tmp_path / "digests.json").read_bytes() if row else b""
+        run.add_rows(file, [{"id": row}], after=row)
+    if lost == "rows at the end":
+        file.write_bytes(file.read_bytes().replace(b'{"id": 3}\n', b'{"id'))
+        run.check_digests()
+        run.add_rows(file, [{"id": 3}, {"id": 4}], after=3)
+    else:
+        (tmp_path / "digests.json").write_bytes(before)
+        run.check_digests()
+        run.add_rows(file, [{"id": 4}], after=4)
+    assert [row["id"] for row in read_rows(file)] == [0, 1, 2, 3, 4]
+    run.check_digests()
+    whole = file.read_bytes()
+    for row in range(5):
+        file.write_bytes(whole.replace(b'"id": %d' % row, b'"id": 7'))
+        with pytest.raises(ValueError, match=r"problems\.jsonl is damaged"):
+            run.check_digests()
+
+
+def test_any_file_of_a_finished_run_is_watched_and_old_adapters_and_states_may_go(tmp_path):
+    run = Run(tmp_path)
+    for name in ("prompts.json", "adapters/step_1/a", "adapters/step_2/a", "resume/step_1.json"):
+        write_json(make_parent(tmp_path / name), name)
+    held = run.inventory()
+    assert held.keys() == {"prompts.json", "adapters/step_1/a", "adapters/step_2/a"}
+    for folder in ("adapters/step_1", "resume"):
+        shutil.rmtree(tmp_path / folder)
+    run.check_inventory(held)
+    for name in ("prompts.json", "adapters/step_2/a"):
+        whole = (tmp_path / name).read_bytes()
+        for spoilt in (whole[:-1], whole + b" ", whole.swapcase()):
+            (tmp_path / name).write_bytes(spoilt)
+            with pytest.raises(ValueError, match=f"{name} is damaged.*; remove .* made again"):
+                run.check_inventory(held)
+        (tmp_path / name).write_bytes(whole)
+    (tmp_path / "prompts.json").unlink()
+    with pytest.raises(ValueError, match=r"prompts\.json is missing; remove .* made again"):
+        run.check_inventory(held)
+
+
+def make_parent(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

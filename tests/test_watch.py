@@ -230,6 +230,7 @@ def test_the_best_adapter_is_named_at_the_end_and_is_there(tmp_path):
     best = read_json(out / "best.json")
     rows = read_rows(out / "metrics.jsonl")
     assert best["step"] == best_row(rows)["step"]  # type: ignore[index]
+    assert not any("time" in name for name in best)  # the same run has the same bytes
     assert (out / best["adapter"] / "adapter_model.safetensors").is_file()
     assert f"best adapter: {out / best['adapter']}, after step {best['step']}" in result.stdout
     assert "on 3 development problems" in result.stdout
