@@ -396,6 +396,13 @@ class Config:
     micro_batch: int = machine(
         4, "Rows per forward and backward pass. It does not change the gradient.", least=1
     )
+    micro_tokens: int | None = machine(
+        None,
+        "Positions per forward and backward pass, pads and prompts among them, of the role that "
+        "reads more: fewer than --micro-batch rows where rows are long. A row that is longer "
+        "stands alone, and at most a tenth are pads. It does not change the gradient.",
+        least=1,
+    )
     chunk_tokens: int = machine(256, "Rows of logits that exist at a time.", least=1, most=10**6)
     sample_rows: int = machine(256, "Completions decoded at once.", least=1)
     gradient_checkpointing: bool = machine(

@@ -50,6 +50,7 @@ PARTS = (
     "benchmarks",
     "runs",
     "steplog",
+    "microbatch",
     "footprint",
     "setup",
     "track",

@@ -18,9 +18,9 @@ from parts.footprint import (
     Lengths,
     changes_that_fit,
     flags_text,
-    halve_until_it_fits,
     read_shape,
 )
+from parts.microbatch import Limit, halve_until_it_fits
 from parts.model import attach_lora, final_hidden, load_model
 from parts.recipe import Config
 
@@ -202,5 +202,5 @@ def test_without_memory_for_one_row_the_error_is_the_errors():
 
     tried = []
     with pytest.raises(torch.OutOfMemoryError):
-        halve_until_it_fits(_never, 4, lambda: tried.append(1))
+        halve_until_it_fits(_never, Limit(4), lambda: tried.append(1))
     assert len(tried) == 2  # 2 and 1
