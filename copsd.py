@@ -172,7 +172,7 @@ def copsd_gradient(
             weight_N=token_weights(setup.config, stats, lengths),
         )
         watch.lap("score")
-        loss.backward()
+        setup.loss_scale.backward(loss)
         watch.lap("update")
         tally.add(loss, stats, rows, lengths)
     return tally
@@ -208,8 +208,8 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
 
             # The update. The learning rate falls linearly to 0; the teacher follows where it is to.
             lr = config.lr * (1 - done)
-            grad_norm = take_step(optimizer, lr=lr, max_grad_norm=config.max_grad_norm)
-            skipped = count_skipped(skipped, grad_norm, step)
+            grad_norm = take_step(optimizer, setup=setup, lr=lr)
+            skipped = count_skipped(skipped, grad_norm, step, setup.loss_scale)
             setup.lora.update_teacher(step, decay=config.ema_decay, every=config.teacher_every)
             watch.lap("update")
 
@@ -226,6 +226,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
                 **steplog.copsd_metrics(tally),
                 **reading.metrics,
                 **steplog.update_metrics(grad_norm, lr, skipped),
+                **setup.loss_scale.metrics(),
                 **steplog.work_metrics(
                     rollouts,
                     watch,
@@ -448,7 +449,7 @@ def grpo_gradient(
             step_rows=len(kept),
         )
         watch.lap("score")
-        loss.backward()
+        setup.loss_scale.backward(loss)
         watch.lap("update")
         tally.add(loss, stats, rows, lengths)
     if add_term:
@@ -506,8 +507,8 @@ def train_grpo(
 
                 # The update. The learning rate falls linearly to 0.
                 lr = config.lr * (1 - done)
-                grad_norm = take_step(optimizer, lr=lr, max_grad_norm=config.max_grad_norm)
-                skipped = count_skipped(skipped, grad_norm, step)
+                grad_norm = take_step(optimizer, setup=setup, lr=lr)
+                skipped = count_skipped(skipped, grad_norm, step, setup.loss_scale)
                 watch.lap("update")
             setup.lora.update_teacher(step, decay=config.ema_decay, every=config.teacher_every)
 
@@ -523,6 +524,7 @@ def train_grpo(
                 "sampled_tokens": sampled_tokens,
                 **steplog.grpo_metrics(tally, drawn_rewards, config.inner_epochs),
                 **steplog.update_metrics(grad_norm, lr, skipped),
+                **setup.loss_scale.metrics(),
                 **steplog.work_metrics(
                     rollouts,
                     watch,

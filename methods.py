@@ -231,7 +231,7 @@ def add_ssopd_term(
             step_rows=step_groups,
             weight_N=weight_B.repeat_interleave(torch.tensor(lengths)),
         )
-        loss.backward()
+        setup.loss_scale.backward(loss)
         tally.loss += loss.item()
         kl += stats["kl_N"].sum().item()
     student_tokens = count_tokens(learners, prompts=True)

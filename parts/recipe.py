@@ -411,10 +411,14 @@ class Config:
     compile: bool | None = machine(
         None, "Run torch.compile on the divergence. Without it: where that pays."
     )
-    device: str = machine("auto", "Where to compute: auto, cpu, cuda, cuda:N or mps.")
+    device: str = machine(
+        "auto",
+        "Where to compute: auto, cpu, cuda, cuda:N or mps. auto is the first GPU that works.",
+    )
     dtype: str = machine(
         "auto",
-        "The base weights' type: auto, float32 or bfloat16. The adapter is always float32.",
+        "The base weights' type: auto, float32, bfloat16 or float16. auto is the best 16-bit type "
+        "of a CUDA card, and float32 elsewhere. The adapter is always float32.",
     )
     save_every: int = machine(5, "Steps between saves.", source="paper", least=1)
     keep: int = machine(
@@ -530,8 +534,11 @@ class EvalConfig:
     )
     seed: int = attempts(0, "The sampler's seed.", source="ours", least=-(10**9), most=10**9)
     batch_rows: int = machine(256, "Completions decoded at once.", least=1)
-    device: str = machine("auto", "Where to compute: auto, cpu, cuda, cuda:N or mps.")
-    dtype: str = machine("auto", "The weights' type: auto, float32 or bfloat16.")
+    device: str = machine(
+        "auto",
+        "Where to compute: auto, cpu, cuda, cuda:N or mps. auto is the first GPU that works.",
+    )
+    dtype: str = machine("auto", "The weights' type: auto, float32, bfloat16 or float16.")
 
 
 def check_settings(config: Any) -> None:

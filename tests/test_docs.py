@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A file imports only files above it here, and the programs stand above them all.
 PARTS = (
     "machine",
+    "lossscale",
     "ranks",
     "stops",
     "typed",

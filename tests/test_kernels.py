@@ -107,7 +107,7 @@ def test_chunked_divergence_equals_its_definition_at_any_chunk(
     torch.testing.assert_close(stats["kl_N"], kl_N.detach(), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind, clip_mode", CASES)
 def test_chunked_error_is_no_larger_than_the_plain_versions(
     kind: str, clip_mode: str, dtype: torch.dtype
