@@ -225,8 +225,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
                 "sampled_tokens": sampled_tokens,
                 **steplog.copsd_metrics(tally),
                 **reading.metrics,
-                **steplog.update_metrics(grad_norm, lr, skipped),
-                **setup.loss_scale.metrics(),
+                **steplog.update_metrics(grad_norm, lr, skipped, setup.loss_scale),
                 **steplog.work_metrics(
                     rollouts,
                     watch,
@@ -523,8 +522,7 @@ def train_grpo(
                 "progress": done,
                 "sampled_tokens": sampled_tokens,
                 **steplog.grpo_metrics(tally, drawn_rewards, config.inner_epochs),
-                **steplog.update_metrics(grad_norm, lr, skipped),
-                **setup.loss_scale.metrics(),
+                **steplog.update_metrics(grad_norm, lr, skipped, setup.loss_scale),
                 **steplog.work_metrics(
                     rollouts,
                     watch,
