@@ -105,6 +105,43 @@ def test_what_a_setting_saves(qwen):
     assert planned(shape, config, on_cpu=True).update > found.update, "holes in the heap"
 
 
+def test_a_budget_of_positions_is_counted_by_the_longer_role(qwen):
+    shape = read_shape(qwen, Config())
+    config = replace(Config(), micro_batch=8, max_new_tokens=1000)
+    eight, four, one = (planned(shape, replace(config, micro_batch=rows)) for rows in (8, 4, 1))
+    assert planned(shape, replace(config, micro_tokens=4 * (1024 + 1000))) == four
+    assert planned(shape, replace(config, micro_tokens=10**6)) == eight, "rows are still a limit"
+    assert planned(shape, replace(config, micro_tokens=10)) == one, "a longer row stands alone"
+    # Where no whole number of rows fits, shorter rows fill the rest.
+    between = planned(shape, replace(config, micro_tokens=5000)).update
+    assert planned(shape, replace(config, micro_batch=2)).update < between < four.update
+    grpo = replace(config, method="grpo")
+    budget = replace(grpo, micro_tokens=4 * (256 + 1000))
+    assert planned(shape, budget) == planned(shape, replace(grpo, micro_batch=4)), (
+        "no teacher reads"
+    )
+    limit = (one.update + four.update) / 2
+    changes = changes_that_fit(
+        shape,
+        replace(config, micro_tokens=4 * 2024),
+        torch.bfloat16,
+        LENGTHS,
+        limit,
+        on_cpu=False,
+    )
+    assert changes and (changes["micro_batch"], changes["micro_tokens"]) == (4, 2 * 2024)
+
+
+def test_plan_takes_a_budget():
+    flags = ["--micro-batch", "64", "--no-gradient-checkpointing", "--device", "cpu"]
+    said = [
+        CliRunner().invoke(commands.copsd, ["plan", *flags, *budget]).stdout
+        for budget in ([], ["--micro-tokens", "100"])
+    ]
+    peaks = [float(text.split("memory: ")[1].split(" GiB")[0]) for text in said]
+    assert peaks[1] < peaks[0]
+
+
 def test_the_changes_that_fit_do_fit_and_change_no_result(qwen):
     shape = read_shape(qwen, Config())
     config = replace(Config(), micro_batch=32, gradient_checkpointing=False)
