@@ -180,6 +180,6 @@ def test_out_of_memory_halves_rows_and_positions_until_it_fits(capsys):
             raise torch.OutOfMemoryError("as if")
         return "done"
 
-    assert halve_until_it_fits(attempt, Limit(8, 1000), list) == ("done", Limit(2, 250))
+    assert halve_until_it_fits(attempt, Limit(8, 1000), lambda: None) == ("done", Limit(2, 250))
     assert tried == [Limit(8, 1000), Limit(4, 500), Limit(2, 250)]
     assert "micro-batches of 2 rows and 250 tokens from here on" in capsys.readouterr().err
