@@ -55,6 +55,7 @@ from parts.metrics import Ratio, bootstrap
 from parts.microbatch import Limit, halve_until_it_fits, micro_batches
 from parts.model import eos_ids, final_hidden, head_weight, teacher_view, valid_ids
 from parts.narrow import narrow_loss
+from parts.packing import packed_hidden, packing_pays
 from parts.prompts import Problem, find_language
 from parts.recipe import LABELS, Config, divergence_options, keeps_prompts
 from parts.sampler import Rollout, SamplingParams, sample
@@ -343,8 +344,10 @@ def completion_logprob(
     Both in nats, under the model as it is seen at the moment: with the adapter, or within a view of
     the teacher.
     """
+    # A group's completions share their prompt, which is computed once where that saves enough.
+    read = packed_hidden if packing_pays(prompts, completions) else completion_hidden
     return chunked_logprob(
-        completion_hidden(setup.model, prompts, completions),
+        read(setup.model, prompts, completions),
         head_weight(setup.model),
         torch.tensor([token for ids in completions for token in ids], device=setup.model.device),
         temperature=setup.config.temperature,
@@ -428,7 +431,9 @@ def grpo_gradient(
     # What a teacher reads, of a method that has one.
     prompts = [setup.teacher_prompt(group.problem) for group in groups] if credit else []
     teacher_prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
-    for rows in micro_batches(rollouts, limit, own, teacher_prompts):
+    asked = [rollout.prompt_ids for rollout in rollouts]
+    together = packing_pays(asked, [rollout.completion_ids for rollout in rollouts])
+    for rows in micro_batches(rollouts, limit, own, teacher_prompts, together=together):
         batch = [rollouts[row] for row in rows]
         lengths = [len(rollout.completion_ids) for rollout in batch]
         advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))

@@ -76,11 +76,14 @@ def micro_batches(
     limit: Limit,
     rows: list[int] | None = None,
     teacher_prompts: list[list[int]] | None = None,
+    *,
+    together: bool = False,
 ) -> list[list[int]]:
     """Return the rows of each micro-batch, the largest micro-batch and its longest row first.
 
     rows             those that are to be divided; None: all
     teacher_prompts  what the teacher reads before each rollout; None: there is none
+    together         keep rows of one prompt beside each other, for those that share it
 
     The result is the same for the same lengths, whatever the tokens are.
     """
@@ -92,7 +95,13 @@ def micro_batches(
 
     batches: list[list[int]] = []
     # By the student's length first: what the backward pass needs is kept of the student's rows.
-    for row in sorted(sizes, key=lambda row: sizes[row], reverse=True):
+    order = sorted(sizes, key=lambda row: sizes[row], reverse=True)
+    if together:
+        first: dict[tuple[int, ...], int] = {}  # where a prompt's longest row stands
+        for place, row in enumerate(order):
+            first.setdefault(tuple(rollouts[row].prompt_ids), place)
+        order.sort(key=lambda row: first[tuple(rollouts[row].prompt_ids)])
+    for row in order:
         if not batches or not limit.holds([sizes[other] for other in [*batches[-1], row]]):
             batches.append([])
         batches[-1].append(row)

@@ -36,6 +36,7 @@ PARTS = (
     "adapters",
     "batch",
     "prefixes",
+    "packing",
     "sampler",
     "selfcheck",
     "weights",
