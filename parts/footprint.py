@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM
 from parts.machine import DTYPES
 from parts.microbatch import Limit
 from parts.model import MERGED_BYTES, adaptable_layers, load_config, loading, resolve_model
+from parts.packing import packing_pays
 from parts.prefixes import KEPT_BYTES
-from parts.recipe import DISTILLED, Config, check_run, fill, keeps_prompts
+from parts.recipe import DISTILLED, GROUPED, Config, check_run, fill, keeps_prompts
 from parts.view import say
 
 GIB = 2**30
@@ -211,7 +212,7 @@ def _update_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> 
     """Return what a micro-batch keeps for its backward pass, and what passes through one layer."""
     rows = _micro_rows(config, lengths)
     completion = int(rows * config.max_new_tokens)
-    tokens = int(rows * lengths.student) + completion
+    tokens = int(rows * _student_positions(config, lengths, int(rows)))
     saved = _saved_bytes(shape, size)
     if config.gradient_checkpointing:
         # Every layer's input is kept, and all of the one layer that is computed again.
@@ -243,6 +244,14 @@ def _micro_rows(config: Config, lengths: Lengths) -> float:
     return min(rows, max(1, config.micro_tokens / longest))
 
 
+def _student_positions(config: Config, lengths: Lengths, rows: int) -> float:
+    """Return the positions of one of so many rows, of which those of a group may share a prompt."""
+    together = min(rows, config.group_size) if config.method in GROUPED else 1
+    prompts = [[0] * lengths.student] * together
+    shares = packing_pays(prompts, [[0] * config.max_new_tokens] * together)
+    return lengths.student / (together if shares else 1) + config.max_new_tokens
+
+
 def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
     """Return what is free on a CPU's heap after a forward pass, in holes that stay empty.
 
@@ -251,7 +260,7 @@ def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> in
     had in turn ends so, measured with bench/footprint.py; a GPU's allocator uses its holes.
     """
     rows = _micro_rows(config, lengths)
-    tokens = int(rows * (lengths.student + config.max_new_tokens))
+    tokens = int(rows * _student_positions(config, lengths, int(rows)))
     return tokens * shape.layers * _saved_bytes(shape, size) // 2
 
 

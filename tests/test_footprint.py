@@ -132,6 +132,21 @@ def test_a_budget_of_positions_is_counted_by_the_longer_role(qwen):
     assert changes and (changes["micro_batch"], changes["micro_tokens"]) == (4, 2 * 2024)
 
 
+def test_a_prompt_that_a_group_shares_is_counted_once(qwen):
+    shape = read_shape(qwen, Config())
+    config = replace(Config(), method="grpo", group_size=8, micro_batch=8, max_new_tokens=64)
+
+    def kept(**changes) -> int:
+        return footprint._update_bytes(shape, replace(config, **changes), 2, LENGTHS)[0]
+
+    final_states = 3 * 8 * 64 * shape.hidden * 2
+    shared = (kept() - final_states) / (kept(method="copsd") - final_states)
+    assert shared == pytest.approx((256 + 8 * 64) / (8 * (256 + 64)), rel=0.01)
+    # Completions so long that their prompt counts for little are plain rows.
+    assert kept(max_new_tokens=1000) == kept(max_new_tokens=1000, method="copsd")
+    assert kept(micro_batch=1) == kept(micro_batch=1, method="copsd")
+
+
 def test_plan_takes_a_budget():
     flags = ["--micro-batch", "64", "--no-gradient-checkpointing", "--device", "cpu"]
     said = [
