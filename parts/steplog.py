@@ -165,7 +165,8 @@ def work_metrics(
 ) -> Metrics:
     """Return what each phase handled, in tokens and seconds, the lengths, and the peak memory.
 
-    sampled, scored, updated  tokens that were generated, went forward, went backward
+    sampled, scored, updated  tokens that were generated, went forward, went backward; a prompt that
+                              rows share (parts/packing.py) counts in each of them
     """
     cut = sum(rollout.finish_reason == "length" for rollout in rollouts)
     return {
