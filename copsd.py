@@ -49,12 +49,13 @@ from transformers import PreTrainedModel
 from kernels import chunked_divergence, chunked_logprob, clip_products, reduce_loss
 from parts import controls, measure, ranks, runs, steplog, steps
 from parts.chat import completion_text, prompt_opens_think
-from parts.footprint import halve_until_it_fits
 from parts.grading import is_correct
 from parts.machine import Stopwatch
 from parts.metrics import Ratio, bootstrap
+from parts.microbatch import Limit, halve_until_it_fits, micro_batches
 from parts.model import eos_ids, final_hidden, head_weight, teacher_view, valid_ids
 from parts.narrow import narrow_loss
+from parts.packing import packed_hidden, packing_pays
 from parts.prompts import Problem, find_language
 from parts.recipe import LABELS, Config, divergence_options, keeps_prompts
 from parts.sampler import Rollout, SamplingParams, sample
@@ -149,7 +150,7 @@ def copsd_gradient(
     teacher_prompts: list[list[int]],
     watch: Stopwatch,
     cosine: bool,
-    rows_at_once: int,
+    limit: Limit,
 ) -> Tally:
     """Add this rank's share of the gradient of Eq. (1) over a step; return its share of the log.
 
@@ -159,7 +160,7 @@ def copsd_gradient(
     _, loss_of = SOURCES[setup.config.completion]
     tally = Tally()
     mine = list(range(len(rollouts)))[ranks.share(len(rollouts))]
-    for rows in micro_batches(rollouts, rows_at_once, mine):
+    for rows in micro_batches(rollouts, limit, mine, teacher_prompts):
         batch = [rollouts[row] for row in rows]
         lengths = [len(rollout.completion_ids) for rollout in batch]
         loss_N, stats = loss_of(setup, [teacher_prompts[row] for row in rows], batch, cosine=cosine)
@@ -172,7 +173,7 @@ def copsd_gradient(
             weight_N=token_weights(setup.config, stats, lengths),
         )
         watch.lap("score")
-        loss.backward()
+        setup.loss_scale.backward(loss)
         watch.lap("update")
         tally.add(loss, stats, rows, lengths)
     return tally
@@ -186,7 +187,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
     config = setup.config
     write, _ = SOURCES[config.completion]
     optimizer, step, sampled_tokens, skipped = steps.begin(setup, run)
-    rows_at_once = config.micro_batch
+    limit = Limit.of(config)
     with runs.stop_signals() as stopped:
         while (done := share_done(config, step, sampled_tokens)) < 1:
             step += 1
@@ -203,13 +204,13 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
             # The loss and its gradient. Out of memory, they are taken anew in smaller parts.
             cosine = steplog.asks_for_cosine(config, step)
             attempt = partial(copsd_gradient, setup, rollouts, reading.prompts, watch, cosine)
-            tally, rows_at_once = halve_until_it_fits(attempt, rows_at_once, optimizer.zero_grad)
+            tally, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad)
             tally = steplog.merge(ranks.gather([tally]))
 
             # The update. The learning rate falls linearly to 0; the teacher follows where it is to.
             lr = config.lr * (1 - done)
-            grad_norm = take_step(optimizer, lr=lr, max_grad_norm=config.max_grad_norm)
-            skipped = count_skipped(skipped, grad_norm, step)
+            grad_norm = take_step(optimizer, setup=setup, lr=lr)
+            skipped = count_skipped(skipped, grad_norm, step, setup.loss_scale)
             setup.lora.update_teacher(step, decay=config.ema_decay, every=config.teacher_every)
             watch.lap("update")
 
@@ -225,7 +226,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
                 "sampled_tokens": sampled_tokens,
                 **steplog.copsd_metrics(tally),
                 **reading.metrics,
-                **steplog.update_metrics(grad_norm, lr, skipped),
+                **steplog.update_metrics(grad_norm, lr, skipped, setup.loss_scale),
                 **steplog.work_metrics(
                     rollouts,
                     watch,
@@ -343,8 +344,10 @@ def completion_logprob(
     Both in nats, under the model as it is seen at the moment: with the adapter, or within a view of
     the teacher.
     """
+    # A group's completions share their prompt, which is computed once where that saves enough.
+    read = packed_hidden if packing_pays(prompts, completions) else completion_hidden
     return chunked_logprob(
-        completion_hidden(setup.model, prompts, completions),
+        read(setup.model, prompts, completions),
         head_weight(setup.model),
         torch.tensor([token for ids in completions for token in ids], device=setup.model.device),
         temperature=setup.config.temperature,
@@ -409,7 +412,7 @@ def grpo_gradient(
     watch: Stopwatch,
     credit: Credit | None,
     add_term: Term | None,
-    rows_at_once: int,
+    limit: Limit,
 ) -> Tally:
     """Add this rank's share of the gradient of Eq. (5) over a step; return its share of the log.
 
@@ -425,15 +428,20 @@ def grpo_gradient(
     share = ranks.share(len(groups))  # groups stay whole
     mine = range(len(groups))[share]
     own = [row for row in kept if row // config.group_size in mine]
-    for rows in micro_batches(rollouts, rows_at_once, own):
+    # What a teacher reads, of a method that has one.
+    prompts = [setup.teacher_prompt(group.problem) for group in groups] if credit else []
+    teacher_prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
+    asked = [rollout.prompt_ids for rollout in rollouts]
+    together = packing_pays(asked, [rollout.completion_ids for rollout in rollouts])
+    for rows in micro_batches(rollouts, limit, own, teacher_prompts, together=together):
         batch = [rollouts[row] for row in rows]
         lengths = [len(rollout.completion_ids) for rollout in batch]
         advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
         # An attempt that ran out of memory at the first update has left some rows' and not others'.
         is_known = all(row in old_logprobs for row in rows)
         old_N = torch.cat([old_logprobs[row] for row in rows]) if is_known else None
-        asked = [groups[row // config.group_size].problem for row in rows]
-        spread = partial(credit, setup, asked, batch, tally) if credit else None
+        read = [teacher_prompts[row] for row in rows] if credit else []
+        spread = partial(credit, setup, read, batch, tally) if credit else None
         loss_N, stats = grpo_loss(setup, batch, advantage_N.to(setup.model.device), old_N, spread)
         if not is_known:
             old_logprobs.update(zip(rows, stats["logprob_N"].split(lengths), strict=True))
@@ -445,11 +453,11 @@ def grpo_gradient(
             step_rows=len(kept),
         )
         watch.lap("score")
-        loss.backward()
+        setup.loss_scale.backward(loss)
         watch.lap("update")
         tally.add(loss, stats, rows, lengths)
     if add_term:
-        add_term(setup, groups[share], len(groups), tally, rows_at_once)
+        add_term(setup, groups[share], len(groups), tally, limit)
         watch.lap("update")
     return tally
 
@@ -467,7 +475,7 @@ def train_grpo(
     """
     config = setup.config
     optimizer, step, sampled_tokens, skipped = steps.begin(setup, run)
-    rows_at_once = config.micro_batch
+    limit = Limit.of(config)
     with runs.stop_signals() as stopped:
         while (done := share_done(config, step, sampled_tokens)) < 1:
             step += 1
@@ -498,13 +506,13 @@ def train_grpo(
             given = (setup, groups, advantage_B, kept, old_logprobs, watch, credit, add_term)
             attempt = partial(grpo_gradient, *given)
             for _ in range(config.inner_epochs):
-                part, rows_at_once = halve_until_it_fits(attempt, rows_at_once, optimizer.zero_grad)
+                part, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad)
                 tallies += ranks.gather([part])
 
                 # The update. The learning rate falls linearly to 0.
                 lr = config.lr * (1 - done)
-                grad_norm = take_step(optimizer, lr=lr, max_grad_norm=config.max_grad_norm)
-                skipped = count_skipped(skipped, grad_norm, step)
+                grad_norm = take_step(optimizer, setup=setup, lr=lr)
+                skipped = count_skipped(skipped, grad_norm, step, setup.loss_scale)
                 watch.lap("update")
             setup.lora.update_teacher(step, decay=config.ema_decay, every=config.teacher_every)
 
@@ -519,7 +527,7 @@ def train_grpo(
                 "progress": done,
                 "sampled_tokens": sampled_tokens,
                 **steplog.grpo_metrics(tally, drawn_rewards, config.inner_epochs),
-                **steplog.update_metrics(grad_norm, lr, skipped),
+                **steplog.update_metrics(grad_norm, lr, skipped, setup.loss_scale),
                 **steplog.work_metrics(
                     rollouts,
                     watch,
@@ -540,17 +548,6 @@ def train_grpo(
 # What a step of both methods shares.
 
 
-def micro_batches(
-    rollouts: list[Rollout], size: int, rows: list[int] | None = None
-) -> list[list[int]]:
-    """Return the rows (all, if None) of each micro-batch; rows alike in length need few pads."""
-    order = sorted(
-        range(len(rollouts)) if rows is None else rows,
-        key=lambda row: len(rollouts[row].prompt_ids) + len(rollouts[row].completion_ids),
-    )
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
 @torch.no_grad()
 def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
     """Return the unclipped divergence from the teacher on the student's own rollouts.
@@ -563,7 +560,8 @@ def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
     rollouts = roll_out(setup, problems, seed=seed)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     kl_sums = [0.0] * len(rollouts)
-    for rows in micro_batches(rollouts, setup.config.micro_batch):
+    limit = Limit.of(setup.config)
+    for rows in micro_batches(rollouts, limit, teacher_prompts=teacher_prompts):
         batch = [rollouts[row] for row in rows]
         _, stats = copsd_loss(setup, [teacher_prompts[row] for row in rows], batch)
         by_row = stats["kl_N"].split([lengths[row] for row in rows])

@@ -36,7 +36,6 @@ from copsd import (
     Group,
     completion_logprob,
     copsd_loss,
-    micro_batches,
     roll_out_groups,
     train_copsd,
     train_grpo,
@@ -45,6 +44,7 @@ from kernels import reduce_loss
 from parts.chat import CLOSE, completion_text, prompt_opens_think
 from parts.family import context_length
 from parts.grading import extract_answer, normalise
+from parts.microbatch import Limit, micro_batches
 from parts.model import eos_ids, teacher_view, valid_ids
 from parts.prompts import Problem, encode_prompt, pose_in_english, spelled_control
 from parts.readings import note_request, render_witness
@@ -171,7 +171,7 @@ def usable_text(setup: Setup, rollout: Rollout) -> str:
 
 def egrsd_credit(
     setup: Setup,
-    problems: list[Problem],
+    prompts: list[list[int]],
     rollouts: list[Rollout],
     tally: Tally,
     advantage_N: Tensor,
@@ -179,14 +179,13 @@ def egrsd_credit(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return each token's advantage times its credit and its weight, and what to log of each.
 
-    problems       each rollout's, of which the teacher reads English problem and solution
+    prompts        what the teacher reads before each rollout: English problem and solution, too
     tally          counts the tokens that the teacher reads
     old_logprob_N  the student's log q of the tokens when they were sampled
     Neither factor is below 0, so that no reward flips its sign.
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
-    prompts = [setup.teacher_prompt(problem) for problem in problems]
     with teacher_view(setup.lora, config.teacher):
         logprob_N, entropy_N = completion_logprob(setup, prompts, completions)
     tally.scored += sum(map(len, prompts)) + len(logprob_N)
@@ -205,23 +204,24 @@ def egrsd_credit(
 
 
 def add_ssopd_term(
-    setup: Setup, groups: list[Group], step_groups: int, tally: Tally, rows_at_once: int
+    setup: Setup, groups: list[Group], step_groups: int, tally: Tally, limit: Limit
 ) -> None:
     """Add the gradient of these groups' share of the term, and of the log.
 
     L = (1/M) sum over the step's M groups of w(p) times the mean divergence over the first
     --witness-tokens of the wrong completion; w is 0 for groups that are not mixed.
 
-    groups        this rank's, of the step_groups, M, of all ranks
-    rows_at_once  of a micro-batch
+    groups  this rank's, of the step_groups, M, of all ranks
+    limit   of a micro-batch
     """
     found = [pair for group in groups if (pair := witness_pair(setup, group))]
+    prompts = [prompt for prompt, _, _ in found]
     learners = [learner for _, learner, _ in found]
     kl = 0.0
-    for rows in micro_batches(learners, rows_at_once):
+    for rows in micro_batches(learners, limit, teacher_prompts=prompts):
         batch = [learners[row] for row in rows]
         lengths = [len(rollout.completion_ids) for rollout in batch]
-        loss_N, stats = copsd_loss(setup, [found[row][0] for row in rows], batch)
+        loss_N, stats = copsd_loss(setup, [prompts[row] for row in rows], batch)
         weight_B = torch.tensor([found[row][2] for row in rows])
         loss = reduce_loss(
             loss_N,
@@ -231,13 +231,13 @@ def add_ssopd_term(
             step_rows=step_groups,
             weight_N=weight_B.repeat_interleave(torch.tensor(lengths)),
         )
-        loss.backward()
+        setup.loss_scale.backward(loss)
         tally.loss += loss.item()
         kl += stats["kl_N"].sum().item()
     student_tokens = count_tokens(learners, prompts=True)
     tally.updated += student_tokens
     tokens = count_tokens(learners)
-    tally.scored += student_tokens + tokens + sum(len(prompt) for prompt, _, _ in found)
+    tally.scored += student_tokens + tokens + sum(map(len, prompts))
     tally.note("witness/skipped_group_frac", len(groups) - len(found), len(groups))
     tally.note("witness/kl_nats_per_token", kl, tokens)
 

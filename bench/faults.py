@@ -33,6 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -472,7 +473,7 @@ def _nan_loss() -> None:
 def _nan_gradient() -> None:
     plain = copsd.take_step
 
-    def _broken(optimizer: torch.optim.Optimizer, **options: float) -> float:
+    def _broken(optimizer: torch.optim.Optimizer, **options: Any) -> float:
         optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
         return plain(optimizer, **options)
 

@@ -188,6 +188,7 @@ PLANNED = (
     "lora_rank",
     "lora_targets",
     "micro_batch",
+    "micro_tokens",
     "chunk_tokens",
     "sample_rows",
     "gradient_checkpointing",

@@ -12,10 +12,10 @@ from the truth. Not counted: Python, torch's own code, and what CUDA keeps for i
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,12 +23,13 @@ from rich.table import Column, Table
 from transformers import AutoModelForCausalLM
 
 from parts.machine import DTYPES
+from parts.microbatch import Limit
 from parts.model import MERGED_BYTES, adaptable_layers, load_config, loading, resolve_model
+from parts.packing import packing_pays
 from parts.prefixes import KEPT_BYTES
-from parts.recipe import DISTILLED, Config, check_run, fill, keeps_prompts
+from parts.recipe import DISTILLED, GROUPED, Config, check_run, fill, keeps_prompts
 from parts.view import say
 
-Result = TypeVar("Result")
 GIB = 2**30
 CARDS_GB = (24, 40, 80, 141)  # of 10**9 bytes, as cards are sold
 CONTEXT = 0.8e9  # bytes of a card that hold no tensor: CUDA's context, cuBLAS's workspace, gaps
@@ -209,9 +210,9 @@ def _sampled_rows(config: Config) -> int:
 
 def _update_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tuple[int, int]:
     """Return what a micro-batch keeps for its backward pass, and what passes through one layer."""
-    rows = min(config.micro_batch, config.batch_size)
-    completion = rows * config.max_new_tokens
-    tokens = rows * lengths.student + completion
+    rows = _micro_rows(config, lengths)
+    completion = int(rows * config.max_new_tokens)
+    tokens = int(rows * _student_positions(config, lengths, int(rows)))
     saved = _saved_bytes(shape, size)
     if config.gradient_checkpointing:
         # Every layer's input is kept, and all of the one layer that is computed again.
@@ -225,8 +226,30 @@ def _update_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> 
     has_teacher = config.method != "grpo"
     if has_teacher or config.kl_coef:
         other = lengths.teacher if has_teacher else lengths.student
-        passing = max(passing, (rows * other + completion) * _forward_bytes(shape, size))
+        passing = max(passing, (int(rows * other) + completion) * _forward_bytes(shape, size))
     return kept, passing
+
+
+def _micro_rows(config: Config, lengths: Lengths) -> float:
+    """Return the rows of a micro-batch: a fraction where a budget of positions holds no whole rows.
+
+    Shorter rows would fill the rest of it.
+    """
+    rows = min(config.micro_batch, config.batch_size)
+    if config.micro_tokens is None:
+        return rows
+    has_teacher = config.method in (*DISTILLED, "egrsd")
+    prompt = max(lengths.student, lengths.teacher) if has_teacher else lengths.student
+    longest = prompt + config.max_new_tokens
+    return min(rows, max(1, config.micro_tokens / longest))
+
+
+def _student_positions(config: Config, lengths: Lengths, rows: int) -> float:
+    """Return the positions of one of so many rows, of which those of a group may share a prompt."""
+    together = min(rows, config.group_size) if config.method in GROUPED else 1
+    prompts = [[0] * lengths.student] * together
+    shares = packing_pays(prompts, [[0] * config.max_new_tokens] * together)
+    return lengths.student / (together if shares else 1) + config.max_new_tokens
 
 
 def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
@@ -236,8 +259,8 @@ def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> in
     tensor of that size has left, and takes new memory instead. About half of what the layers have
     had in turn ends so, measured with bench/footprint.py; a GPU's allocator uses its holes.
     """
-    rows = min(config.micro_batch, config.batch_size)
-    tokens = rows * (lengths.student + config.max_new_tokens)
+    rows = _micro_rows(config, lengths)
+    tokens = int(rows * _student_positions(config, lengths, int(rows)))
     return tokens * shape.layers * _saved_bytes(shape, size) // 2
 
 
@@ -305,7 +328,9 @@ def _next_change(config: Config, *, sampling: bool) -> dict[str, Any] | None:
     if not config.gradient_checkpointing:
         return {"gradient_checkpointing": True}
     if rows > 1:
-        return {"micro_batch": rows // 2}
+        halved = Limit.of(config).halved()
+        budget = {"micro_tokens": halved.tokens} if halved.tokens else {}
+        return {"micro_batch": rows // 2, **budget}
     if config.chunk_tokens > LEAST_CHUNK:
         return {"chunk_tokens": config.chunk_tokens // 2}
     return None
@@ -377,29 +402,6 @@ def check_memory(
     if least.peak > free:
         raise ValueError(f"{line}: {advice}")
     return f"{line}: may not fit; {advice}"
-
-
-def halve_until_it_fits(
-    attempt: Callable[[int], Result], size: int, start_again: Callable[[], None]
-) -> tuple[Result, int]:
-    """Return attempt(size) and the size with which it had memory enough, `size` or a smaller one.
-
-    attempt      takes the rows of a micro-batch; what it reads stays, so no token is sampled twice
-    start_again  undoes what a failed attempt left, such as a part of the gradient
-    """
-    while True:
-        try:
-            return attempt(size), size
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-        # Not in the handler: there the traceback still holds the tensors of the failed attempt.
-        start_again()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        size //= 2
-        said = f"out of memory: micro-batches of {size} rows from here on; nothing is sampled again"
-        say(Console(stderr=True), said)
 
 
 def parts_table(found: Footprint) -> Table:

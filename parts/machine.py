@@ -11,17 +11,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16 would need a loss scaler
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(device: str) -> str:
-    """Return the device, or for "auto" the first GPU of CUDA, and the CPU where there is none.
+    """Return the device.
 
+    "auto" is the first GPU of CUDA, else Apple's where it works, else the CPU.
     ValueError, with what is valid here, unless this machine has it.
     """
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if device == "auto":
-        return "cuda" if gpus else "cpu"
+        if gpus:
+            return "cuda"
+        return "mps" if _mps_works() else "cpu"
     present = ["cpu"]
     if gpus:
         present += ["cuda", *gpus]
@@ -34,19 +37,56 @@ def pick_device(device: str) -> str:
     return device
 
 
-def pick_dtype(dtype: str, device: str) -> torch.dtype:
-    """Return the base weights' dtype; "auto" is bfloat16 on a GPU that has it, else float32.
+def _mps_works() -> bool:
+    """Say whether Apple's GPU is here and does the arithmetic of a step as the CPU does it.
 
+    That is attention under a mask, a matrix product into a given place, and the backward pass.
+    """
+    if not torch.backends.mps.is_available():
+        return False
+
+    def _step(device: str) -> Tensor:
+        x_1111 = torch.linspace(-1, 1, 64, device=device).view(1, 1, 8, 8).requires_grad_()
+        mask_TT = torch.ones(8, 8, device=device).triu(1) * -1e4
+        seen = torch.nn.functional.scaled_dot_product_attention(x_1111, x_1111, x_1111, mask_TT)
+        (gradient_1111,) = torch.autograd.grad(seen.square().sum(), x_1111)
+        out_TT = torch.empty(8, 8, device=device)
+        torch.mm(seen.detach()[0, 0], mask_TT, out=out_TT)
+        return torch.stack([out_TT, gradient_1111[0, 0]]).cpu()
+
+    try:
+        return torch.allclose(_step("mps"), _step("cpu"), rtol=1e-3, atol=1e-3)
+    except (NotImplementedError, RuntimeError):  # an operation that this system's version lacks
+        return False
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """Return the base weights' dtype.
+
+    "auto" is bfloat16 on a GPU of CUDA that has it, float16 on one that has not (a T4 and older),
+    and float32 elsewhere.
     ValueError if it is unknown.
     """
     if dtype == "auto":
-        native = device.startswith("cuda") and torch.cuda.is_bf16_supported(
-            including_emulation=False
-        )
-        return torch.bfloat16 if native else torch.float32
+        if not device.startswith("cuda"):
+            return torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: valid are auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def state_precision(dtype: torch.dtype) -> None:
+    """State how CUDA multiplies float32 matrices, for a model of this dtype.
+
+    A float32 model is multiplied in float32, whatever a card would rather do. In a 16-bit model
+    only the adapter's products are of float32. TF32 rounds what enters them to 11 bits, which the
+    activations, of 8 or 11 bits, have at most; the sums stay float32, and so do the weights that
+    the optimiser changes.
+    """
+    precision = "ieee" if dtype == torch.float32 else "tf32"
+    torch.backends.cuda.matmul.fp32_precision = precision
 
 
 def keep_freed_memory() -> None:
@@ -77,6 +117,8 @@ class Stopwatch:
         """Add the time since the last lap to `phase`."""
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
+        elif self.device == "mps":
+            torch.mps.synchronize()
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
         self.last = now

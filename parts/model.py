@@ -47,6 +47,7 @@ from parts.family import (
     train_without_noise,
 )
 from parts.files import read_object
+from parts.machine import state_precision
 
 # Small files that transformers and tokenizers read, and what they raise where one is broken.
 LIBRARY_FILES = {
@@ -160,6 +161,7 @@ def load_model(
     """
     name = f"model {folder}"
     config = load_config(folder)
+    state_precision(dtype)
     switch_off_dropout(config)
     # It may also be of a family without this kind of attention.
     with loading(folder, f"{name} ({config.model_type})"):

@@ -396,6 +396,13 @@ class Config:
     micro_batch: int = machine(
         4, "Rows per forward and backward pass. It does not change the gradient.", least=1
     )
+    micro_tokens: int | None = machine(
+        None,
+        "Positions per forward and backward pass, pads and prompts among them, of the role that "
+        "reads more: fewer than --micro-batch rows where rows are long. A row that is longer "
+        "stands alone, and at most a tenth are pads. It does not change the gradient.",
+        least=1,
+    )
     chunk_tokens: int = machine(256, "Rows of logits that exist at a time.", least=1, most=10**6)
     sample_rows: int = machine(256, "Completions decoded at once.", least=1)
     gradient_checkpointing: bool = machine(
@@ -404,10 +411,14 @@ class Config:
     compile: bool | None = machine(
         None, "Run torch.compile on the divergence. Without it: where that pays."
     )
-    device: str = machine("auto", "Where to compute: auto, cpu, cuda, cuda:N or mps.")
+    device: str = machine(
+        "auto",
+        "Where to compute: auto, cpu, cuda, cuda:N or mps. auto is the first GPU that works.",
+    )
     dtype: str = machine(
         "auto",
-        "The base weights' type: auto, float32 or bfloat16. The adapter is always float32.",
+        "The base weights' type: auto, float32, bfloat16 or float16. auto is the best 16-bit type "
+        "of a CUDA card, and float32 elsewhere. The adapter is always float32.",
     )
     save_every: int = machine(5, "Steps between saves.", source="paper", least=1)
     keep: int = machine(
@@ -530,8 +541,11 @@ class EvalConfig:
     )
     seed: int = attempts(0, "The sampler's seed.", source="ours", least=-(10**9), most=10**9)
     batch_rows: int = machine(256, "Completions decoded at once.", least=1)
-    device: str = machine("auto", "Where to compute: auto, cpu, cuda, cuda:N or mps.")
-    dtype: str = machine("auto", "The weights' type: auto, float32 or bfloat16.")
+    device: str = machine(
+        "auto",
+        "Where to compute: auto, cpu, cuda, cuda:N or mps. auto is the first GPU that works.",
+    )
+    dtype: str = machine("auto", "The weights' type: auto, float32, bfloat16 or float16.")
 
 
 def check_settings(config: Any) -> None:

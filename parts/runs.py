@@ -184,9 +184,9 @@ class Run:
             return 0, 0, {}
         return state.step, self._row(state.step)["sampled_tokens"], state.tensors()
 
-    def skipped_updates(self, step: int) -> int:
-        """Return how many updates in a row had been dropped after `step`."""
-        return self._row(step).get("update/skipped_in_a_row", 0) if step else 0
+    def logged(self, step: int) -> dict[str, Any]:
+        """Return the metrics of a saved step, {} of step 0."""
+        return self._row(step) if step else {}
 
     def _row(self, step: int) -> dict[str, Any]:
         """Return the metrics of a step; ValueError where the log lacks them."""

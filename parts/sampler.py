@@ -242,21 +242,26 @@ def _choose(
     Nothing is looked at in between, so a GPU is not waited for and always has work ahead of it.
     """
     uniforms = [[row.stream.random() for _ in range(steps)] for row in batch.rows]
-    uniform_BS = torch.tensor(uniforms, dtype=torch.float64).to(batch.hidden_BD.device)
+    device = batch.hidden_BD.device
+    # Tokens are drawn in fp64, which Apple's GPUs do not have: there the CPU draws.
+    place = torch.device("cpu") if device.type == "mps" else device
+    uniform_BS = torch.tensor(uniforms, dtype=torch.float64).to(place)
+    if allowed_V is not None:
+        allowed_V = allowed_V.to(place)
     ids: list[Tensor] = []
     logprobs: list[Tensor] = []
     for number in range(steps):
         if ids:
             batch.step(ids[-1])
         ids_B, logprob_B = choose_tokens(
-            batch.head(batch.hidden_BD).float(),
+            batch.head(batch.hidden_BD).float().to(place),
             uniform_BS[:, number],
             allowed_V,
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
         )
-        ids.append(ids_B)
+        ids.append(ids_B.to(device))
         logprobs.append(logprob_B)
     return torch.stack(ids, dim=1), torch.stack(logprobs, dim=1)
 

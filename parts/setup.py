@@ -16,6 +16,7 @@ from parts.data import keep_fitting, read_problem_sets
 from parts.family import context_length
 from parts.files import require_space
 from parts.footprint import Lengths, check_memory, read_shape
+from parts.lossscale import LossScale
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
 from parts.model import Lora, attach_lora, load_config, load_model, load_tokenizer, resolve_model
@@ -45,6 +46,7 @@ class Setup:
     heldout: list[Problem]
     kept_prompts: KeptPrompts = field(default_factory=KeptPrompts)  # as the fixed teacher read them
     dev: list[Problem] = field(default_factory=list)  # watched on the way, never trained on
+    loss_scale: LossScale = field(default_factory=LossScale)  # of float16, which needs one
 
     def student_prompt(self, problem: Problem) -> list[int]:
         """Return the ids of x, before a rollout: what evaluation asks, too."""
@@ -133,7 +135,10 @@ def load_setup(
     )
     if config.warm_start:
         identity["warm_start"] = _warm_start(lora, config, str(identity["base_weights"]))
-    return Setup(config, model, tokenizer, lora, train, heldout, dev=dev), identity
+    scale = LossScale.of(dtype)
+    return Setup(
+        config, model, tokenizer, lora, train, heldout, dev=dev, loss_scale=scale
+    ), identity
 
 
 def prepare(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import gradient_cosine
+from parts.lossscale import LossScale
 from parts.machine import Stopwatch, peak_memory_gib
 from parts.prompts import Problem
 from parts.recipe import Config
@@ -146,12 +147,16 @@ def grpo_metrics(tally: Tally, group_rewards: list[list[float]], inner_epochs: i
     }
 
 
-def update_metrics(grad_norm: float, lr: float, skipped: int) -> Metrics:
-    """Return what the update did: the gradient's norm before it was cut, the learning rate."""
+def update_metrics(grad_norm: float, lr: float, skipped: int, loss_scale: LossScale) -> Metrics:
+    """Return what the update did: the gradient's norm before it was cut, the learning rate.
+
+    And what the next loss is multiplied by, in float16.
+    """
     return {
         "update/grad_norm": grad_norm,
         "update/lr": lr,
         "update/skipped_in_a_row": skipped,
+        **loss_scale.metrics(),
     }
 
 
@@ -160,7 +165,8 @@ def work_metrics(
 ) -> Metrics:
     """Return what each phase handled, in tokens and seconds, the lengths, and the peak memory.
 
-    sampled, scored, updated  tokens that were generated, went forward, went backward
+    sampled, scored, updated  tokens that were generated, went forward, went backward; a prompt that
+                              rows share (parts/packing.py) counts in each of them
     """
     cut = sum(rollout.finish_reason == "length" for rollout in rollouts)
     return {

@@ -9,6 +9,7 @@ import torch
 from parts import ranks, runs
 from parts.adapters import save_adapter
 from parts.data import pick_order
+from parts.lossscale import LossScale
 from parts.machine import stop_unless_finite
 from parts.model import published_name
 from parts.prompts import Problem, pose_in_english
@@ -52,29 +53,38 @@ def rows_in_the_loss(config: Config, rollouts: list[Rollout]) -> list[int]:
     ]
 
 
-def take_step(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: float) -> float:
+def take_step(optimizer: torch.optim.Optimizer, *, setup: Setup, lr: float) -> float:
     """Cut the gradient's norm, step, clear; return the norm before the cut.
 
     A gradient that is not finite is dropped: one step with it would turn every weight into NaN.
+    What a loss was multiplied by, in float16, is divided out first, and then made to fit.
     """
     optimizer.param_groups[0]["lr"] = lr
     parameters = optimizer.param_groups[0]["params"]
     ranks.sum_gradients(parameters)
-    grad_norm = ranks.decide(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item())
+    setup.loss_scale.unscale(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, setup.config.max_grad_norm)
+    grad_norm = ranks.decide(norm.item())
     if math.isfinite(grad_norm):
         optimizer.step()
         stop_unless_finite(parameters)
     optimizer.zero_grad()
+    losses_finite = all(ranks.gather([setup.loss_scale.losses_finite]))
+    setup.loss_scale.adapt(math.isfinite(grad_norm), losses_finite)
     return grad_norm
 
 
-def count_skipped(skipped: int, grad_norm: float, step: int) -> int:
+def count_skipped(skipped: int, grad_norm: float, step: int, loss_scale: LossScale) -> int:
     """Return how many updates in a row were dropped, this one included.
 
+    One that made the loss scale fall is not counted: with the next, smaller one it would have been
+    finite. As the scale ends at 1, so does the falling.
     Raises FloatingPointError when they are too many.
     """
     if math.isfinite(grad_norm):
         return 0
+    if loss_scale.fell:
+        return skipped
     if skipped + 1 == MAX_SKIPPED:
         raise FloatingPointError(
             f"no finite gradient in {MAX_SKIPPED} updates up to step {step}: try a lower --lr"
@@ -92,18 +102,20 @@ def begin(setup: Setup, run: runs.Run) -> tuple[torch.optim.AdamW, int, int, int
     optimizer = torch.optim.AdamW(
         setup.lora.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
-    saved = skipped = None
+    saved = logged = None
     if ranks.is_first():
         saved = run.load_state()
         run.cut_back(saved[0])
-        skipped = run.skipped_updates(saved[0])
+        logged = run.logged(saved[0])
     step, sampled_tokens, tensors = ranks.decide(saved)
     if step:
         own = {name: tensor for name, tensor in tensors.items() if name.startswith("lora/")}
         setup.lora.load_state_dict({name.removeprefix("lora/"): own[name] for name in own})
         runs.restore_optimizer(optimizer, tensors)
+    logged = ranks.decide(logged)
+    setup.loss_scale.restore(logged)
     setup.model.train()
-    return optimizer, step, sampled_tokens, ranks.decide(skipped)
+    return optimizer, step, sampled_tokens, logged.get("update/skipped_in_a_row", 0)
 
 
 def finish_step(

@@ -11,10 +11,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import copsd
-from copsd import completion_hidden, copsd_loss, micro_batches, roll_out
+from copsd import completion_hidden, copsd_loss, roll_out
 from kernels import chunked_logprob, divergence, reduce_loss
 from parts import commands, steplog
 from parts.files import read_json
+from parts.microbatch import Limit, micro_batches
 from parts.model import head_weight, teacher_view
 from parts.prompts import pose_in_english
 from parts.recipe import Config
@@ -178,7 +179,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batches(tmp_path, r
     for size in (1, 3, 7):
         for tensor in setup.lora.parameters():
             tensor.grad = None
-        for rows in micro_batches(rollouts, size):
+        for rows in micro_batches(rollouts, Limit(size)):
             teacher_prompts = read_by_teacher(setup, [problems[row] for row in rows])
             loss_N, _ = copsd_loss(setup, teacher_prompts, [rollouts[row] for row in rows])
             lengths = [len(rollouts[row].completion_ids) for row in rows]
@@ -217,7 +218,7 @@ def test_a_share_of_the_problems_is_posed_in_english_to_both_roles(tmp_path):
 def test_micro_batches_hold_every_row_once(tmp_path):
     setup, _ = make_setup(tmp_path)
     rollouts = roll_out(setup, setup.train[:7], seed=0)
-    batches = micro_batches(rollouts, 3)
+    batches = micro_batches(rollouts, Limit(3))
     assert sorted(row for rows in batches for row in rows) == list(range(7))
     assert [len(rows) for rows in batches] == [3, 3, 1]
 
@@ -400,6 +401,7 @@ ELSEWHERE = {
     "ema_decay",
     "thinking",
     "micro_batch",
+    "micro_tokens",
     "chunk_tokens",
     "sample_rows",
     "gradient_checkpointing",

@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A file imports only files above it here, and the programs stand above them all.
 PARTS = (
     "machine",
+    "lossscale",
     "ranks",
     "stops",
     "typed",
@@ -35,6 +36,7 @@ PARTS = (
     "adapters",
     "batch",
     "prefixes",
+    "packing",
     "sampler",
     "selfcheck",
     "weights",
@@ -50,6 +52,7 @@ PARTS = (
     "benchmarks",
     "runs",
     "steplog",
+    "microbatch",
     "footprint",
     "setup",
     "track",

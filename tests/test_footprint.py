@@ -18,9 +18,9 @@ from parts.footprint import (
     Lengths,
     changes_that_fit,
     flags_text,
-    halve_until_it_fits,
     read_shape,
 )
+from parts.microbatch import Limit, halve_until_it_fits
 from parts.model import attach_lora, final_hidden, load_model
 from parts.recipe import Config
 
@@ -103,6 +103,58 @@ def test_what_a_setting_saves(qwen):
     assert recomputed.activations < found.activations / 8
     assert planned(shape, replace(config, chunk_tokens=128)).chunk == found.chunk // 2
     assert planned(shape, config, on_cpu=True).update > found.update, "holes in the heap"
+
+
+def test_a_budget_of_positions_is_counted_by_the_longer_role(qwen):
+    shape = read_shape(qwen, Config())
+    config = replace(Config(), micro_batch=8, max_new_tokens=1000)
+    eight, four, one = (planned(shape, replace(config, micro_batch=rows)) for rows in (8, 4, 1))
+    assert planned(shape, replace(config, micro_tokens=4 * (1024 + 1000))) == four
+    assert planned(shape, replace(config, micro_tokens=10**6)) == eight, "rows are still a limit"
+    assert planned(shape, replace(config, micro_tokens=10)) == one, "a longer row stands alone"
+    # Where no whole number of rows fits, shorter rows fill the rest.
+    between = planned(shape, replace(config, micro_tokens=5000)).update
+    assert planned(shape, replace(config, micro_batch=2)).update < between < four.update
+    grpo = replace(config, method="grpo")
+    budget = replace(grpo, micro_tokens=4 * (256 + 1000))
+    assert planned(shape, budget) == planned(shape, replace(grpo, micro_batch=4)), (
+        "no teacher reads"
+    )
+    limit = (one.update + four.update) / 2
+    changes = changes_that_fit(
+        shape,
+        replace(config, micro_tokens=4 * 2024),
+        torch.bfloat16,
+        LENGTHS,
+        limit,
+        on_cpu=False,
+    )
+    assert changes and (changes["micro_batch"], changes["micro_tokens"]) == (4, 2 * 2024)
+
+
+def test_a_prompt_that_a_group_shares_is_counted_once(qwen):
+    shape = read_shape(qwen, Config())
+    config = replace(Config(), method="grpo", group_size=8, micro_batch=8, max_new_tokens=64)
+
+    def kept(**changes) -> int:
+        return footprint._update_bytes(shape, replace(config, **changes), 2, LENGTHS)[0]
+
+    final_states = 3 * 8 * 64 * shape.hidden * 2
+    shared = (kept() - final_states) / (kept(method="copsd") - final_states)
+    assert shared == pytest.approx((256 + 8 * 64) / (8 * (256 + 64)), rel=0.01)
+    # Completions so long that their prompt counts for little are plain rows.
+    assert kept(max_new_tokens=1000) == kept(max_new_tokens=1000, method="copsd")
+    assert kept(micro_batch=1) == kept(micro_batch=1, method="copsd")
+
+
+def test_plan_takes_a_budget():
+    flags = ["--micro-batch", "64", "--no-gradient-checkpointing", "--device", "cpu"]
+    said = [
+        CliRunner().invoke(commands.copsd, ["plan", *flags, *budget]).stdout
+        for budget in ([], ["--micro-tokens", "100"])
+    ]
+    peaks = [float(text.split("memory: ")[1].split(" GiB")[0]) for text in said]
+    assert peaks[1] < peaks[0]
 
 
 def test_the_changes_that_fit_do_fit_and_change_no_result(qwen):
@@ -202,5 +254,5 @@ def test_without_memory_for_one_row_the_error_is_the_errors():
 
     tried = []
     with pytest.raises(torch.OutOfMemoryError):
-        halve_until_it_fits(_never, 4, lambda: tried.append(1))
+        halve_until_it_fits(_never, Limit(4), lambda: tried.append(1))
     assert len(tried) == 2  # 2 and 1

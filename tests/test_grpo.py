@@ -22,6 +22,7 @@ from copsd import (
 )
 from kernels import reduce_loss
 from parts import measure, steplog
+from parts.microbatch import Limit, micro_batches
 from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams
 from parts.setup import configure, prepare
@@ -84,7 +85,7 @@ def step_gradient(
     reduction, denominator = loss_mean(config, tokens, len(kept))
     for tensor in setup.lora.parameters():
         tensor.grad = None
-    for rows in copsd.micro_batches(rollouts, micro_batch, kept):
+    for rows in micro_batches(rollouts, Limit(micro_batch), kept):
         lengths = [len(rollouts[row].completion_ids) for row in rows]
         advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
         loss_N, _ = grpo_loss(setup, [rollouts[row] for row in rows], advantage_N, None)

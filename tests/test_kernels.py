@@ -130,6 +130,36 @@ def test_chunked_error_is_no_larger_than_the_plain_versions(
         assert our_error <= plain_error + rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind, clip_mode", CASES)
+def test_in_16_bits_the_error_to_fp64_is_no_larger_than_the_plain_versions(
+    kind: str, clip_mode: str, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student_ND = torch.randn(300, 24, generator=generator)
+    teacher_ND = (student_ND + 0.5 * torch.randn(300, 24, generator=generator)).to(dtype)
+    head_VD = (0.5 * torch.randn(200, 24, generator=generator)).to(dtype)
+    student_ND = student_ND.to(dtype).requires_grad_()
+    exact_ND = student_ND.detach().double().requires_grad_()
+    given = options(kind, clip_mode)
+    # In fp64 from the same 16-bit states on, so that rounded logits count as an error.
+    exact_N = oracle(
+        exact_ND @ head_VD.double().T, teacher_ND.double() @ head_VD.double().T, **given
+    )
+    plain_N = kernels.divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, **given)
+    ours_N, _ = kernels.chunked_divergence(
+        student_ND, teacher_ND, head_VD, chunk_tokens=64, **given
+    )
+    exact = loss_and_gradient(exact_N, exact_ND)
+    ours = loss_and_gradient(ours_N, student_ND)
+    plain = loss_and_gradient(plain_N, student_ND)
+    for ours_tensor, plain_tensor, exact_tensor in zip(ours, plain, exact, strict=True):
+        our_error = (ours_tensor.double() - exact_tensor).norm()
+        plain_error = (plain_tensor.double() - exact_tensor).norm()
+        # Where both round at random, the larger of two like errors is larger by percent.
+        assert 0 < our_error <= 1.05 * plain_error
+
+
 def test_gradcheck_of_the_closed_form() -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
     for kind in kernels.KINDS:

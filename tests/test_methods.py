@@ -18,6 +18,7 @@ from methods import LOOPS, egrsd_credit, group_weight, read_notes, usable_text, 
 from parts import commands
 from parts.experiments import EVIDENCE
 from parts.files import read_sealed, write_sealed
+from parts.microbatch import Limit
 from parts.model import eos_ids, teacher_view
 from parts.readings import longest_prompts, note_request
 from parts.recipe import METHODS, collapse_warnings
@@ -348,6 +349,7 @@ def test_egrsds_advantage_is_the_formula_of_two_plain_forwards(tmp_path):
     nudge(setup)
     problem = setup.train[0]
     (rollout,) = roll_out(setup, [problem], seed=0)
+    teacher_ids = setup.teacher_prompt(problem)
 
     def logprobs(prompt: list[int]) -> torch.Tensor:
         ids = torch.tensor([prompt + rollout.completion_ids])
@@ -358,11 +360,13 @@ def test_egrsds_advantage_is_the_formula_of_two_plain_forwards(tmp_path):
 
     student_N = logprobs(rollout.prompt_ids)
     with teacher_view(setup.lora, "fixed"):
-        teacher_N = logprobs(setup.teacher_prompt(problem))
+        teacher_N = logprobs(teacher_ids)
     for advantage in (1.5, -0.5):
         advantage_N = torch.full_like(student_N, advantage)
         tally = Tally()
-        found_N, stats = egrsd_credit(setup, [problem], [rollout], tally, advantage_N, student_N)
+        found_N, stats = egrsd_credit(
+            setup, [teacher_ids], [rollout], tally, advantage_N, student_N
+        )
         ratio_N = (advantage_N.sign() * (teacher_N - student_N)).exp().clamp(0.8, 1.2)
         torch.testing.assert_close(
             found_N, advantage_N * (0.6 + 0.4 * ratio_N), atol=1e-4, rtol=1e-4
@@ -429,7 +433,7 @@ def test_ssopds_term_is_the_weighted_mean_over_groups_of_the_means_over_tokens(
     pairs = [pair for group in groups if (pair := witness_pair(setup, group))]
     assert pairs
     tally = Tally()
-    methods.add_ssopd_term(setup, groups, len(groups), tally, micro_batch)
+    methods.add_ssopd_term(setup, groups, len(groups), tally, Limit(micro_batch))
     found = gradient(setup)
     total = torch.tensor(0.0)
     for prompt, learner, weight in pairs:
@@ -635,9 +639,10 @@ def test_a_reward_never_changes_its_sign_in_the_loss(tmp_path):
     lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
     advantage_N = torch.tensor([1.0, -1.0]).repeat_interleave(lengths)
     tally = Tally()
+    prompts = [setup.teacher_prompt(problem)] * 2
 
     def spread(given_N, old_N):
-        return egrsd_credit(setup, [problem, problem], rollouts, tally, given_N, old_N)
+        return egrsd_credit(setup, prompts, rollouts, tally, given_N, old_N)
 
     loss_N, stats = grpo_loss(setup, rollouts, advantage_N, None, spread)
     # With a ratio of 1 the loss of a token is minus its advantage.

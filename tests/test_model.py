@@ -156,8 +156,39 @@ def test_only_devices_that_are_here_are_valid(monkeypatch, count, auto):
             machine.pick_device(device)
 
 
-@pytest.mark.parametrize(("native", "auto"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_dtype_is_bfloat16_only_on_a_gpu_that_computes_in_it(monkeypatch, native, auto):
+@pytest.mark.parametrize(("works", "picked"), [(True, "mps"), (False, "cpu")])
+def test_auto_is_apples_gpu_only_where_it_computes_as_the_cpu_does(monkeypatch, works, picked):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert machine.pick_device("auto") == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    # Said to be there and not there: whatever is asked of it fails.
+    assert machine.pick_device("auto") == "cpu" and machine.pick_device("mps") == "mps"
+    for name in ("linspace", "ones", "empty"):
+        plain = getattr(torch, name)
+
+        def made(*given, plain=plain, device):
+            is_right = works or device == "cpu"
+            return plain(*given) if is_right else plain(*given) * 1.01
+
+        monkeypatch.setattr(torch, name, made)
+    assert machine.pick_device("auto") == picked
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert machine.pick_device("auto") == "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_how_float32_matrices_are_multiplied_is_stated(lab_folder, dtype):
+    kept = torch.backends.cuda.matmul.fp32_precision
+    try:
+        ours.load_model(lab_folder, device="cpu", dtype=dtype)
+        stated = torch.backends.cuda.matmul.fp32_precision
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = kept
+    assert stated == ("ieee" if dtype == torch.float32 else "tf32")
+
+
+@pytest.mark.parametrize(("native", "auto"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_dtype_is_the_16_bit_type_that_a_gpu_computes_in(monkeypatch, native, auto):
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native
     )
@@ -166,7 +197,7 @@ def test_auto_dtype_is_bfloat16_only_on_a_gpu_that_computes_in_it(monkeypatch, n
         and machine.pick_dtype("auto", "cpu") is torch.float32
     )
     assert machine.pick_dtype("bfloat16", "cpu") is torch.bfloat16
-    with pytest.raises(ValueError, match=r"valid are auto, float32, bfloat16$"):
+    with pytest.raises(ValueError, match=r"valid are auto, float32, bfloat16, float16$"):
         machine.pick_dtype("int8", "cpu")
 
 

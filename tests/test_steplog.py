@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from parts.lossscale import LossScale
 from parts.machine import Stopwatch
 from parts.prompts import Problem
 from parts.sampler import Rollout
@@ -122,7 +123,7 @@ def test_a_step_whose_rows_are_all_masked_out_has_rewards_and_no_ratio():
 
 
 def test_what_the_update_did():
-    assert update_metrics(3.5, 0.01, 2) == {
+    assert update_metrics(3.5, 0.01, 2, LossScale()) == {
         "update/grad_norm": 3.5,
         "update/lr": 0.01,
         "update/skipped_in_a_row": 2,
