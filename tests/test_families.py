@@ -10,9 +10,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from copsd import completion_hidden
 from parts import adapters, sampler
 from parts import model as ours
 from parts.family import check_family, context_length
+from parts.packing import packed_hidden
 from parts.selfcheck import check_model
 
 SIZES = {
@@ -162,6 +164,17 @@ def test_family_is_sampled_and_scored_as_it_is_meant(tmp_path, family, dtype):
         own_C = own_TV[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
         own_C = own_C[range(5), rollout.completion_ids]
         assert furthest((torch.tensor(rollout.logprobs) - own_C).abs()) < allowed
+
+
+@pytest.mark.parametrize("family", RIGHT)
+def test_a_familys_completions_share_their_prompt(tmp_path, family):
+    model = load(build(family, RIGHT[family], tmp_path)).eval()
+    prompts = [list(range(3, 12))] * 3 + [[5, 6, 7, 8]] * 2
+    completions = [[9, 10, 11], [20], [21, 22, 23, 24, 25], [30, 31], [32, 33, 34]]
+    with torch.no_grad():
+        plain_ND = completion_hidden(model, prompts, completions)
+        packed_ND = packed_hidden(model, prompts, completions)
+    torch.testing.assert_close(packed_ND, plain_ND, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", REFUSED)
