@@ -276,3 +276,10 @@ def test_two_evaluations_are_compared_problem_by_problem():
     assert change.value == pytest.approx(4 / 15)
     assert permuted == paired_permutation([1 / 3] * 4, [2 / 3] * 4) == 2 / 2**4
     assert exact == mcnemar([False] * 4, [True] * 4)
+
+
+def test_an_interval_of_a_percentile_is_of_seed_0_unless_said():
+    values = [[number * number * 37 % 1009, number * 91 % 997] for number in range(40)]
+    said = [bootstrap_percentile(values, 50, **seed) for seed in ({}, {"seed": 0})]
+    assert said[0] == said[1]
+    assert bootstrap_percentile(values, 50, seed=1) != said[0]

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from conftest import build_tiny_model
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -457,3 +458,13 @@ def test_models_that_would_be_sampled_wrongly_are_refused(tiny_model):
     tiny_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="valid: sdpa, eager"):
         sample(tiny_model, [[1]], PLAIN, eos_ids=set())
+
+
+def test_one_row_that_is_not_finite_is_enough_to_stop():
+    model = build_tiny_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    params = SamplingParams(max_new_tokens=1)  # the least there is
+    assert len(sample(model, [[8, 9]], params, eos_ids=set())) == 1
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample(model, [[8, 9], [8, 7]], params, eos_ids=set())
