@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -277,15 +278,8 @@ def run(plan: Plan, console: Console) -> int:
     found: dict[Path, Results] = {}
     try:
         for arms in stages_of(plan, found):
-            for arm in arms:
-                if arm.is_extra:
-                    progress.expect(arm.size)
-            for arm, results, earlier in finish_arms(plan, arms, progress):
+            for arm, results in finish_arms(plan, arms, progress):
                 found[arm.folder] = results
-                trained_s = results["final"].get("train_s", 0)
-                right = accuracy(results["final"])
-                said = f"greedy accuracy {right:.3f}, trained {trained_s:.0f} s"
-                progress.finish(said, earlier=earlier)
     except (Stopped, KeyboardInterrupt):
         say(console, "stopped; finished arms are kept, and the same command goes on from here")
         return STOPPED
@@ -298,11 +292,13 @@ def run(plan: Plan, console: Console) -> int:
 
 def finish_arms(
     plan: Plan, arms: list[Arm], progress: ArmsProgress
-) -> Iterator[tuple[Arm, Results, bool]]:
-    """Run what is missing of a stage; yield each arm as it is finished, and its results.
+) -> Iterator[tuple[Arm, Results]]:
+    """Run what is missing of a stage; yield each arm and its results as it is finished.
 
-    Beside them stands whether an earlier call did the work; such arms come first.
+    Those that an earlier call finished come first.
     """
+    for arm in filter(attrgetter("is_extra"), arms):
+        progress.expect(arm.size)
     earlier = [arm for arm in arms if results_file(arm).is_file()]
     missing = [arm for arm in arms if arm not in earlier]
     ended = ((arm, 0) for arm in missing)
@@ -319,7 +315,11 @@ def finish_arms(
             raise SystemExit(code)  # the arm's own process has said why
         progress.start(arm.title, arm.size)
         # What an earlier call, or a process beside this one, has finished is read.
-        yield arm, run_arm(plan, arm, progress), arm in earlier
+        results = run_arm(plan, arm, progress)
+        trained_s = results["final"].get("train_s", 0)
+        said = f"greedy accuracy {accuracy(results['final']):.3f}, trained {trained_s:.0f} s"
+        progress.finish(said, earlier=arm in earlier)
+        yield arm, results
 
 
 def run_apart(plan: Plan, arm: Arm) -> int:

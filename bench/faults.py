@@ -537,6 +537,25 @@ def trials(bench: Bench, programs: list[Program]) -> Iterator[list[Trial]]:
     ]
 
 
+def try_in_turn(
+    groups: list[list[Trial]],
+    counts: dict[str, Counter],
+    until: float,
+    rounds: int | None,
+) -> None:
+    """Try one of each kind in turn, so that when the time is up every kind was tried.
+
+    counts  of what became of each kind, by its name; is added to
+    rounds  at most so many; None: until nothing is left
+    """
+    longest = max(map(len, groups))
+    for number in range(longest if rounds is None else rounds):
+        for name, trial in (group[-1 - number] for group in groups if number < len(group)):
+            if time.monotonic() >= until:
+                return
+            counts.setdefault(name, Counter())[trial()] += 1
+
+
 def main() -> None:
     """Try faults until the time is up, print the table, and fail if anything was lost."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -554,14 +573,7 @@ def main() -> None:
         bench = prepare(Path(folder), programs)
         groups = [bench.random.sample(g, len(g)) for g in trials(bench, programs)]
         possible = Counter(name for group in groups for name, _ in group)
-        # One of each kind in turn, so that when the time is up every kind was tried.
-        while any(groups) and time.monotonic() < until:
-            for group in groups:
-                if group and time.monotonic() < until:
-                    name, trial = group.pop()
-                    counts.setdefault(name, Counter())[trial()] += 1
-            if options.short:
-                break
+        try_in_turn(groups, counts, until, rounds=1 if options.short else None)
     results = ("same bytes", "clear stop", "lost")
     rows = [
         [name, str(sum(count.values())), str(possible[name]), *(str(count[r]) for r in results)]

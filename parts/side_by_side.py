@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from typing import TypeVar
@@ -45,30 +46,40 @@ def work_through(
     waiting = deque(pieces)
     running: list[tuple[Piece, ForkServerProcess]] = []
     passed_on = 0
-    with stop_signals() as stopped:
-        try:
-            while running or waiting:
-                while waiting and len(running) < jobs:
-                    process = context.Process(target=_work_alone, args=(work, waiting[0], threads))
-                    process.start()
-                    running.append((waiting.popleft(), process))
-                wait([process.sentinel for _, process in running], LOOK_EVERY_S)
-                pass_on(stopped[passed_on:], running)
-                passed_on = len(stopped)
-                ended = [pair for pair in running if not pair[1].is_alive()]
-                running = [pair for pair in running if pair not in ended]
-                if stopped:
-                    waiting.clear()
-                yield from ((piece, int(process.exitcode or 0)) for piece, process in ended)
-        finally:
-            # Whoever asked is gone, or a signal was passed on already: a second one would not wait
-            # for what is being saved.
-            if not stopped:
-                pass_on([signal.SIGTERM], running)
-            for _, process in running:
-                process.join()
+    with stop_signals() as stopped, _ended_at_exit(running, stopped):
+        while running or waiting:
+            while waiting and len(running) < jobs:
+                process = context.Process(target=_work_alone, args=(work, waiting[0], threads))
+                process.start()
+                running.append((waiting.popleft(), process))
+            wait([process.sentinel for _, process in running], LOOK_EVERY_S)
+            pass_on(stopped[passed_on:], running)
+            passed_on = len(stopped)
+            ended = [pair for pair in running if not pair[1].is_alive()]
+            running[:] = [pair for pair in running if pair not in ended]
+            if stopped:
+                waiting.clear()
+            yield from ((piece, int(process.exitcode or 0)) for piece, process in ended)
     if stopped:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _ended_at_exit(
+    running: list[tuple[Piece, ForkServerProcess]], stopped: list[int]
+) -> Iterator[None]:
+    """Within it, processes run; behind it, none of those that `running` holds then.
+
+    They are asked to end, unless a signal was passed on to them already: a second one would not
+    wait for what is being saved.
+    """
+    try:
+        yield
+    finally:
+        if not stopped:
+            pass_on([signal.SIGTERM], running)
+        for _, process in running:
+            process.join()
 
 
 def pass_on(signals: list[int], running: list[tuple[Piece, ForkServerProcess]]) -> None:

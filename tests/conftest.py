@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 # A test that reaches for the network is a broken test. The libraries read this when imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from parts.view import StepView
 
 torch.set_num_threads(1)
 
@@ -37,6 +40,16 @@ def build_tiny_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
         "initializer_range": 0.3,
     }
     return Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides})).eval()
+
+
+def die_at(step: int, view: StepView, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run die after a step was logged, before it was saved."""
+
+    def _show(metrics: dict[str, Any]) -> None:
+        if metrics["step"] == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(view, "show", _show)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import die_at
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -307,12 +308,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch, t
     straight = train(tmp_path / "straight", **flags)
     setup, run = make_setup(tmp_path / "killed", **flags)
     view = StepView(QUIET, 5)
-
-    def die_at_step_four(metrics):
-        if metrics["step"] == 4:
-            raise KeyboardInterrupt  # after the step was logged, before it was saved
-
-    monkeypatch.setattr(view, "show", die_at_step_four)
+    die_at(4, view, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         copsd.train_copsd(setup, run, view)
     with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:

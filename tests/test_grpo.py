@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import die_at
 from rich.console import Console
 
 import copsd
@@ -426,12 +427,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
     straight = train(tmp_path / "straight", **flags)
     setup, run = make_setup(tmp_path / "killed", **flags)
     view = StepView(QUIET, 4)
-
-    def die_at_step_three(metrics):
-        if metrics["step"] == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(view, "show", die_at_step_three)
+    die_at(3, view, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         copsd.train_grpo(setup, run, view)
     resumed = train(tmp_path / "killed", **flags)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import die_at
 from test_copsd import QUIET, jsonl, make_setup, nudge, read_by_teacher, timeless, train
 
 import copsd
@@ -90,12 +91,7 @@ def test_a_stopped_run_in_float16_ends_as_one_that_was_not(tmp_path, monkeypatch
     straight = train(tmp_path / "a", **given)
     setup, run = make_setup(tmp_path / "b", **given)
     view = StepView(QUIET, 7)
-
-    def die_at_step_six(metrics):
-        if metrics["step"] == 6:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(view, "show", die_at_step_six)
+    die_at(6, view, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         copsd.train_copsd(setup, run, view)
     resumed = train(tmp_path / "b", **given)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import die_at
 from rich.console import Console
 from test_grpo import jsonl, nudge
 from typer.testing import CliRunner
@@ -89,12 +90,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch, v
     straight = train(tmp_path / "straight", **flags)
     setup, run = make_setup(tmp_path / "killed", **flags)
     view = StepView(QUIET, 3)
-
-    def die_at_step_two(metrics):
-        if metrics["step"] == 2:
-            raise KeyboardInterrupt  # after the step was logged, before it was saved
-
-    monkeypatch.setattr(view, "show", die_at_step_two)
+    die_at(2, view, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         LOOPS[setup.config.method](setup, run, view)
     resumed = train(tmp_path / "killed", **flags)

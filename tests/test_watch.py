@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import die_at
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -174,12 +175,7 @@ def test_a_watched_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkey
     straight = train(tmp_path / "straight", **flags)
     setup, run = make_setup(tmp_path / "killed", **flags)
     view = StepView(QUIET, 5)
-
-    def die_at_step_four(metrics):
-        if metrics["step"] == 4:
-            raise KeyboardInterrupt  # after the look at step 4 was logged, before it was saved
-
-    monkeypatch.setattr(view, "show", die_at_step_four)
+    die_at(4, view, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         copsd.train_copsd(setup, run, view)
     resumed = train(tmp_path / "killed", **flags)
