@@ -31,13 +31,17 @@ OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 @dataclass(frozen=True)
 class Drawn:
-    """One problem before it is put into words: its template's id, its numbers, its dressing."""
+    """One problem before it is put into words.
+
+    dressing  a seed: the wordings of its solution follow from it, in each language others
+    """
 
     template: str
     numbers: tuple[int, ...]
     name: str
     friend: str
     thing: int
+    dressing: int = 0
 
     @property
     def held_out(self) -> bool:
@@ -46,12 +50,19 @@ class Drawn:
         return digest[0] % TEST_SHARE == 0
 
 
+@dataclass(frozen=True)
+class Wording:
+    """How a solution is put: what stands before each equation, and before the answer."""
+
+    openings: list[str]
+    answer: str
+
+
 def equations(drawn: Drawn) -> list[tuple[str, int]]:
     """Return the worked steps as (text, value): [("3 * 4 = 12", 12), ("12 + 5 = 17", 17)]."""
-    template = TEMPLATES[drawn.template]
     known = dict(zip("abc", drawn.numbers, strict=False))
     steps = []
-    for step in template["steps"]:
+    for step in TEMPLATES[drawn.template]["steps"]:
         left, symbol, right = step.split()
         value = OPERATORS[symbol](known[left], known[right])
         steps.append((f"{known[left]} {symbol} {known[right]} = {value}", value))
@@ -70,14 +81,43 @@ def words(drawn: Drawn, language: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def solution(drawn: Drawn, language: str) -> str:
-    r"""Return the worked solution in `language`.
+def draw_wording(rng: random.Random, language: str, steps: int) -> Wording:
+    """Draw how a solution of one or two steps is put; all ways are equally likely."""
+    phrases = SPECIFICATION["wordings"][language]
+    kinds = ("alone",) if steps == 1 else ("first", "then")
+    openings = [f"{rng.choice(phrases[kind])} {rng.choice(phrases['verb'])}" for kind in kinds]
+    return Wording(openings, rng.choice(phrases["answer"]))
 
-    "First 3 * 4 = 12. Then 12 + 5 = 17. The answer is \boxed{17}.", for instance.
+
+def solution(drawn: Drawn, language: str, *, again: int = 0) -> str:
+    r"""Return a worked solution in `language`, in one of many wordings.
+
+    again  another number, another wording
+
+    "First we get 4 * 3 = 12. Then it makes 12 + 5 = 17. The answer is \boxed{17}.", for instance.
+    The numbers of a sum or product stand in either order.
     """
+    rng = random.Random(f"{drawn.dressing}/{language}/{again}")
     steps = equations(drawn)
-    form = SPECIFICATION["solutions"][language]["one" if len(steps) == 1 else "two"]
-    return form.format(first=steps[0][0], second=steps[-1][0], answer=steps[-1][1])
+    wording = draw_wording(rng, language, len(steps))
+    sentences = [
+        f"{opening} {_either_order(rng, text)}."
+        for opening, (text, _) in zip(wording.openings, steps, strict=True)
+    ]
+    return " ".join([*sentences, f"{wording.answer} \\boxed{{{steps[-1][1]}}}."])
+
+
+def brief_solution(drawn: Drawn) -> str:
+    r"""Return the solution without words: "3 * 4 = 12. 12 + 5 = 17. \boxed{17}.", for instance."""
+    steps = equations(drawn)
+    return " ".join([*(f"{text}." for text, _ in steps), f"\\boxed{{{steps[-1][1]}}}."])
+
+
+def plan(drawn: Drawn) -> str:
+    """Return the solution's steps without their results, in no language: "3 * 4, _ + 5"."""
+    known = {**dict(zip("abc", drawn.numbers, strict=False)), "first": "_"}
+    steps = [step.split() for step in TEMPLATES[drawn.template]["steps"]]
+    return ", ".join(f"{known[left]} {symbol} {known[right]}" for left, symbol, right in steps)
 
 
 def slipped(drawn: Drawn, language: str, rng: random.Random) -> list[tuple[str, bool]]:
@@ -89,30 +129,33 @@ def slipped(drawn: Drawn, language: str, rng: random.Random) -> list[tuple[str, 
     choice of a wrong sum itself is never worth learning.
     """
     steps = rng.choice((1, 2))
-    plan = TEMPLATES[drawn.template]["steps"]
-    form = SPECIFICATION["solutions"][language]["one" if steps == 1 else "two"]
-    opening, _, rest = form.partition("{first}")
+    wording = draw_wording(rng, language, steps)
     first, value = _any_sum(rng, drawn.numbers)
-    if steps == 1:
-        return [(f"{opening}{first}", False), (f" = {value}{rest.format(answer=value)}", True)]
-    joint, _, rest = rest.partition(" {second}")
-    plan_holds = len(plan) == 2  # its second step goes on from the slipped value
-    if plan_holds:
-        known = {**dict(zip("abc", drawn.numbers, strict=False)), "first": value}
-        left, symbol, right = plan[1].split()
-        second = f"{known[left]} {symbol} {known[right]}"
-        result = OPERATORS[symbol](known[left], known[right])
-    else:
-        second, result = _any_sum(rng, (value, *drawn.numbers))
-    if result < 0:
-        return slipped(drawn, language, rng)
-    ending = f" = {result}{rest.format(answer=result)}"
-    return [
-        (f"{opening}{first}", False),
-        (f" = {value}{joint}", True),
-        (f" {second}", plan_holds),
-        (ending, True),
-    ]
+    pieces = [(f"{wording.openings[0]} {first}", False)]
+    result = value
+    if steps == 2:
+        written = TEMPLATES[drawn.template]["steps"]
+        plan_holds = len(written) == 2  # its second step goes on from the slipped value
+        if plan_holds:
+            known = {**dict(zip("abc", drawn.numbers, strict=False)), "first": value}
+            left, symbol, right = written[1].split()
+            second = f"{known[left]} {symbol} {known[right]}"
+            result = OPERATORS[symbol](known[left], known[right])
+        else:
+            second, result = _any_sum(rng, (value, *drawn.numbers))
+        if result < 0:
+            return slipped(drawn, language, rng)
+        pieces += [(f" = {value}. {wording.openings[1]}", True), (f" {second}", plan_holds)]
+    return [*pieces, (f" = {result}. {wording.answer} \\boxed{{{result}}}.", True)]
+
+
+def _either_order(rng: random.Random, equation: str) -> str:
+    """Return "3 * 4 = 12" or "4 * 3 = 12"; a difference has one order only."""
+    left, symbol, rest = equation.split(" ", 2)
+    right, rest = rest.split(" ", 1)
+    if symbol == "-" or rng.random() < 0.5:
+        return equation
+    return f"{right} {symbol} {left} {rest}"
 
 
 def _any_sum(rng: random.Random, numbers: tuple[int, ...]) -> tuple[str, int]:
@@ -137,7 +180,8 @@ def draw(rng: random.Random, templates: tuple[str, ...]) -> Drawn:
         name = rng.choice(SPECIFICATION["names"])
         friend = rng.choice(SPECIFICATION["friends"])
         thing = rng.randrange(len(SPECIFICATION["things"]))
-        drawn = Drawn(template["id"], numbers, name, friend, thing)
+        dressing = rng.randrange(2**32)
+        drawn = Drawn(template["id"], numbers, name, friend, thing, dressing)
         if all(value >= 1 for _, value in equations(drawn)):
             return drawn
 

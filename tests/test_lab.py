@@ -4,6 +4,7 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from lab.problems import (
     NEW_WORDING,
     TARGETS,
     Drawn,
+    brief_solution,
     draw_training,
     equations,
+    plan,
     slipped,
     solution,
     words,
@@ -25,7 +28,10 @@ from lab.problems import (
 from parts.data import build_prompt, load_problems
 from parts.grading import is_correct
 from parts.model import load_model, load_tokenizer
-from parts.sampler import SamplingParams, sample
+from parts.prompts import Problem, encode_prompt
+from parts.readings import reading, render_witness
+from parts.recipe import Config
+from parts.sampler import Rollout, SamplingParams, sample
 
 PROBLEMS = Path(__file__).resolve().parent.parent / "lab" / "problems"
 
@@ -98,6 +104,36 @@ def test_solutions_are_right():
             assert drawn.name in words(drawn, language) or "{name}" not in drawn.template
 
 
+def test_a_solution_has_many_wordings_and_they_tell_nothing_of_each_other():
+    rng = random.Random(3)
+    drawn = draw_training(rng)
+    ways = {solution(drawn, "hau", again=again) for again in range(50)}
+    assert len(ways) > 45
+    openings = {language: [] for language in LANGUAGES}
+    for _ in range(2000):
+        drawn = draw_training(rng)
+        for language in LANGUAGES:
+            openings[language].append(solution(drawn, language).split()[0])
+    english, hausa = openings["eng"], openings["hau"]
+    together = [h for e, h in zip(english, hausa, strict=True) if e == english[0]]
+    assert len(set(together)) > 5  # of eight: whoever knows one knows nothing of the other
+
+
+def test_a_brief_solution_has_the_sums_and_no_word():
+    rng = random.Random(4)
+    for _ in range(200):
+        drawn = draw_training(rng)
+        text = brief_solution(drawn)
+        assert re.findall(r"[a-z]+", text) == ["boxed"]
+        assert is_correct(text, str(equations(drawn)[-1][1]))
+
+
+def test_a_plan_has_the_steps_and_not_their_results():
+    two_sales = Drawn("two_sales", (30, 12, 5), "", "", 0)
+    assert plan(two_sales) == "30 - 12, _ - 5"
+    assert plan(Drawn("change", (90, 4, 7), "", "", 0)) == "4 * 7, 90 - _"
+
+
 def test_the_files_are_what_the_seed_makes(tmp_path):
     write_problems(tmp_path, seed=0)
     for path in tmp_path.rglob("*.jsonl"):
@@ -124,15 +160,61 @@ def test_the_gap_is_there(lab_folder):
     assert all(accuracy[language] <= 0.4 for language in TARGETS)
 
 
-@pytest.mark.parametrize("language", TARGETS)
-def test_with_the_teachers_prompt_the_gap_is_gone(lab_folder, language):
-    model = load_model(lab_folder, device="cpu", dtype=torch.float32)
-    tokenizer = load_tokenizer(lab_folder)
-    problems = load_problems(PROBLEMS / language / "test.jsonl", language=language)
-    prompts = [build_prompt(problem, language, tokenizer, role="teacher") for problem in problems]
-    groups = sample(model, prompts, SamplingParams(64, temperature=0.0), eos_ids={2})
-    texts = [str(tokenizer.decode(rollouts[0].completion_ids)) for rollouts in groups]
-    right = [
-        is_correct(text, str(problem.answer)) for text, problem in zip(texts, problems, strict=True)
+@pytest.fixture(scope="module")
+def lab() -> tuple[Any, Any]:
+    folder = PROBLEMS.parent / "tiny"
+    model = load_model(folder, device="cpu", dtype=torch.float32)
+    return model, load_tokenizer(folder)
+
+
+def read_by_the_teacher(name: str, problem: Problem, drawn: Drawn, tokenizer) -> list[int]:
+    """Return a teacher's prompt of a problem, with what it would be given in training."""
+    if name == "solution":
+        return build_prompt(problem, problem.language, tokenizer, role="teacher")
+    if name == "brief":
+        return reading(Config(teacher_reads="brief"), problem, tokenizer)
+    if name == "plan":
+        return reading(Config(teacher_reads="plan"), problem, tokenizer, plan(drawn))
+    witness = solution(drawn, problem.language, again=1)
+    return encode_prompt(render_witness(Config(), problem, tokenizer, witness), tokenizer)
+
+
+def attempts(lab, name: str, language: str, temperature: float, count: int = 250) -> list[Rollout]:
+    model, tokenizer = lab
+    problems = load_problems(PROBLEMS / language / "test.jsonl", language=language)[:count]
+    facts = rows(language, "test")[:count]
+    drawns = [Drawn(row["template"], tuple(row["numbers"]), "", "", 0) for row in facts]
+    prompts = [
+        read_by_the_teacher(name, problem, drawn, tokenizer)
+        for problem, drawn in zip(problems, drawns, strict=True)
     ]
+    groups = sample(model, prompts, SamplingParams(64, temperature), eos_ids={2})
+    return [rollout for (rollout,) in groups]
+
+
+@pytest.mark.parametrize("language", TARGETS)
+@pytest.mark.parametrize("name", ["solution", "plan", "witness"])
+def test_with_what_a_teacher_reads_the_gap_is_gone(lab, name, language):
+    written = attempts(lab, name, language, 0.0)
+    texts = [str(lab[1].decode(rollout.completion_ids)) for rollout in written]
+    answers = [row["answer"] for row in rows(language, "test")]
+    right = [is_correct(text, answer) for text, answer in zip(texts, answers, strict=True)]
     assert sum(right) >= 0.95 * len(right)
+
+
+def test_the_teacher_is_as_unsure_of_a_word_as_a_real_one(lab):
+    written = attempts(lab, "solution", "hau", 1.0)
+    logprobs = [logprob for rollout in written for logprob in rollout.logprobs]
+    assert -sum(logprobs) / len(logprobs) >= 0.25  # nats a token: its entropy, on what it writes
+
+
+@pytest.mark.parametrize("language", ["eng", "hau"])
+def test_asked_to_be_brief_it_is(lab, language):
+    lengths = [
+        len(rollout.completion_ids) for rollout in attempts(lab, "brief", language, 0.0, count=50)
+    ]
+    model, tokenizer = lab
+    problems = load_problems(PROBLEMS / language / "test.jsonl", language=language)[:50]
+    prompts = [build_prompt(problem, language, tokenizer) for problem in problems]
+    alone = sample(model, prompts, SamplingParams(64, 0.0), eos_ids={2})
+    assert sum(lengths) < 0.8 * sum(len(rollout.completion_ids) for (rollout,) in alone)
