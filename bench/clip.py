@@ -2,14 +2,17 @@
 
     python bench/clip.py --lang hau
     python bench/clip.py --model FOLDER --lang swa --data msvamp/triples_sw.jsonl --problems 32
+    python bench/clip.py --lang hau --runs runs/clip-0.05 runs/clip-0.5   # and what training led to
 
 One batch of the student's completions, before any training. At each clip the gradient of the
 divergence on the logits is compared with the one that nothing clips: 1 means that the clip
 changes no direction, below 0 a step raises the unclipped divergence. Beside it is the share of the
-tokens that the clip touches. Writes a .json with the numbers beside the picture.
+tokens that the clip touches. With --runs a second panel shows the accuracy before and after the
+training of finished runs, each at its clip. Writes a .json with the numbers beside the picture.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -20,9 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from copsd import completion_hidden, roll_out
 from kernels import chunked_divergence, clip_products, gradient_cosine
 from parts.figures import Panel, curves_figure
-from parts.files import write_json
+from parts.files import read_object, write_json
+from parts.measure import GREEDY_NAME, read_columns
 from parts.model import head_weight, teacher_view
+from parts.prompts import find_language
 from parts.recipe import Config
+from parts.runs import Run
 from parts.setup import Setup, configure, load_setup
 
 CLIPS = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.6, 3.2)
@@ -42,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--divergence", default=Config.divergence)
     parser.add_argument("--clip-mode", default="entry", choices=["entry", "token"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="finished runs' folders")
     parser.add_argument("--out", type=Path, default=Path("clip.png"), help="the picture")
     return parser.parse_args()
 
@@ -99,8 +106,39 @@ def measure(setup: Setup, problems: int, clip_mode: str) -> dict:
     }
 
 
+def read_accuracies(folders: list[Path], lang: str) -> list[dict]:
+    """Return the greedy accuracy before and after each run, by its clip; ValueError if it has none.
+
+    A run that clips nothing has the clip None, and comes last.
+    """
+    rows = []
+    for folder in folders:
+        config = read_object(folder / "config.json")["config"]
+        row = {"clip": None if config["clip_mode"] == "none" else config["clip"]}
+        for when in ("before", "after"):
+            stored = Run(folder).read_evaluation(when)
+            if stored is None or lang not in stored:
+                raise ValueError(f"{folder} has no evaluation in {lang} {when} training")
+            row[when] = vars(read_columns(stored)[lang][GREEDY_NAME])
+        rows.append(row)
+    return sorted(rows, key=lambda row: math.inf if row["clip"] is None else row["clip"])
+
+
+def accuracy_panel(rows: list[dict]) -> Panel:
+    """Return the accuracy after training over the clip, and without training and without a clip."""
+    level = {"without training": rows[0]["before"]}
+    level |= {"without a clip": row["after"] for row in rows if row["clip"] is None}
+    curves = {
+        name: [(clip, *estimate.values()) for clip in (CLIPS[0], CLIPS[-1])]
+        for name, estimate in level.items()
+    }
+    trained = [(row["clip"], *row["after"].values()) for row in rows if row["clip"] is not None]
+    curves["after training, 95 % interval"] = trained
+    return Panel("after training", "clip, nats", "greedy accuracy", curves, log_x=True, y_range=(0, 1.02))
+
+
 def draw(found: dict, title: str, path: Path) -> None:
-    """Draw cosine and share of tokens over the clip, on a logarithmic axis."""
+    """Draw cosine and share of tokens over the clip, on a logarithmic axis; and the accuracies."""
     curves = {
         label: [(row["clip"], row[key], row[key], row[key]) for row in found["clips"]]
         for label, key in (
@@ -117,7 +155,8 @@ def draw(found: dict, title: str, path: Path) -> None:
         log_x=True,
         y_range=(lowest - 0.05, 1.02),
     )
-    curves_figure([panel], [path], columns=1)
+    panels = [panel, accuracy_panel(found["runs"])] if found["runs"] else [panel]
+    curves_figure(panels, [path])
 
 
 def main() -> None:
@@ -134,7 +173,8 @@ def main() -> None:
     print(f"{'clip':>8}{'cosine':>10}{'tokens touched':>18}")
     for row in found["clips"]:
         print(f"{row['clip']:8g}{row['cosine']:10.3f}{row['clipped_token_frac']:18.3f}")
-    title = f"{Path(arguments.model).name}, {arguments.lang}"
+    found["runs"] = read_accuracies(arguments.runs, find_language(arguments.lang).iso3)
+    title = f"{Path(arguments.model).name}, {arguments.lang}, before training"
     draw(found, title, arguments.out)
     write_json(arguments.out.with_suffix(".json"), {**vars(arguments), "out": "", **found})
 

@@ -47,7 +47,8 @@ class Panel:
     x_label, y_label  with their units
     curves  label -> points from left to right; low and high are the ends of the band around a line,
             or of the interval at a bar or a mark
-    log_x   whether the x axis is logarithmic, with a tick at each power of two
+    log_x   whether the x axis is logarithmic, with a tick at each power of two, or of four where
+            these would be many
     names   with bars, of the places x = 0, 1, ...; with marks, what stands beside each label's
             marks, in order
     slope   of a grey line through the origin, to compare with
@@ -139,8 +140,9 @@ def _draw(axes: Any, panel: Panel, labels: list[str]) -> dict[str, Any]:
     axes.grid(alpha=0.3, axis="y" if panel.kind == "bars" else "both")
     axes.spines[["top", "right"]].set_visible(False)
     if panel.log_x:
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
+        places = [x for points in panel.curves.values() for x, *_ in points]
+        axes.set_xscale("log", base=2 if max(places) <= 64 * min(places) else 4)
+        axes.xaxis.set_major_formatter("{x:.3g}")
         axes.minorticks_off()
     return handles
 

@@ -52,6 +52,23 @@ def die_at(step: int, view: StepView, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(view, "show", _show)
 
 
+def few_problems(folder: Path) -> dict[str, str]:
+    """Return the settings of a run on a few of the lab's problems, in Hausa and in Swahili.
+
+    Reading all of them takes longer than two small steps do.
+    """
+    settings = {}
+    for name, split in (("data", "train"), ("eval_data", "test")):
+        rows = []
+        for code in ("hau", "swa"):
+            text = (ROOT / f"lab/problems/{code}/{split}.jsonl").read_text(encoding="utf-8")
+            rows += text.split("\n")[:40]
+        path = folder / f"{split}.jsonl"
+        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        settings[name] = str(path)
+    return settings
+
+
 @pytest.fixture
 def tiny_model() -> Qwen2ForCausalLM:
     return build_tiny_model()

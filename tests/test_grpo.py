@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import die_at
+from conftest import die_at, few_problems
 from rich.console import Console
 
 import copsd
@@ -515,6 +515,7 @@ def test_every_flag_has_an_effect(tmp_path, monkeypatch):
         copsd, "is_correct", lambda text, gold, think_open: len(text) % 3 == 0
     )  # few dead groups
     base = {"batch_size": 16, "group_size": 4, "temperature": 1.5, "max_new_tokens": 30, "lr": 5e-3}
+    base |= few_problems(tmp_path)
     plain = (train(tmp_path / "plain", **base) / ADAPTER).read_bytes()
     for name, value in FLAGS.items():
         assert (train(tmp_path / name, **{**base, name: value}) / ADAPTER).read_bytes() != plain, (

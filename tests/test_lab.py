@@ -195,9 +195,9 @@ def attempts(lab, name: str, language: str, temperature: float, count: int = 250
 @pytest.mark.parametrize("language", TARGETS)
 @pytest.mark.parametrize("name", ["solution", "plan", "witness"])
 def test_with_what_a_teacher_reads_the_gap_is_gone(lab, name, language):
-    written = attempts(lab, name, language, 0.0)
+    written = attempts(lab, name, language, 0.0, count=120)
     texts = [str(lab[1].decode(rollout.completion_ids)) for rollout in written]
-    answers = [row["answer"] for row in rows(language, "test")]
+    answers = [row["answer"] for row in rows(language, "test")[:120]]
     right = [is_correct(text, answer) for text, answer in zip(texts, answers, strict=True)]
     assert sum(right) >= 0.95 * len(right)
 
