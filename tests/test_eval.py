@@ -102,7 +102,8 @@ def test_one_seed_gives_one_file_whatever_the_batch_and_the_chunk(tmp_path, monk
 def test_a_line_and_the_settings_hold_all_that_a_reader_needs(tmp_path):
     run_cli(*SMALL, "--out", str(tmp_path / "run"))
     line = lines(tmp_path / "run")[1]
-    assert (line["id"], line["gold"], line["level"]) == ("1", "27", None)
+    asked = list(read_rows(Path("lab/problems/hau/test.jsonl")))[1]
+    assert (line["id"], line["gold"], line["level"]) == ("1", asked["answer"], None)
     assert "\u2009" not in line["problem"]
     assert [attempt["seed"] for attempt in line["attempts"]] == ["0/1/0", "0/1/1"]
     needed = {"completion", "answer", "canonical", "lenient", "correct", "reason"}

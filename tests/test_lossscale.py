@@ -65,7 +65,8 @@ def test_gradients_too_small_for_float16_are_kept_by_the_scale(tmp_path):
 
 
 def test_a_run_in_float16_learns_what_one_in_float32_learns(tmp_path):
-    given = {"batch_size": 8, "clip_mode": "none"}
+    # On labels, for rounding may let another token be drawn.
+    given = {"batch_size": 8, "clip_mode": "none", "completion": "reference"}
     rows = jsonl(train(tmp_path / "a", dtype="float16", **given) / "metrics.jsonl")
     others = jsonl(train(tmp_path / "b", **given) / "metrics.jsonl")
     assert [row[FACTOR] for row in rows] == [2.0**16] * 2

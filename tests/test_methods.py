@@ -283,7 +283,7 @@ def test_problems_whose_plan_might_not_fit_are_left_out_before_the_run(tmp_path)
     room = setup.config.max_new_tokens
     assert asked is not None and len(request) + room == len(asked) + 40
     with pytest.raises(ValueError, match="no problem fits the model's context"):
-        make_setup(tmp_path / "long", method="ophsd", note_tokens=400)
+        make_setup(tmp_path / "long", method="ophsd", note_tokens=440)
 
 
 def test_thoughts_are_no_part_of_a_note(tmp_path, monkeypatch):
