@@ -126,15 +126,23 @@ def read_accuracies(folders: list[Path], lang: str) -> list[dict]:
 
 def accuracy_panel(rows: list[dict]) -> Panel:
     """Return the accuracy after training over the clip, and without training and without a clip."""
-    level = {"without training": rows[0]["before"]}
-    level |= {"without a clip": row["after"] for row in rows if row["clip"] is None}
+    levels = {"without training": rows[0]["before"]}
+    if rows[-1]["clip"] is None:
+        levels["without a clip"] = rows[-1]["after"]
     curves = {
         name: [(clip, *estimate.values()) for clip in (CLIPS[0], CLIPS[-1])]
-        for name, estimate in level.items()
+        for name, estimate in levels.items()
     }
     trained = [(row["clip"], *row["after"].values()) for row in rows if row["clip"] is not None]
     curves["after training, 95 % interval"] = trained
-    return Panel("after training", "clip, nats", "greedy accuracy", curves, log_x=True, y_range=(0, 1.02))
+    return Panel(
+        title="after training",
+        x_label="clip, nats",
+        y_label="greedy accuracy",
+        curves=curves,
+        log_x=True,
+        y_range=(0, 1.02),
+    )
 
 
 def draw(found: dict, title: str, path: Path) -> None:
