@@ -256,12 +256,14 @@ def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> in
     """Return what is free on a CPU's heap after a forward pass, in holes that stay empty.
 
     torch asks for aligned memory. glibc then looks for a hole a little larger than the one that a
-    tensor of that size has left, and takes new memory instead. About half of what the layers have
-    had in turn ends so, measured with bench/footprint.py; a GPU's allocator uses its holes.
+    tensor of that size has left, and takes new memory instead. About as much as the layers keep
+    ends so, and half of it where they keep nothing and are computed again; measured with
+    bench/footprint.py. A GPU's allocator uses its holes.
     """
     rows = _micro_rows(config, lengths)
     tokens = int(rows * _student_positions(config, lengths, int(rows)))
-    return tokens * shape.layers * _saved_bytes(shape, size) // 2
+    saved = tokens * shape.layers * _saved_bytes(shape, size)
+    return saved // 2 if config.gradient_checkpointing else saved
 
 
 def _chunk_bytes(shape: Shape, config: Config, size: int) -> int:
@@ -269,8 +271,12 @@ def _chunk_bytes(shape: Shape, config: Config, size: int) -> int:
     logits = config.chunk_tokens * shape.vocabulary
     if config.method in ("grpo", "egrsd"):
         return logits * (size + 4 * FP32)
+    # What the clip does to the gradient is found without the compiler.
+    is_asked = config.clip_mode != "none" and config.cosine_every > 0
+    cosine = logits * (2 * size + 5 * FP32) if is_asked else 0
     if config.compile is not False and logits >= COMPILED_LOGITS:
-        return 2 * logits * size  # student's and teacher's; compiled code keeps nothing else whole
+        # Student's and teacher's; compiled code keeps nothing else whole.
+        return max(cosine, 2 * logits * size)
     return logits * (2 * size + 7 * FP32)
 
 
@@ -278,11 +284,13 @@ def _saved_bytes(shape: Shape, size: int) -> int:
     """Return what a decoder layer keeps of a token for its backward pass.
 
     What enters both norms; what enters the adapters, in fp32, which in a 16-bit model is a copy for
-    each of q, k, v, gate and up; attention's q, k, v and output; the MLP's gate, up and product.
+    each of q, k, v, gate and up; attention's q, k, v and output, and keys and values once more
+    where they are repeated for each query head; the MLP's gate, up and product.
     """
     attention = shape.heads * shape.head_size
     keys = shape.kv_heads * shape.head_size
-    computed = 2 * attention + 2 * keys + 3 * shape.intermediate
+    repeated = 2 * attention if shape.heads > shape.kv_heads else 0
+    computed = 2 * attention + 2 * keys + repeated + 3 * shape.intermediate
     if size == FP32:  # the adapters share what enters them
         return FP32 * (computed + 4 * shape.hidden + shape.intermediate)
     copies = 5 * shape.hidden + attention + shape.intermediate
