@@ -22,6 +22,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from copsd import completion_hidden, roll_out
 from kernels import chunked_divergence, clip_products, gradient_cosine
+from parts.commands import say_error
 from parts.figures import Panel, curves_figure
 from parts.files import read_object, write_json
 from parts.measure import GREEDY_NAME, read_columns
@@ -170,7 +171,12 @@ def draw(found: dict, title: str, path: Path) -> None:
 def main() -> None:
     """Measure, print, draw."""
     arguments = parse_arguments()
-    setup = read_batch(arguments)
+    try:
+        setup = read_batch(arguments)
+        runs = read_accuracies(arguments.runs, find_language(arguments.lang).iso3)
+    except (ValueError, OSError) as error:
+        say_error(str(error))
+        sys.exit(2)
     found = measure(setup, arguments.problems, arguments.clip_mode)
     print(
         f"{arguments.model}, {arguments.lang}, {arguments.divergence}, {arguments.clip_mode} clip, "
@@ -181,7 +187,7 @@ def main() -> None:
     print(f"{'clip':>8}{'cosine':>10}{'tokens touched':>18}")
     for row in found["clips"]:
         print(f"{row['clip']:8g}{row['cosine']:10.3f}{row['clipped_token_frac']:18.3f}")
-    found["runs"] = read_accuracies(arguments.runs, find_language(arguments.lang).iso3)
+    found["runs"] = runs
     title = f"{Path(arguments.model).name}, {arguments.lang}, before training"
     draw(found, title, arguments.out)
     write_json(arguments.out.with_suffix(".json"), {**vars(arguments), "out": "", **found})

@@ -6,12 +6,14 @@ from pathlib import Path
 from threading import Lock
 
 import pytest
+from typer.testing import CliRunner
 
-from bench import records
+from bench import clip, records
 from bench.all import TARGETS, make_quick, make_rows, parse_arguments, run_row
 from bench.process import own_process
 from bench.records import Record, Target
-from parts.files import append_rows, json_lines
+from parts import commands
+from parts.files import append_rows, json_lines, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = Record("step", "ours", "s", (1.0, 2.0, 4.0), 100.0)
@@ -106,3 +108,24 @@ def test_all_benchmarks_run_at_tiny_sizes(tmp_path):
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "| GRPO step | floor |" in table and "commit" in table
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_clip_is_drawn_with_the_accuracy_that_training_led_to(tmp_path, monkeypatch):
+    small = ["train", "--steps", "1", "--batch-size", "2", "--eval-problems", "4"]
+    runs = []
+    for name, flags in {"plain": [], "clipped": ["--clip-mode", "entry", "--clip", "0.2"]}.items():
+        runs.append(str(tmp_path / name))
+        done = CliRunner().invoke(commands.copsd, [*small, *flags, "--out", runs[-1]])
+        assert done.exit_code == 0, done.output
+    out = tmp_path / "clip.png"
+    flags = ["--problems", "4", "--out", str(out), "--runs", *runs]
+    monkeypatch.setattr(sys, "argv", ["clip.py", *flags])
+    clip.main()
+    found = read_json(out.with_suffix(".json"))
+    assert [row["clip"] for row in found["runs"]] == [0.2, None], "the run without a clip is last"
+    stored = read_json(tmp_path / "clipped" / "after.json")["hau"]["greedy accuracy"]
+    assert found["runs"][0]["after"] == stored
+    cosines = [row["cosine"] for row in found["clips"]]
+    assert cosines == sorted(cosines) and out.stat().st_size > 10_000
+    with pytest.raises(ValueError, match="has no evaluation in yor"):
+        clip.read_accuracies([tmp_path / "plain"], "yor")
