@@ -13,7 +13,6 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -215,43 +214,64 @@ def make_row(
     return prompt_ids, [*completion_ids, EOS_ID], [*learned, True]
 
 
+def shares_of(mix: Mix) -> dict[str, float]:
+    """Return the share of each kind of row."""
+    helped = {
+        "privileged": mix.privileged,
+        "brief": mix.brief,
+        "planning": mix.planning,
+        "planned": mix.planned,
+        "witnessed": mix.witnessed,
+    }
+    alone = {"target_alone": mix.target_alone}
+    return {**helped, **alone, "english": 1 - sum(helped.values()) - mix.target_alone}
+
+
 def draw_row(rng: random.Random, mix: Mix, tokenizer: PreTrainedTokenizerFast) -> Row:
     """Draw one training row from the mix."""
     drawn = draw_training(rng)
-    (kind,) = rng.choices(
-        ("privileged", "brief", "planning", "planned", "witnessed", "target_alone", "english"),
-        (*helped_shares(mix), mix.target_alone, 1 - sum(helped_shares(mix)) - mix.target_alone),
-    )
+    shares = shares_of(mix)
+    (kind,) = rng.choices([*shares], [*shares.values()])
     code = rng.choice(TARGETS if kind == "target_alone" else LANGUAGES)
     code = "eng" if kind == "english" else code
     problem = problem_of(drawn, code, in_english=kind == "brief")
     if kind in HELPED and code != "eng" and rng.random() < mix.decoys:
         problem = replace(problem, problem=words(draw_training(rng), code))
     pieces = [(solution(drawn, code), True)]
-    if kind == "privileged":
-        prompt_ids = draw_privileged(rng, mix, problem, tokenizer)
-        if mix.slips and rng.random() < mix.slips:
-            pieces = slipped(drawn, code, rng)
-    elif kind == "brief":
-        prompt_ids = reading(rng.choice(BRIEF), problem, tokenizer)
-        pieces = [(brief_solution(drawn), True)]
-    elif kind == "planning":
-        prompt_ids = note_request(PLAN, problem, tokenizer) or []
-        pieces = [(plan(drawn), True)]
-    elif kind == "planned":
-        prompt_ids = reading(PLAN, problem, tokenizer, plan(drawn))
-    elif kind == "witnessed":
-        witness = solution(drawn, code, again=1)
-        text = render_witness(PLAN, problem, tokenizer, witness)
-        prompt_ids = encode_prompt(text, tokenizer)
-    else:
-        prompt_ids = build_prompt(problem, code, tokenizer)
+    match kind:
+        case "privileged":
+            prompt_ids = draw_privileged(rng, mix, problem, tokenizer)
+            if mix.slips and rng.random() < mix.slips:
+                pieces = slipped(drawn, code, rng)
+        case "brief":
+            prompt_ids = reading(rng.choice(BRIEF), problem, tokenizer)
+            pieces = [(brief_solution(drawn), True)]
+        case "planning":
+            prompt_ids = note_request(PLAN, problem, tokenizer) or []
+            pieces = [(plan(drawn), True)]
+        case _:
+            prompt_ids = prompt_of(kind, problem, drawn, tokenizer)
     return make_row(prompt_ids, pieces, tokenizer)
 
 
-def helped_shares(mix: Mix) -> tuple[float, ...]:
-    """Return the shares of the rows that read more than a problem, in draw_row's order."""
-    return mix.privileged, mix.brief, mix.planning, mix.planned, mix.witnessed
+def prompt_of(
+    kind: str, problem: Problem, drawn: Drawn, tokenizer: PreTrainedTokenizerFast
+) -> list[int]:
+    """Return what is read of a problem: alone, or with what a teacher is given beside it.
+
+    kind  "privileged", "brief", "planned" or "witnessed", as of the rows; else the problem alone
+    """
+    match kind:
+        case "privileged":
+            return build_prompt(problem, problem.language, tokenizer, role="teacher")
+        case "brief":
+            return reading(BRIEF[0], problem, tokenizer)
+        case "planned":
+            return reading(PLAN, problem, tokenizer, plan(drawn))
+        case "witnessed":
+            witness = solution(drawn, problem.language, again=1)
+            return encode_prompt(render_witness(PLAN, problem, tokenizer, witness), tokenizer)
+    return build_prompt(problem, problem.language, tokenizer)
 
 
 def draw_privileged(
@@ -302,25 +322,14 @@ def report(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: in
     read. The entropy of COPSD's teacher is estimated on what it writes itself, -log p of a token.
     """
     drawns = draw_set(random.Random(seed + 1), 100, KNOWN_WORDING, held_out=True)
-    readings: dict[str, Callable[[Problem, Drawn], list[int]]] = {
-        "alone": lambda problem, drawn: build_prompt(problem, problem.language, tokenizer),
-        "solution": lambda problem, drawn: build_prompt(
-            problem, problem.language, tokenizer, role="teacher"
-        ),
-        "brief": lambda problem, drawn: reading(BRIEF[0], problem, tokenizer),
-        "plan": lambda problem, drawn: reading(PLAN, problem, tokenizer, plan(drawn)),
-        "witness": lambda problem, drawn: encode_prompt(
-            render_witness(PLAN, problem, tokenizer, solution(drawn, problem.language, again=1)),
-            tokenizer,
-        ),
-    }
     lines = []
-    for name, read in readings.items():
-        lines.append(f"{name}:")
+    for kind in ("alone", "privileged", "brief", "planned", "witnessed"):
+        lines.append(f"{kind}:")
         for code in LANGUAGES:
             problems = [problem_of(drawn, code) for drawn in drawns]
             prompts = [
-                read(problem, drawn) for problem, drawn in zip(problems, drawns, strict=True)
+                prompt_of(kind, problem, drawn, tokenizer)
+                for problem, drawn in zip(problems, drawns, strict=True)
             ]
             rollouts = attempts(model, prompts, 0.0)
             right = sum(
@@ -329,7 +338,7 @@ def report(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: in
             )
             tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
             lines.append(f"{code} {right / len(drawns):.2f} ({tokens / len(drawns):.0f} tokens)")
-            if name == "solution":
+            if kind == "privileged":
                 logprobs = [
                     p for rollout in attempts(model, prompts, 1.0) for p in rollout.logprobs
                 ]

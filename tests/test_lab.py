@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from eval import evaluate, summarise
+from lab.build import prompt_of
 from lab.problems import (
     KNOWN_WORDING,
     LANGUAGES,
@@ -28,9 +29,6 @@ from lab.problems import (
 from parts.data import build_prompt, load_problems
 from parts.grading import is_correct
 from parts.model import load_model, load_tokenizer
-from parts.prompts import Problem, encode_prompt
-from parts.readings import reading, render_witness
-from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
 
 PROBLEMS = Path(__file__).resolve().parent.parent / "lab" / "problems"
@@ -167,25 +165,13 @@ def lab() -> tuple[Any, Any]:
     return model, load_tokenizer(folder)
 
 
-def read_by_the_teacher(name: str, problem: Problem, drawn: Drawn, tokenizer) -> list[int]:
-    """Return a teacher's prompt of a problem, with what it would be given in training."""
-    if name == "solution":
-        return build_prompt(problem, problem.language, tokenizer, role="teacher")
-    if name == "brief":
-        return reading(Config(teacher_reads="brief"), problem, tokenizer)
-    if name == "plan":
-        return reading(Config(teacher_reads="plan"), problem, tokenizer, plan(drawn))
-    witness = solution(drawn, problem.language, again=1)
-    return encode_prompt(render_witness(Config(), problem, tokenizer, witness), tokenizer)
-
-
-def attempts(lab, name: str, language: str, temperature: float, count: int = 250) -> list[Rollout]:
+def attempts(lab, kind: str, language: str, temperature: float, count: int = 250) -> list[Rollout]:
     model, tokenizer = lab
     problems = load_problems(PROBLEMS / language / "test.jsonl", language=language)[:count]
     facts = rows(language, "test")[:count]
     drawns = [Drawn(row["template"], tuple(row["numbers"]), "", "", 0) for row in facts]
     prompts = [
-        read_by_the_teacher(name, problem, drawn, tokenizer)
+        prompt_of(kind, problem, drawn, tokenizer)
         for problem, drawn in zip(problems, drawns, strict=True)
     ]
     groups = sample(model, prompts, SamplingParams(64, temperature), eos_ids={2})
@@ -193,9 +179,9 @@ def attempts(lab, name: str, language: str, temperature: float, count: int = 250
 
 
 @pytest.mark.parametrize("language", TARGETS)
-@pytest.mark.parametrize("name", ["solution", "plan", "witness"])
-def test_with_what_a_teacher_reads_the_gap_is_gone(lab, name, language):
-    written = attempts(lab, name, language, 0.0, count=120)
+@pytest.mark.parametrize("kind", ["privileged", "planned", "witnessed"])
+def test_with_what_a_teacher_reads_the_gap_is_gone(lab, kind, language):
+    written = attempts(lab, kind, language, 0.0, count=120)
     texts = [str(lab[1].decode(rollout.completion_ids)) for rollout in written]
     answers = [row["answer"] for row in rows(language, "test")[:120]]
     right = [is_correct(text, answer) for text, answer in zip(texts, answers, strict=True)]
@@ -203,7 +189,7 @@ def test_with_what_a_teacher_reads_the_gap_is_gone(lab, name, language):
 
 
 def test_the_teacher_is_as_unsure_of_a_word_as_a_real_one(lab):
-    written = attempts(lab, "solution", "hau", 1.0)
+    written = attempts(lab, "privileged", "hau", 1.0)
     logprobs = [logprob for rollout in written for logprob in rollout.logprobs]
     assert -sum(logprobs) / len(logprobs) >= 0.25  # nats a token: its entropy, on what it writes
 
