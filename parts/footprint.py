@@ -212,7 +212,7 @@ def _update_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> 
     """Return what a micro-batch keeps for its backward pass, and what passes through one layer."""
     rows = _micro_rows(config, lengths)
     completion = int(rows * config.max_new_tokens)
-    tokens = int(rows * _student_positions(config, lengths, int(rows)))
+    tokens = _student_tokens(config, lengths)
     saved = _saved_bytes(shape, size)
     if config.gradient_checkpointing:
         # Every layer's input is kept, and all of the one layer that is computed again.
@@ -244,12 +244,13 @@ def _micro_rows(config: Config, lengths: Lengths) -> float:
     return min(rows, max(1, config.micro_tokens / longest))
 
 
-def _student_positions(config: Config, lengths: Lengths, rows: int) -> float:
-    """Return the positions of one of so many rows, of which those of a group may share a prompt."""
-    together = min(rows, config.group_size) if config.method in GROUPED else 1
+def _student_tokens(config: Config, lengths: Lengths) -> int:
+    """Return the positions of a micro-batch's student rows; those of a group may share a prompt."""
+    rows = _micro_rows(config, lengths)
+    together = min(int(rows), config.group_size) if config.method in GROUPED else 1
     prompts = [[0] * lengths.student] * together
     shares = packing_pays(prompts, [[0] * config.max_new_tokens] * together)
-    return lengths.student / (together if shares else 1) + config.max_new_tokens
+    return int(rows * (lengths.student / (together if shares else 1) + config.max_new_tokens))
 
 
 def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
@@ -260,9 +261,7 @@ def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> in
     ends so, and half of it where they keep nothing and are computed again; measured with
     bench/footprint.py. A GPU's allocator uses its holes.
     """
-    rows = _micro_rows(config, lengths)
-    tokens = int(rows * _student_positions(config, lengths, int(rows)))
-    saved = tokens * shape.layers * _saved_bytes(shape, size)
+    saved = _student_tokens(config, lengths) * shape.layers * _saved_bytes(shape, size)
     return saved // 2 if config.gradient_checkpointing else saved
 
 
