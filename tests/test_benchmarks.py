@@ -35,29 +35,30 @@ def fill(folder: Path, benchmark: str, code: str, rows: int) -> None:
     language = find_language(code)
     numbers = range(rows)
     folder.mkdir(parents=True, exist_ok=True)
-    if benchmark == "afrimgsm":
-        (folder / "data" / code).mkdir(parents=True)
-        text = "".join(f"Nawa\nne {number}?\t\t{number}\t\n" for number in numbers)
-        header = "question\tanswer\tanswer_number\tequation_solution\n"
-        (folder / "data" / code / "test.tsv").write_text(header + text, encoding="utf-8")
-        (folder / "data" / code / "train.tsv").write_text(header, encoding="utf-8")
-    elif benchmark == "mgsm":
-        text = "".join(f"Ngapi {number}?\t{number}\n" for number in numbers)
-        (folder / f"mgsm_{language.iso1}.tsv").write_text(text, encoding="utf-8")
-    elif benchmark == "msvamp":
-        row = '{"m_query": "Ngapi %d?", "equation": "+ number0 number1", "response": "%d.0"}\n'
-        text = "".join(row % (number, number) for number in numbers)
-        (folder / f"test_{language.english}.json").write_text(text)
-    else:
-        inside = folder / str(language.iso1)
-        inside.mkdir()
-        for level in LEVELS:
-            columns = {
-                "id": [f"{level}-{language.iso1}-{number}" for number in numbers],
-                "question": [f"Ngapi {number}?" for number in numbers],
-                "answer": [str(number) for number in numbers],
-            }
-            parquet.write_table(pa.table(columns), inside / f"{level}.parquet")
+    match benchmark:
+        case "afrimgsm":
+            (folder / "data" / code).mkdir(parents=True)
+            text = "".join(f"Nawa\nne {number}?\t\t{number}\t\n" for number in numbers)
+            header = "question\tanswer\tanswer_number\tequation_solution\n"
+            (folder / "data" / code / "test.tsv").write_text(header + text, encoding="utf-8")
+            (folder / "data" / code / "train.tsv").write_text(header, encoding="utf-8")
+        case "mgsm":
+            text = "".join(f"Ngapi {number}?\t{number}\n" for number in numbers)
+            (folder / f"mgsm_{language.iso1}.tsv").write_text(text, encoding="utf-8")
+        case "msvamp":
+            row = '{"m_query": "Ngapi %d?", "equation": "+ number0 number1", "response": "%d.0"}\n'
+            text = "".join(row % (number, number) for number in numbers)
+            (folder / f"test_{language.english}.json").write_text(text)
+        case _:
+            inside = folder / str(language.iso1)
+            inside.mkdir()
+            for level in LEVELS:
+                columns = {
+                    "id": [f"{level}-{language.iso1}-{number}" for number in numbers],
+                    "question": [f"Ngapi {number}?" for number in numbers],
+                    "answer": [str(number) for number in numbers],
+                }
+                parquet.write_table(pa.table(columns), inside / f"{level}.parquet")
 
 
 @pytest.fixture

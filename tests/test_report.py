@@ -212,52 +212,55 @@ document.body.replaceChildren(make("pre", {}, JSON.stringify([document.title, vi
 </script></body>"""
 
 
+# Filters, count, what is shown, what is not; those of the first are in the address.
+CASES = [
+    (
+        {},
+        "1 of 4 problems, completions: 2",
+        ["✗ no box", "lenient reading: 18", "&lt;b&gt;"],
+        ["✗ wrong", "<b>"],
+    ),
+    (
+        {"open": True},
+        "4 of 4 problems, completions: 16",
+        ["✗ no box", "✗ wrong", "✓ right"],
+        [],
+    ),
+    (
+        {},
+        "4 of 4 problems, completions: 16",
+        ["hau-0", "base: 0/2 right", "swa-1"],
+        ["✗ no box"],
+    ),
+    (
+        {"verdict": "not right", "run": "COPSD"},
+        "1 of 4 problems, completions: 1",
+        ["swa-0"],
+        ["swa-1", "hau-0"],
+    ),
+    (
+        {"text": "copsd:", "open": True},
+        "4 of 4 problems, completions: 7",
+        ["<mark>COPSD:</mark>"],
+        ["✗"],
+    ),
+    (
+        {"text": "MANGWARO 1", "run": "base"},
+        "2 of 4 problems, completions: 4",
+        ["hau-1", "swa-1"],
+        ["hau-0"],
+    ),
+    ({"solved": "some"}, "1 of 4 problems, completions: 4", ["hau-0"], ["swa-0"]),
+    ({"text": "nowhere"}, "No completion passes these filters.", [], ["class"]),
+]
+
+
 def test_a_browser_shows_the_filtered_problems_with_their_verdicts(written, tmp_path):
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("needs chromium")
-    cases = [  # filters, count, what is shown, what is not; those of the first are in the address
-        (
-            {},
-            "1 of 4 problems, completions: 2",
-            ["✗ no box", "lenient reading: 18", "&lt;b&gt;"],
-            ["✗ wrong", "<b>"],
-        ),
-        (
-            {"open": True},
-            "4 of 4 problems, completions: 16",
-            ["✗ no box", "✗ wrong", "✓ right"],
-            [],
-        ),
-        (
-            {},
-            "4 of 4 problems, completions: 16",
-            ["hau-0", "base: 0/2 right", "swa-1"],
-            ["✗ no box"],
-        ),
-        (
-            {"verdict": "not right", "run": "COPSD"},
-            "1 of 4 problems, completions: 1",
-            ["swa-0"],
-            ["swa-1", "hau-0"],
-        ),
-        (
-            {"text": "copsd:", "open": True},
-            "4 of 4 problems, completions: 7",
-            ["<mark>COPSD:</mark>"],
-            ["✗"],
-        ),
-        (
-            {"text": "MANGWARO 1", "run": "base"},
-            "2 of 4 problems, completions: 4",
-            ["hau-1", "swa-1"],
-            ["hau-0"],
-        ),
-        ({"solved": "some"}, "1 of 4 problems, completions: 4", ["hau-0"], ["swa-0"]),
-        ({"text": "nowhere"}, "No completion passes these filters.", [], ["class"]),
-    ]
     page = tmp_path / "page.html"
-    user = USER.replace("CASES", json.dumps([filters for filters, *_ in cases[1:]]))
+    user = USER.replace("CASES", json.dumps([filters for filters, *_ in CASES[1:]]))
     text = (written / "report.html").read_text(encoding="utf-8")
     page.write_text(text.replace("</body>", user), encoding="utf-8")
     address = f"{page.as_uri()}#lang=hau&verdict=no+box&open=on"
@@ -272,7 +275,7 @@ def test_a_browser_shows_the_filtered_problems_with_their_verdicts(written, tmp_
     )
     title, views = json.loads(html.unescape(found.stdout.split("<pre>")[1].split("</pre>")[0]))
     assert title == "Evaluation report"
-    for (count, problems), (filters, expected, shown, absent) in zip(views, cases, strict=True):
+    for (count, problems), (filters, expected, shown, absent) in zip(views, CASES, strict=True):
         assert count == expected, filters
         assert all(text in problems for text in shown), filters
         assert not any(text in problems for text in absent), filters
