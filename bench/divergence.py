@@ -128,9 +128,9 @@ def _floor(arguments: argparse.Namespace) -> Contestant:
 
 def _liger(beta: float) -> Contestant:
     """Return Liger's loss without its hard part, at its own chunk size, compiled as by default."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
+    import liger_kernel.chunked_loss as losses  # pyright: ignore[reportMissingImports]
 
-    fused = LigerFusedLinearJSDLoss(
+    fused = losses.LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=TEMPERATURE
     )
 
@@ -146,11 +146,11 @@ def _liger(beta: float) -> Contestant:
 
 def _trl(beta: float) -> Contestant:
     """Return TRL's tiled divergence."""
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # pyright: ignore[reportMissingImports]
+    import trl.kernels.chunked_divergence as tiled  # pyright: ignore[reportMissingImports]
 
     def trl(student_ND: Tensor, teacher_ND: Tensor, head_VD: Tensor) -> Tensor:
         """Visit tiles of tokens and vocabulary, twice."""
-        loss_N, _ = ChunkedDivergenceFunction.apply(
+        loss_N, _ = tiled.ChunkedDivergenceFunction.apply(
             student_ND, head_VD, None, teacher_ND, head_VD, None, beta, TEMPERATURE
         )
         return _backward(loss_N.sum())

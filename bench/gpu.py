@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -221,22 +222,28 @@ class BreaksOff:
             raise InterruptedError
 
 
+def train_lab(visit: Visit, out: str, after: int | None) -> Path:
+    """Train on the lab from where `out` stands; return the last adapter's folder.
+
+    after  break off after that step; None: go on to the end
+    """
+    given = {"steps": 3, "save_every": 1, "batch_size": 8, "eval_problems": 0}
+    given |= {"out": out, "device": visit.device}
+    config, folder = configure(given)
+    setup, run = prepare(config, folder, Console(quiet=True))
+    with suppress(InterruptedError):
+        copsd.train_copsd(setup, run, BreaksOff(after))
+    return run.adapter_folder(3)
+
+
 def check_resume(visit: Visit) -> None:
     """Compare a lab run that broke off and went on with one that did not."""
-    adapters = []
     with tempfile.TemporaryDirectory() as temporary:
-        for name, breaks in (("straight", [None]), ("broken", [2, None])):
-            for after in breaks:
-                given = {"steps": 3, "save_every": 1, "batch_size": 8, "eval_problems": 0}
-                given |= {"out": f"{temporary}/{name}", "device": visit.device}
-                config, folder = configure(given)
-                setup, run = prepare(config, folder, Console(quiet=True))
-                try:
-                    copsd.train_copsd(setup, run, BreaksOff(after))
-                except InterruptedError:
-                    continue
-            adapters.append(load_file(run.adapter_folder(3) / "adapter_model.safetensors"))
-    straight, broken = adapters
+        train_lab(visit, f"{temporary}/broken", after=2)
+        straight, broken = (
+            load_file(train_lab(visit, f"{temporary}/{name}", None) / "adapter_model.safetensors")
+            for name in ("straight", "broken")
+        )
     gaps = [(straight[name] - broken[name]).abs().max() for name in straight]
     visit.report("resume", largest_gap=float(max(gaps)))
 

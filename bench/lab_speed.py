@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -99,14 +100,13 @@ def measure(arguments: argparse.Namespace) -> Iterator[Record]:
             checkouts[arguments.against] = check_out(arguments.against, older)
         seconds: dict[str, list[float]] = {who: [] for who in checkouts}
         peaks = dict.fromkeys(checkouts, 0.0)
-        for _ in range(arguments.repeats):
-            for who, checkout in checkouts.items():
-                if arguments.what == "decode":
-                    found, peak_mib = time_decode(checkout, arguments.rows, folder)
-                else:
-                    found, peak_mib = time_command(checkout, arguments.flags.split(), folder)
-                seconds[who].append(found)
-                peaks[who] = max(peaks[who], peak_mib)
+        for _, (who, checkout) in product(range(arguments.repeats), checkouts.items()):
+            if arguments.what == "decode":
+                found, peak_mib = time_decode(checkout, arguments.rows, folder)
+            else:
+                found, peak_mib = time_command(checkout, arguments.flags.split(), folder)
+            seconds[who].append(found)
+            peaks[who] = max(peaks[who], peak_mib)
     rows = {"decode": f"lab, decode step of {arguments.rows} rows", "command": "lab, first command"}
     for who, values in seconds.items():
         yield Record(rows[arguments.what], who, "s", tuple(values), peaks[who])

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 PARTIAL = ".partial"  # the suffix of a file that is being written
 SEAL = "sha256"  # the key under which an object carries the digest of the rest of itself
@@ -217,19 +217,23 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     whole = None  # how long it was, in bytes
     try:
         with path.open("ab+") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            if size:
-                stream.seek(-1, os.SEEK_END)
-                if stream.read() != b"\n":
-                    stream.seek(0)
-                    stream.truncate(stream.read().rfind(b"\n") + 1)
-            whole = stream.seek(0, os.SEEK_END)
+            whole = _cut_torn_line(stream)
             stream.write(lines)
     except OSError as error:
         if whole is not None:
             with suppress(OSError):  # /dev/full, for one, has no length
                 os.truncate(path, whole)
         raise cannot_write(path, error) from error
+
+
+def _cut_torn_line(stream: BinaryIO) -> int:
+    """Cut what stands behind the last line feed; return the length that is left, in bytes."""
+    if stream.seek(0, os.SEEK_END):
+        stream.seek(-1, os.SEEK_END)
+        if stream.read() != b"\n":
+            stream.seek(0)
+            stream.truncate(stream.read().rfind(b"\n") + 1)
+    return stream.seek(0, os.SEEK_END)
 
 
 def read_edge_rows(path: Path, first: int, last: int) -> list[dict[str, Any]]:

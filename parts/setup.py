@@ -247,20 +247,20 @@ def fitting_problems(
     check_answers([*heldout, *dev, *(train if is_needed else [])])
     must_teach = config.method in (*DISTILLED, "egrsd")
 
+    def _longest(problem: Problem, needs_teacher: bool) -> list[int]:
+        prompts = []
+        for posed in (problem, *pose_in_english([problem], 1.0)):
+            prompts.append(student_prompt(config, posed, tokenizer))
+            if needs_teacher:
+                prompts += readings.longest_prompts(config, posed, tokenizer)
+            elif _can_teach(config, posed):
+                prompts.append(readings.reading(config, posed, tokenizer))
+        return max(prompts, key=len)
+
     def _fitting(problems: list[Problem], needs_teacher: bool) -> list[Problem]:
-        longest = []
-        for problem in problems:
-            prompts = []
-            for posed in (problem, *pose_in_english([problem], 1.0)):
-                prompts.append(student_prompt(config, posed, tokenizer))
-                if needs_teacher:
-                    prompts += readings.longest_prompts(config, posed, tokenizer)
-                elif _can_teach(config, posed):
-                    prompts.append(readings.reading(config, posed, tokenizer))
-            longest.append(max(prompts, key=len))
         return keep_fitting(
             problems,
-            longest,
+            [_longest(problem, needs_teacher) for problem in problems],
             console,
             context=context,
             max_new_tokens=config.max_new_tokens,
