@@ -20,6 +20,7 @@ is where a process kills itself at its n-th write, or finds the disk full (/dev/
 
 import argparse
 import errno
+import itertools
 import json
 import math
 import os
@@ -179,9 +180,9 @@ def wait(pid: int, words: Path) -> Ended:
     return Ended(os.waitstatus_to_exitcode(status), said, errors)
 
 
-def run(program: Program, out: Path, **faults: Hook | Patch | None) -> Ended:
+def run(program: Program, out: Path, *, words: Path | None = None, **faults: Any) -> Ended:
     """Run a program to its end."""
-    return wait(start(program, out, **faults), out)  # type: ignore[arg-type]
+    return wait(start(program, out, words=words, **faults), words or out)
 
 
 # What is compared.
@@ -321,6 +322,17 @@ def _killer(out: Path, number: int, *, torn: bool) -> Hook:
     return _hook
 
 
+def _pauser(out: Path, number: int) -> Hook:
+    """Stop the process before its n-th write, until it is told to go on."""
+    count = itertools.count()
+
+    def _hook(event: str, arguments: tuple) -> None:
+        if _written(event, arguments, out) and next(count) == number:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return _hook
+
+
 def _full_disk(out: Path, target: Path, record: Path) -> Hook:
     """Let every write of the file `target` below `out` fail as it does on a full disk.
 
@@ -427,14 +439,34 @@ def changed(bench: Bench, program: Program, name: Path, how: str) -> str:
     return bench.again(program, out)
 
 
-def two_at_once(bench: Bench, program: Program, delay: float) -> str:
-    """Give the command twice; one process is to do the work, the other to be refused."""
+def one_comes_late(bench: Bench, program: Program, number: int) -> str:
+    """Give the command again while the first process is before its n-th write."""
     out = bench.place()
-    first = start(program, out)
-    time.sleep(delay * bench.seconds[program.name])
-    other = out.with_name("second")
-    second = start(program, out, words=other)
-    ends = [wait(first, out), wait(second, other)]
+    first = _start_paused(program, out, number)
+    late = run(program, out, words=out.with_name("late"))
+    os.kill(first, signal.SIGCONT)
+    return _one_worked(bench, program, out, [wait(first, out), late])
+
+
+def two_race(bench: Bench, program: Program) -> str:
+    """Let two processes make the same folder at the same time; either may win."""
+    out = bench.place()
+    words = [out, out.with_name("rival")]
+    pids = [_start_paused(program, out, 0, words=each) for each in words]
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    return _one_worked(bench, program, out, [*map(wait, pids, words)])
+
+
+def _start_paused(program: Program, out: Path, number: int, words: Path | None = None) -> int:
+    """Start a process and return its number when it has stopped before its n-th write."""
+    pid = start(program, out, hook=_pauser(out, number), words=words)
+    os.waitpid(pid, os.WUNTRACED)
+    return pid
+
+
+def _one_worked(bench: Bench, program: Program, out: Path, ends: list[Ended]) -> str:
+    """Return what became of a run that two processes wanted; one must have been refused."""
     codes = sorted(ended.code for ended in ends)
     refused = [ended for ended in ends if ended.code == 2]
     if codes != [0, 2] or "in use by process" not in refused[0].errors:
@@ -527,9 +559,13 @@ def trials(bench: Bench, programs: list[Program]) -> Iterator[list[Trial]]:
                 (f"{name}: a file {how}", lambda p=program, f=file, h=how: changed(bench, p, f, h))
                 for file in files
             ]
+        owned = 1 + next(n for n, path in enumerate(writes) if path.name == owner.LOCK)
+        last = len(writes) - 1
+        kind = f"{name}: two at once"
         yield [
-            (f"{name}: two at once", lambda p=program, d=delay: two_at_once(bench, p, d))
-            for delay in (0.0, 0.3, 0.6)
+            (kind, lambda p=program: two_race(bench, p)),
+            (kind, lambda p=program, n=owned: one_comes_late(bench, p, n)),
+            (kind, lambda p=program, n=last: one_comes_late(bench, p, n)),
         ]
     yield [
         ("not finite", lambda w=where: not_finite(bench, w))

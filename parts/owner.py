@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from parts.files import cannot_write, parse_json
 
 LOCK = "owner.lock"  # in the folder, for as long as it is owned
+NAMING_S = 2.0  # an owner writes its name within microseconds, unless the machine is busy
 
 # The lock files of this process by folder. They stay open, for a lock ends when its file is closed.
 _held: dict[Path, BinaryIO] = {}
@@ -77,7 +78,7 @@ def _locked(folder: Path, file: Path) -> BinaryIO:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = _named(_owner(stream))
+            holder = _named(_owner_soon(stream))
             stream.close()
             raise ValueError(
                 f"{folder} is in use by {holder}; wait for it to end, or choose another --out"
@@ -135,6 +136,14 @@ def _owner(stream: BinaryIO) -> dict[str, Any] | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) else None
+
+
+def _owner_soon(stream: BinaryIO) -> dict[str, Any] | None:
+    """Return what the owner wrote; one that has just locked the file gets a moment to write it."""
+    until = time.monotonic() + NAMING_S
+    while (owner := _owner(stream)) is None and time.monotonic() < until:
+        time.sleep(0.01)
+    return owner
 
 
 def _named(owner: dict[str, Any] | None) -> str:

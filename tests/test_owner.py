@@ -1,5 +1,6 @@
 """parts/owner.py: one process owns a folder, and a dead one's is free."""
 
+import fcntl
 import json
 import os
 import signal
@@ -49,6 +50,16 @@ def test_a_second_process_is_told_who_owns_the_folder(tmp_path, holder):
         claim(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
     assert (tmp_path / LOCK).read_bytes() == before
+
+
+def test_an_owner_that_has_not_yet_written_its_name_gets_a_moment_for_it(tmp_path, monkeypatch):
+    file = tmp_path / LOCK
+    with file.open("wb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        name = json.dumps({"pid": 41, "host": "h", "since": "now"})
+        monkeypatch.setattr(owner.time, "sleep", lambda _: file.write_text(name))
+        with pytest.raises(ValueError, match="in use by process 41 on h, since now"):
+            claim(tmp_path)
 
 
 def test_a_dead_owners_folder_is_taken_over_and_that_is_said(tmp_path, holder):
