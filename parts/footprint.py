@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Column, Table
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from parts.copies import COPIES_BYTES, can_pack
 from parts.machine import DTYPES
 from parts.microbatch import Limit
-from parts.model import MERGED_BYTES, adaptable_layers, load_config, loading, resolve_model
+from parts.model import adaptable_layers, load_config, loading, resolve_model
 from parts.packing import packing_pays
 from parts.prefixes import KEPT_BYTES
 from parts.recipe import DISTILLED, GROUPED, Config, check_run, fill, keeps_prompts
@@ -46,12 +48,14 @@ class Shape:
     parameters    of the base, those that two layers share counted once
     adapter       numbers in A and B of all adapted layers
     adapted       weights of these layers
+    linear        weights of all linear layers, the head among them
     intermediate  the width inside a layer's MLP
     """
 
     parameters: int
     adapter: int
     adapted: int
+    linear: int
     layers: int
     hidden: int
     intermediate: int
@@ -69,7 +73,7 @@ class Footprint:
     adapter: int  # and its moving average or copy, where the teacher is one
     optimiser: int  # the gradient, and AdamW's two averages of it
     kept: int  # keys and values of prompts, as the fixed teacher read them
-    merged: int  # sampling: weights with the adapter added, in fp32
+    copies: int  # sampling: of weights, with the adapter added, in fp32
     cache: int  # sampling: keys and values
     choice: int  # sampling: logits of the next token
     activations: int  # update: what is kept for the backward pass
@@ -87,7 +91,7 @@ class Footprint:
     @property
     def sampling(self) -> int:
         """Return the peak while completions are sampled."""
-        return self.static + self.merged + self.cache + self.cache_gaps + self.choice
+        return self.static + self.copies + self.cache + self.cache_gaps + self.choice
 
     @property
     def update(self) -> int:
@@ -130,6 +134,7 @@ def read_shape(folder: Path, config: Config) -> Shape:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         adapter=config.lora_rank * ends,
         adapted=sum(layer.weight.numel() for layer in adapted),
+        linear=sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
@@ -154,7 +159,7 @@ def footprint(
         adapter=sets * shape.adapter * FP32,
         optimiser=3 * shape.adapter * FP32,
         kept=_kept_bytes(shape, config, size, lengths),
-        merged=_merged_bytes(shape, size),
+        copies=_copies_bytes(shape, dtype, on_cpu=on_cpu),
         cache=cache,
         choice=choice,
         activations=activations,
@@ -176,10 +181,11 @@ def _kept_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> in
     return min(KEPT_BYTES, prompts * lengths.teacher * column * shape.layers)
 
 
-def _merged_bytes(shape: Shape, size: int) -> int:
+def _copies_bytes(shape: Shape, dtype: torch.dtype, *, on_cpu: bool) -> int:
     """Return the bytes of the copies that are sampled from, which only fp32 has, if they fit."""
-    copies = shape.adapted * FP32
-    return copies if size == FP32 and copies <= MERGED_BYTES else 0
+    packs = on_cpu and can_pack(torch.device("cpu"), dtype)
+    copies = (shape.linear if packs else shape.adapted) * dtype.itemsize
+    return copies if dtype == torch.float32 and copies <= COPIES_BYTES else 0
 
 
 def _sampling_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tuple[int, int]:
@@ -419,7 +425,7 @@ def parts_table(found: Footprint) -> Table:
         "adapter": found.adapter,
         "gradient and optimiser": found.optimiser,
         "prompts that the teacher keeps": found.kept,
-        "sampling: weights with the adapter": found.merged,
+        "sampling: weights with the adapter": found.copies,
         "sampling: keys and values": found.cache,
         "sampling: choice of a token": found.choice,
         "sampling: holes in a CPU's heap": found.cache_gaps,

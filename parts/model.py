@@ -68,8 +68,6 @@ LIBRARY_ERRORS = (
     ValueError,
 )
 PROJECT = Path(__file__).resolve().parent.parent
-# Copies of weights for sampling, with the adapter added, take no more memory than this.
-MERGED_BYTES = 2**30
 # Prefixes of bare model names, and who publishes the family on the hub.
 FAMILIES = {
     "Qwen": "Qwen",
@@ -301,7 +299,6 @@ class LoRALinear(nn.Module):
     lora_A  [r, in], fp32 in any model: steps as small as lr 5e-6 would vanish in bf16's 8 bits
     lora_B  [out, r], fp32
     active  the A and B that forward uses, or None for W alone
-    merged  W + (alpha / r) B A in a matrix of its own, within merged_adapter only
 
     No dropout, and W itself never changes. Its cost: with a half-precision base, an fp32 copy of
     the layer's input, kept for backward.
@@ -320,12 +317,9 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(lora_A.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
         self.active: tuple[Tensor, Tensor] | None = (self.lora_A, self.lora_B)
-        self.merged: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y, rounded once to the base's dtype."""
-        if self.merged is not None:
-            return nn.functional.linear(x, self.merged, self.bias)
         base = nn.functional.linear(x, self.weight, self.bias)
         if self.active is None:
             return base
@@ -536,27 +530,3 @@ def teacher_view(lora: Lora, kind: str) -> Iterator[None]:
             module.training = mode
         for layer, active in actives:
             layer.active = active
-
-
-@contextmanager
-@torch.no_grad()
-def merged_adapter(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block an active adapter is added up with W, in a copy: one product, not three.
-
-    W stays as it is. Only in fp32, where the sum is rounded as the sum of the products would be;
-    in bf16 it would swallow the adapter: log-probs move by as much as a small adapter moves them.
-    Only where all copies fit in MERGED_BYTES. Elsewhere the block changes nothing, and the weights
-    must not change within it.
-    """
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    layers = [layer for layer in layers if layer.active is not None]
-    same_type = all(layer.weight.dtype == torch.float32 for layer in layers)
-    if same_type and sum(layer.weight.nbytes for layer in layers) <= MERGED_BYTES:
-        for layer in layers:
-            lora_A, lora_B = layer.active
-            layer.merged = torch.addmm(layer.weight, lora_B, lora_A, alpha=layer.scale)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.merged = None

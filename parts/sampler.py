@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parts.batch import Batch, Row
+from parts.copies import sampling_copies
 from parts.family import check_family, check_modules, context_length
-from parts.model import merged_adapter, token_count
+from parts.model import token_count
 
 # Steps from one look at what was chosen to the next; 1 where it is not said. A look waits for the
 # device, and what a row generates past its end is thrown away.
@@ -121,7 +122,7 @@ def sample(
         for index, ids in enumerate(prompts, start=first_index)
         for number in range(samples_per_prompt)
     ]
-    with _eval_mode(model), merged_adapter(model):
+    with _eval_mode(model), sampling_copies(model):
         steps = _decode(batch, rows, params, eos_ids, allowed_V, max_rows or len(rows))
         for finished, generated in steps:
             if on_progress is not None:

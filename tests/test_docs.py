@@ -33,6 +33,7 @@ PARTS = (
     "data",
     "family",
     "model",
+    "copies",
     "adapters",
     "batch",
     "prefixes",

@@ -1,0 +1,90 @@
+"""parts/copies.py: layers multiply by merged and packed copies, and afterwards all is as before."""
+
+import pytest
+import torch
+from torch import nn
+
+from parts import copies
+from parts.copies import can_pack, sampling_copies
+from parts.model import Lora, LoRALinear, attach_lora, final_hidden, teacher_view
+
+IDS_BT = torch.arange(12).view(2, 6)
+
+
+@pytest.fixture
+def lora(tiny_model) -> Lora:
+    """Return an adapter of tiny_model that changes what it says."""
+    lora = attach_lora(tiny_model, rank=2, alpha=4.0, targets=("q_proj", "down_proj"), seed=0)
+    for index, tensor in enumerate(lora.parameters()):
+        nn.init.normal_(tensor, std=0.1, generator=torch.Generator().manual_seed(index))
+    return lora
+
+
+@pytest.fixture(params=[True, False], ids=["packed", "plain"])
+def packs(request, monkeypatch) -> bool:
+    """Let weights be packed where they can be, or nowhere."""
+    if request.param and not can_pack(torch.device("cpu"), torch.float32):
+        pytest.skip("needs oneDNN and a processor with AVX")
+    if not request.param:
+        monkeypatch.setattr(copies, "can_pack", lambda device, dtype: False)
+    return request.param
+
+
+def linear_layers(model) -> list[nn.Linear | LoRALinear]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear | LoRALinear)]
+
+
+def with_copies(model) -> int:
+    """Return how many layers multiply by a copy within the block."""
+    with sampling_copies(model):
+        return sum("forward" in vars(layer) for layer in linear_layers(model))
+
+
+@torch.no_grad()
+def test_copies_say_what_the_layers_say_to_rounding_and_leave_no_trace(tiny_model, lora, packs):
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    plain = tiny_model(IDS_BT).logits
+    with sampling_copies(tiny_model):
+        copied = tiny_model(IDS_BT).logits
+    torch.testing.assert_close(copied, plain, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(copied, plain)
+    assert torch.equal(tiny_model(IDS_BT).logits, plain)
+    for name, tensor in tiny_model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    with pytest.raises(RuntimeError, match="inside"), sampling_copies(tiny_model):
+        raise RuntimeError("inside")
+    assert not any("forward" in vars(layer) for layer in linear_layers(tiny_model))
+
+
+@torch.no_grad()
+def test_the_adapter_that_is_switched_on_is_the_one_in_the_copies(tiny_model, lora, packs):
+    for kind in ("fixed", "current"):
+        with teacher_view(lora, kind):
+            plain = final_hidden(tiny_model, IDS_BT)
+            with sampling_copies(tiny_model):
+                copied = final_hidden(tiny_model, IDS_BT)
+        torch.testing.assert_close(copied, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_a_packed_product_has_the_layers_bias_and_any_number_of_dimensions(packs):
+    layer = nn.Linear(5, 3)
+    for shape in ((5,), (4, 5), (2, 4, 5)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        multiply = copies._product(layer.weight.detach(), layer.bias.detach())
+        torch.testing.assert_close(multiply(x), layer(x).detach())
+
+
+def test_copies_are_made_in_fp32_only_and_only_where_all_of_them_fit(
+    tiny_model, lora, packs, monkeypatch
+):
+    layers = linear_layers(tiny_model) if packs else list(lora.layers.values())
+    assert with_copies(tiny_model) == len(layers)
+    with teacher_view(lora, "fixed"):  # the base, which is packed and has nothing to merge
+        assert with_copies(tiny_model) == (len(layers) if packs else 0)
+    needed = sum(layer.weight.nbytes for layer in layers)
+    monkeypatch.setattr(copies, "COPIES_BYTES", needed - 1)
+    assert with_copies(tiny_model) == 0
+    monkeypatch.setattr(copies, "COPIES_BYTES", needed)
+    assert with_copies(tiny_model) == len(layers)
+    tiny_model.bfloat16()
+    assert with_copies(tiny_model) == 0
