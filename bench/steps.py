@@ -19,8 +19,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -76,7 +77,6 @@ def parse_arguments() -> argparse.Namespace:
 def run_flags(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     """Return the settings of a step, by the names that copsd.py has for them."""
     group = arguments.group_size if arguments.method == "grpo" else 1
-    micro = arguments.micro_batch or (16 if arguments.method == "grpo" else arguments.problems)
     return {
         "method": arguments.method,
         "model": arguments.model,
@@ -84,7 +84,7 @@ def run_flags(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
         "data": str(data),
         "steps": STEPS,
         "batch-size": arguments.problems * group,
-        "micro-batch": min(micro, arguments.problems * group),
+        "micro-batch": min(arguments.micro_batch, arguments.problems * group),
         "max-new-tokens": arguments.new_tokens,
         "lora-rank": arguments.lora_rank,
         "dtype": arguments.dtype,
@@ -93,6 +93,13 @@ def run_flags(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
         "eval-problems": 0,
         **({"group-size": group, "kl-coef": 0} if arguments.method == "grpo" else {}),
     }
+
+
+def peer_flags(arguments: argparse.Namespace, flags: dict[str, Any]) -> dict[str, Any]:
+    """Return TRL's settings: ours, but for micro-batches of the size at which it is fastest."""
+    fastest = 16 if arguments.method == "grpo" else arguments.problems
+    rows = arguments.peer_micro_batch or fastest
+    return {**flags, "micro-batch": min(rows, flags["batch-size"])}
 
 
 def measure_ours(
@@ -141,8 +148,10 @@ def time_products(counts: dict[str, Any]) -> float:
     import torch
     from torch import nn
 
+    from parts.copies import product_of
     from parts.model import head_weight, load_model, resolve_model
 
+    torch.set_grad_enabled(False)
     dtype = getattr(torch, counts["dtype"])
     model = load_model(resolve_model(counts["model"]), device="cpu", dtype=dtype)
     head = model.get_output_embeddings()
@@ -152,14 +161,19 @@ def time_products(counts: dict[str, Any]) -> float:
         if isinstance(module, nn.Linear) and module is not head
     ]
 
-    @torch.no_grad()
     def _seconds(matrices: list[torch.Tensor], rows: int, backward: bool = False) -> float:
-        """Time a product of so many rows with each matrix, after one that does not count."""
-        inputs = [torch.randn(rows, w.shape[0 if backward else 1], dtype=dtype) for w in matrices]
-        torch.mm(inputs[0], matrices[0] if backward else matrices[0].T)
+        """Time a product of so many rows with each matrix, plain or packed: the faster counts."""
+        sides = [matrix.T if backward else matrix for matrix in matrices]
+        inputs = [torch.randn(rows, side.shape[1], dtype=dtype) for side in sides]
+        plain = [partial(nn.functional.linear, weight=side) for side in sides]
+        packed = [product_of(side.contiguous()) for side in sides]
+        return min(_lap(products, inputs) for products in (plain, packed))
+
+    def _lap(products: list[Callable], inputs: list[torch.Tensor]) -> float:
+        products[0](inputs[0])
         started = time.perf_counter()
-        for given, matrix in zip(inputs, matrices, strict=True):
-            torch.mm(given, matrix if backward else matrix.T)
+        for product, given in zip(products, inputs, strict=True):
+            product(given)
         return time.perf_counter() - started
 
     # A completion's last token is not fed back while sampling, nor is it scored from.
@@ -196,7 +210,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Record]:
             ours.append(measured)
             floors.append(measure_floor(flags, logged, folder))
             if has_trl:
-                peers.append(measure_trl(flags, folder))
+                peers.append(measure_trl(peer_flags(arguments, flags), folder))
     yield _record(row, OURS, ours, _split_note(arguments, flags, logged))
     yield Record(row, "floor", "s", tuple(floors))
     if has_trl:

@@ -38,7 +38,7 @@ def sampling_copies(model: PreTrainedModel) -> Iterator[None]:
     if not same_type or sum(layer.weight.nbytes for layer in layers) > COPIES_BYTES:
         layers = []
     for layer in layers:
-        layer.forward = _product(_merged(layer), layer.bias)
+        layer.forward = product_of(_merged(layer), layer.bias)
     try:
         yield
     finally:
@@ -51,6 +51,18 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     is_there = has_avx and torch.backends.mkldnn.is_available()
     return is_there and device.type == "cpu" and dtype == torch.float32
+
+
+def product_of(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """Return x -> x W^T + b, which has no gradient; packed where that can be."""
+    if not can_pack(weight.device, weight.dtype):
+        return partial(nn.functional.linear, weight=weight, bias=bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def _multiply(x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+    return _multiply
 
 
 def _gains(layer: nn.Linear | LoRALinear) -> bool:
@@ -67,15 +79,3 @@ def _merged(layer: nn.Linear | LoRALinear) -> Tensor:
         lora_A, lora_B = layer.active
         return torch.addmm(layer.weight, lora_B, lora_A, alpha=layer.scale)
     return layer.weight
-
-
-def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Return x -> x W^T + b, without gradient."""
-    if not can_pack(weight.device, weight.dtype):
-        return partial(nn.functional.linear, weight=weight, bias=bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-
-    def _multiply(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-    return _multiply

@@ -70,7 +70,7 @@ def test_a_packed_product_has_the_layers_bias_and_any_number_of_dimensions(packs
     layer = nn.Linear(5, 3)
     for shape in ((5,), (4, 5), (2, 4, 5)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        multiply = copies._product(layer.weight.detach(), layer.bias.detach())
+        multiply = copies.product_of(layer.weight.detach(), layer.bias.detach())
         torch.testing.assert_close(multiply(x), layer(x).detach())
 
 
