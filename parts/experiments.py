@@ -41,6 +41,7 @@ class Design:
     sweep    the default --sweep; None: every arm has its recipe's rate
     in_full  one row an arm with every interval, how often the answer is in the problem's language,
              pass@k at each power of two, and all that a second time at equal seconds
+    steps    the default --steps; None: the recipe's
     """
 
     name: str
@@ -49,6 +50,7 @@ class Design:
     pairs: tuple[tuple[str, str], ...]
     sweep: str | None
     in_full: bool = False
+    steps: int | None = None
 
 
 # How sure we are of what each method does; "code" is the authors'.
@@ -65,6 +67,7 @@ COPSD = Variant("copsd", "COPSD", {"method": "copsd"}, EVIDENCE["copsd"])
 # The first sweep tried ends where both methods are best; the wider one ends where runs collapse.
 SWEEP = "0.03,0.1,0.3,1,2"
 WIDE_SWEEP = "0.1,0.3,1,3,9"
+MANY_ARMS_STEPS = 30  # keeps dozens of runs below an hour on two cores
 
 COMPARISON = Design(
     name="comparison",
@@ -92,6 +95,7 @@ FAMILY = Design(
     ),
     sweep=WIDE_SWEEP,
     in_full=True,
+    steps=MANY_ARMS_STEPS,
 )
 
 # What else could be behind COPSD's gain? Each control takes one thing away from it, or brings one.
@@ -137,4 +141,5 @@ ATTRIBUTION = Design(
     ),
     sweep=WIDE_SWEEP,
     in_full=True,
+    steps=MANY_ARMS_STEPS,
 )
