@@ -397,6 +397,22 @@ def attributed(tmp_path: Path, seconds: dict[str, float]) -> list[compare.Arm]:
     return arms
 
 
+@pytest.mark.parametrize(
+    ("flags", "steps", "factors"),
+    [
+        ({}, 100, [0.03, 0.1, 0.3, 1, 2]),
+        ({"family": True}, 30, [0.1, 0.3, 1, 3, 9]),
+        ({"attribute": True}, 30, [0.3, 1, 3, 9]),
+        ({"attribute": True, "steps": 7, "sweep": "2"}, 7, [2]),
+    ],
+)
+def test_an_experiment_of_many_arms_has_a_smaller_budget_unless_said(
+    tmp_path, flags, steps, factors
+):
+    plan = plans.make_plan({**flags, "out": str(tmp_path / "out")})
+    assert (plan.main.steps, plan.factors) == (steps, factors)
+
+
 def test_an_attributions_arms_share_a_method_a_sweep_and_a_budget(tmp_path):
     arms = attributed(tmp_path, {})
     trained = {arm.folder.name: arm for arm in arms if arm.is_trained and not arm.is_sweep}
