@@ -50,10 +50,11 @@ from kernels import chunked_divergence, chunked_logprob, clip_products, reduce_l
 from parts import controls, measure, ranks, runs, steplog, steps
 from parts.chat import completion_text, prompt_opens_think
 from parts.grading import is_correct
+from parts.lora import teacher_view
 from parts.machine import Stopwatch
 from parts.metrics import Ratio, bootstrap
 from parts.microbatch import Limit, halve_until_it_fits, micro_batches
-from parts.model import eos_ids, final_hidden, head_weight, teacher_view, valid_ids
+from parts.model import eos_ids, final_hidden, head_weight, valid_ids
 from parts.narrow import narrow_loss
 from parts.packing import packed_hidden, packing_pays
 from parts.prompts import Problem, find_language

@@ -44,8 +44,9 @@ from kernels import reduce_loss
 from parts.chat import CLOSE, completion_text, prompt_opens_think
 from parts.family import context_length
 from parts.grading import extract_answer, normalise
+from parts.lora import teacher_view
 from parts.microbatch import Limit, micro_batches
-from parts.model import eos_ids, teacher_view, valid_ids
+from parts.model import eos_ids, valid_ids
 from parts.prompts import Problem, encode_prompt, pose_in_english, spelled_control
 from parts.readings import note_request, render_witness
 from parts.recipe import LABELS, Config

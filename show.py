@@ -27,8 +27,9 @@ from parts.chat import completion_text, freeze_date, prompt_opens_think
 from parts.data import hub_training_file, keep_fitting, load_problems
 from parts.family import context_length
 from parts.grading import grade
+from parts.lora import attach_lora, teacher_view
 from parts.machine import pick_device, pick_dtype
-from parts.model import attach_lora, eos_ids, head_weight, load_model, load_tokenizer, teacher_view
+from parts.model import eos_ids, head_weight, load_model, load_tokenizer
 from parts.prompts import Problem, template_hash
 from parts.readings import longest_prompts
 from parts.recipe import DISTILLED, GROUPED, Config, divergence_options

@@ -25,8 +25,9 @@ from kernels import chunked_divergence, clip_products, gradient_cosine
 from parts.commands import say_error
 from parts.figures import Panel, curves_figure
 from parts.files import read_object, write_json
+from parts.lora import teacher_view
 from parts.measure import GREEDY_NAME, read_columns
-from parts.model import head_weight, teacher_view
+from parts.model import head_weight
 from parts.prompts import find_language
 from parts.recipe import Config
 from parts.runs import Run

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from parts.checkpoints import write_tensors
 from parts.files import read_object, write_text
-from parts.model import Lora, adaptable_layers, attach_lora, copy_exactly, refuse_not_finite
+from parts.lora import Lora, adaptable_layers, attach_lora, copy_exactly
+from parts.model import refuse_not_finite
 from parts.typed import typed
 
 # The names that peft looks for.

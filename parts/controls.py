@@ -19,7 +19,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from parts.chat import turn_end_ids
-from parts.model import eos_ids, teacher_view, valid_ids
+from parts.lora import teacher_view
+from parts.model import eos_ids, valid_ids
 from parts.prompts import Problem
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Setup

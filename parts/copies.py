@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from parts.model import LoRALinear
+from parts.lora import LoRALinear
 
 # All copies of a model take no more memory than this, or none is made.
 COPIES_BYTES = 2**31

@@ -24,9 +24,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from parts.copies import COPIES_BYTES, can_pack
+from parts.lora import adaptable_layers
 from parts.machine import DTYPES
 from parts.microbatch import Limit
-from parts.model import adaptable_layers, load_config, loading, resolve_model
+from parts.model import load_config, loading, resolve_model
 from parts.packing import packing_pays
 from parts.prefixes import KEPT_BYTES
 from parts.recipe import DISTILLED, GROUPED, Config, check_run, fill, keeps_prompts

@@ -16,10 +16,11 @@ from parts.data import keep_fitting, read_problem_sets
 from parts.family import context_length
 from parts.files import require_space
 from parts.footprint import Lengths, check_memory, read_shape
+from parts.lora import Lora, attach_lora
 from parts.lossscale import LossScale
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
-from parts.model import Lora, attach_lora, load_config, load_model, load_tokenizer, resolve_model
+from parts.model import load_config, load_model, load_tokenizer, resolve_model
 from parts.prefixes import KeptPrompts
 from parts.prompts import (
     Problem,

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from parts import files
 from parts.adapters import load_adapter, put_adapter, read_adapter_tensors, save_adapter
-from parts.model import Lora, attach_lora, published_name
+from parts.lora import Lora, attach_lora
+from parts.model import published_name
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG = "adapter_config.json"

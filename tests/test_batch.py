@@ -6,7 +6,7 @@ from test_sampler import PLAIN, full_logprobs, ids_of, random_prompts, watch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from parts import batch, sampler
-from parts.model import attach_lora
+from parts.lora import attach_lora
 from parts.sampler import SamplingParams, sample
 
 

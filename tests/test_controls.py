@@ -14,7 +14,8 @@ from copsd import SOURCES, completion_hidden, copsd_loss
 from parts import commands, controls
 from parts.experiments import ATTRIBUTION, COMPARISON, FAMILY
 from parts.grading import is_correct
-from parts.model import head_weight, teacher_view
+from parts.lora import teacher_view
+from parts.model import head_weight
 from parts.recipe import COMPLETIONS, METHODS
 from parts.runs import Run
 from parts.setup import Setup, configure, prepare

@@ -6,7 +6,8 @@ from torch import nn
 
 from parts import copies
 from parts.copies import can_pack, sampling_copies
-from parts.model import Lora, LoRALinear, attach_lora, final_hidden, teacher_view
+from parts.lora import Lora, LoRALinear, attach_lora, teacher_view
+from parts.model import final_hidden
 
 IDS_BT = torch.arange(12).view(2, 6)
 

@@ -16,8 +16,9 @@ from copsd import completion_hidden, copsd_loss, roll_out
 from kernels import chunked_logprob, divergence, reduce_loss
 from parts import commands, steplog
 from parts.files import read_json
+from parts.lora import teacher_view
 from parts.microbatch import Limit, micro_batches
-from parts.model import head_weight, teacher_view
+from parts.model import head_weight
 from parts.prompts import pose_in_english
 from parts.recipe import Config
 from parts.setup import configure, prepare

@@ -16,7 +16,8 @@ from parts import commands, metrics
 from parts.adapters import save_adapter
 from parts.chat import freeze_date
 from parts.files import read_json, read_rows, read_sealed, write_json, write_sealed
-from parts.model import attach_lora, load_model, load_tokenizer
+from parts.lora import attach_lora
+from parts.model import load_model, load_tokenizer
 from parts.prompts import template_hash
 from parts.recipe import EvalConfig
 from parts.view import cell

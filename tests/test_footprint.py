@@ -20,8 +20,9 @@ from parts.footprint import (
     flags_text,
     read_shape,
 )
+from parts.lora import attach_lora
 from parts.microbatch import Limit, halve_until_it_fits
-from parts.model import attach_lora, final_hidden, load_model
+from parts.model import final_hidden, load_model
 from parts.recipe import Config
 
 # Qwen2.5-1.5B's published sizes.

@@ -25,8 +25,8 @@ import eval as evaluator
 from parts import data, measure, prompts
 from parts.adapters import load_adapter, save_adapter
 from parts.files import read_json, read_object, read_rows
+from parts.lora import attach_lora
 from parts.metrics import read_graded, read_summary
-from parts.model import attach_lora
 from parts.recipe import fill
 from parts.runs import Run, last_adapter_folder, recorded_fingerprint
 from parts.setup import configure

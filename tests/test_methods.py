@@ -19,8 +19,9 @@ from methods import LOOPS, egrsd_credit, group_weight, read_notes, usable_text, 
 from parts import commands
 from parts.experiments import EVIDENCE
 from parts.files import read_sealed, write_sealed
+from parts.lora import teacher_view
 from parts.microbatch import Limit
-from parts.model import eos_ids, teacher_view
+from parts.model import eos_ids
 from parts.readings import longest_prompts, note_request
 from parts.recipe import METHODS, collapse_warnings
 from parts.sampler import Rollout

@@ -6,8 +6,9 @@ from conftest import build_tiny_model
 
 from copsd import completion_hidden
 from kernels import chunked_logprob
+from parts.lora import attach_lora
 from parts.microbatch import Limit, micro_batches
-from parts.model import attach_lora, head_weight, load_model
+from parts.model import head_weight, load_model
 from parts.packing import LONGEST_ROW, packed_hidden, packing_pays, packs_of
 from parts.sampler import Rollout
 
