@@ -562,9 +562,9 @@ def report_command(
 ) -> None:
     """Write tables, figures and a page for the browser; test each evaluation against the first."""
     console = start()
-    import eval as evaluator
+    from parts import evaluations
 
     with bad_input():
-        found = evaluator.prepare_report(folders, out)
+        found = evaluations.prepare_report(folders, out)
     with working(console, lambda: "the evaluations are as they were"):
-        evaluator.report(found, out, console)
+        evaluations.report(found, out, console)

@@ -18,7 +18,7 @@ import compare
 import eval as evaluator
 import methods
 import show
-from parts import commands
+from parts import commands, evaluations
 from parts.files import CannotWrite, write_json
 from parts.prompts import languages
 from parts.recipe import CompareConfig, Config, EvalConfig
@@ -246,7 +246,7 @@ def test_a_bug_after_loading_shows_its_traceback(tmp_path, monkeypatch):
 def test_a_bug_in_drawing_a_report_shows_its_traceback(tmp_path, monkeypatch):
     out = tmp_path / "base"
     assert run_cli("eval", "--greedy", "--limit", "2", "--out", str(out)).exit_code == 0
-    monkeypatch.setattr(evaluator, "write_report", a_bug)
+    monkeypatch.setattr(evaluations, "write_report", a_bug)
     result = run_cli("eval report", str(out), "--out", str(tmp_path / "report"))
     assert isinstance(result.exception, ValueError) and str(result.exception) == "a bug"
 

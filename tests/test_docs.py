@@ -66,6 +66,7 @@ PARTS = (
     "plan",
     "figures",
     "report",
+    "evaluations",
     "outcome",
     "tokens",
     "commands",

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import compare
-import eval as evaluator
 from parts import data, measure, prompts
 from parts.adapters import load_adapter, save_adapter
+from parts.evaluations import load_evaluations
 from parts.files import read_json, read_object, read_rows
 from parts.lora import attach_lora
 from parts.metrics import read_graded, read_summary
@@ -316,13 +316,13 @@ FILES = {
 def test_the_results_of_an_evaluation(tmp_path, name):
     for file, content in FILES.items():
         (tmp_path / file).write_text(json.dumps(content) + "\n", encoding="utf-8")
-    assert len(list(evaluator.load_evaluations(tmp_path, "x"))) == 1
+    assert len(list(load_evaluations(tmp_path, "x"))) == 1
 
     @few
     @given(any_of(FILES[name]))
     def _read(content: bytes) -> None:
         (tmp_path / name).write_bytes(content + b"\n")
-        survives(lambda: list(evaluator.load_evaluations(tmp_path, "x")))
+        survives(lambda: list(load_evaluations(tmp_path, "x")))
 
     _read()
 

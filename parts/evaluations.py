@@ -1,0 +1,186 @@
+"""Finished evaluations: read back, checked against their records, and compared in a report."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from parts import owner, runs
+from parts.files import read_json, read_rows, read_sealed
+from parts.metrics import (
+    Estimate,
+    Graded,
+    bootstrap,
+    paired_tests,
+    ratios,
+    read_graded,
+    read_summary,
+)
+from parts.report import Evaluation, report_tables, write_report
+from parts.typed import typed
+from parts.view import cell, say, text_table
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished evaluation in one language, as its folder holds it."""
+
+    record: dict[str, Any]  # settings, identity, versions
+    results: list[Graded]
+    view: Evaluation  # what the report draws
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Evaluations that were read and can be compared."""
+
+    evaluations: list[Evaluation]
+    tables: list[Table]  # of their metrics
+    tests: list[list[str]]  # rows of the table of paired tests
+    days: list[list[str]]  # run, language, the day its prompts name; [] where all name the same
+
+
+def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
+    """Yield what --out wrote, a language at a time; `name` stands for it in the report."""
+    files = [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
+    for file in files:
+        record = read_record(file)
+        settings = record["settings"]
+        if not (file.parent / "summary.json").is_file():
+            raise ValueError(
+                f"{file.parent} is not finished: the command that began it goes on with it"
+            )
+        rows = read_rows(file.parent / "problems.jsonl")
+        if not rows:
+            raise ValueError(f"{file.parent} has no problems.jsonl, or an empty one")
+        with naming(file.parent / "problems.jsonl"):
+            results = [read_graded(row) for row in rows]
+            check_complete(results, record)
+        runs.Run(file.parent, "settings").check_digests()
+        with naming(file.parent / "summary.json"):
+            summary = read_summary(read_json(file.parent / "summary.json"))
+        curve = pass_at_k_curve(results, settings["samples"])
+        yield Finished(record, results, Evaluation(name, settings, rows, summary, curve))
+
+
+def ids_fingerprint(ids: list[str]) -> str:
+    """Return 16 hex digits that change with the problems' ids and their order."""
+    return runs.fingerprint(ids)
+
+
+def check_complete(results: list[Graded], record: dict[str, Any]) -> None:
+    """Raise ValueError unless these are the problems and attempts that the record says.
+
+    A record of an older version does not say which problems there are.
+    """
+    ids = [graded.id for graded in results]
+    identity = record["identity"]
+    if identity.get("problem_ids") not in (None, ids_fingerprint(ids)):
+        asked = identity.get("problems")
+        raise ValueError(f"its {len(ids)} problems are not the {asked} that were evaluated")
+    if len(set(ids)) < len(ids):
+        raise ValueError("it has a problem twice")
+    samples = record["settings"]["samples"]
+    short = [graded.id for graded in results if len(graded.attempts) != samples]
+    if short:
+        raise ValueError(f"problem {short[0]!r} has not the {samples} attempts of the others")
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Return an evaluation's settings.json; ValueError where it lacks what a report needs."""
+    record = read_sealed(file)
+    needed = {"settings": {"lang", "samples", "benchmark"}, "identity": {"data"}}
+    for part, names in needed.items():
+        held = record.get(part)
+        if not isinstance(held, dict) or not names <= held.keys():
+            raise ValueError(f"{file} is damaged: its {part} lack {', '.join(sorted(names))}")
+    with naming(file):
+        for name, kind in (("lang", str), ("samples", int), ("benchmark", str)):
+            typed(record["settings"][name], kind, name)
+    return record
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Name the file in a ValueError of the block, which reads what the file holds."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def pass_at_k_curve(results: list[Graded], samples: int) -> dict[int, Estimate]:
+    """Return pass@k for every k up to the attempts there are."""
+    found = ratios(results, list(range(1, samples + 1)))
+    return {k: bootstrap(*found[f"pass@{k}"]) for k in range(1, samples + 1)}
+
+
+def prepare_report(folders: list[Path], out: Path) -> Comparison:
+    """Return what the folders hold, those after the first tested against it; make `out`.
+
+    Raises ValueError or OSError where evaluations are missing, not finished, or not comparable.
+    """
+    evaluations: list[Evaluation] = []
+    tests: list[list[str]] = []
+    days: list[list[str]] = []
+    firsts: dict[str, Finished] = {}
+    unique = len({folder.name for folder in folders}) == len(folders)
+    for folder in folders:
+        for found in load_evaluations(folder, folder.name if unique else str(folder)):
+            evaluations.append(found.view)
+            language = found.record["settings"]["lang"]
+            day = found.record["identity"].get("template_date") or "none"
+            days.append([found.view.name, language, day])
+            first = firsts.setdefault(language, found)
+            if first is not found:
+                tests.append(compared_row(language, first, found))
+    benchmarks = {view.settings["benchmark"] for view in evaluations}
+    if len(benchmarks) > 1:
+        raise ValueError(
+            f"these evaluations are of different benchmarks: {', '.join(sorted(benchmarks))}"
+        )
+    # Refuses a run that is there twice, and one that lacks a language.
+    tables = report_tables(evaluations)
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"cannot write to {out}")
+    owner.claim(out)
+    differ = len({day for _, _, day in days}) > 1
+    return Comparison(evaluations, tables, tests, days if differ else [])
+
+
+def report(found: Comparison, out: Path, console: Console) -> None:
+    """Write tables, figures and a page of evaluations, and print the tables."""
+    header = [
+        "language",
+        "runs",
+        "change of pass@1",
+        "p, permutation of pass@1",
+        "p, McNemar of majorities",
+    ]
+    tables = []
+    if found.tests:
+        tables = [text_table("Paired tests over problems", header, found.tests)]
+    if found.days:
+        title = "The prompts differ: the chat template writes today's date, and it was another"
+        tables.append(text_table(title, ["run", "language", "date"], found.days))
+    files = write_report(found.evaluations, tables, out)
+    console.print(*found.tables, *tables, sep="\n")
+    say(console, f"report: {', '.join(map(str, files))}")
+
+
+def compared_row(language: str, first: Finished, second: Finished) -> list[str]:
+    """Return the row of paired tests between two evaluations of the same problems."""
+    names = (first.view.name, second.view.name)
+    if first.record["identity"]["data"] != second.record["identity"]["data"]:
+        raise ValueError(f"{' and '.join(names)} are of different problems in {language}")
+    change, *p_values = paired_tests(first.results, second.results)
+    p_cells = [f"{p:.3g}" for p in p_values]
+    return [language, " to ".join(names), cell("pass@1", change), *p_cells]
