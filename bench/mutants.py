@@ -44,6 +44,8 @@ TESTS = {
     ],
     "parts/sampler.py": ["tests/test_sampler.py", "tests/test_docs.py"],
     "parts/batch.py": ["tests/test_sampler.py", "tests/test_batch.py"],
+    "parts/lora.py": ["tests/test_lora.py", "tests/test_copies.py", "tests/test_families.py"],
+    "parts/copies.py": ["tests/test_copies.py"],
     "parts/metrics.py": ["tests/test_metrics.py", "tests/test_docs.py"],
     "parts/grading.py": ["tests/test_grading.py"],
     "parts/numerals.py": ["tests/test_numerals.py", "tests/test_grading.py"],

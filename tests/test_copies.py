@@ -1,5 +1,7 @@
 """parts/copies.py: layers multiply by merged and packed copies, and afterwards all is as before."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -73,6 +75,27 @@ def test_a_packed_product_has_the_layers_bias_and_any_number_of_dimensions(packs
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         multiply = copies.product_of(layer.weight.detach(), layer.bias.detach())
         torch.testing.assert_close(multiply(x), layer(x).detach())
+        assert isinstance(multiply, partial) is not packs  # of torch's plain product
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "instructions", "packed"),
+    [
+        ("cpu", torch.float32, "AVX2", True),
+        ("cpu", torch.float32, "AVX512", True),
+        ("cpu", torch.float32, "DEFAULT", False),
+        ("cpu", torch.bfloat16, "AVX512", False),
+        ("cuda", torch.float32, "AVX512", False),
+    ],
+)
+def test_weights_are_packed_in_fp32_on_a_cpu_with_avx(
+    monkeypatch, device, dtype, instructions, packed
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert can_pack(torch.device(device), dtype) is packed
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert can_pack(torch.device(device), dtype) is False
 
 
 def test_copies_are_made_in_fp32_only_and_only_where_all_of_them_fit(
@@ -87,5 +110,8 @@ def test_copies_are_made_in_fp32_only_and_only_where_all_of_them_fit(
     assert with_copies(tiny_model) == 0
     monkeypatch.setattr(copies, "COPIES_BYTES", needed)
     assert with_copies(tiny_model) == len(layers)
+    first = next(iter(lora.layers.values()))
+    first.weight.data = first.weight.data.bfloat16()
+    assert with_copies(tiny_model) == 0
     tiny_model.bfloat16()
     assert with_copies(tiny_model) == 0

@@ -146,6 +146,23 @@ def test_ema_teacher_is_the_closed_form_after_three_updates(tiny_model):
     assert torch.equal(tiny_model(some_ids()).logits, seen)
 
 
+def test_a_copied_teacher_is_renewed_every_so_many_steps_and_stays_between(tiny_model):
+    lora = ours.attach_lora(tiny_model, rank=4, alpha=8, targets=TARGETS, seed=0, copy=True)
+    assert lora.sets.keys() == {"fixed", "current", "copy"}
+    seen = []
+    for step in range(1, 5):
+        train(lora)
+        lora.update_teacher(step, decay=0.5, every=2)
+        seen.append(torch.equal(logits_as(lora, "copy"), logits_as(lora, "current")))
+    assert seen == [False, True, False, True]
+
+
+def test_an_adapter_has_the_teachers_it_is_asked_for(tiny_model):
+    lora = attach(tiny_model)
+    assert lora.sets.keys() == {"fixed", "current"}
+    lora.update_teacher(1, decay=0.5, every=1)  # and nothing follows it
+
+
 @pytest.mark.parametrize("kind", ["fixed", "current", "ema"])
 def test_view_is_eval_without_gradient_and_undone_after_an_exception(tiny_model, kind):
     lora = attach(tiny_model, ema=True)
