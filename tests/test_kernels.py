@@ -531,6 +531,15 @@ def test_the_cosine_of_micro_batches_joined_is_that_of_the_step_and_of_no_gradie
         kernels.clip_products(student_ND, teacher_ND, head_VD, kind="forward_kl")
 
 
+def test_the_mixture_of_jsd_is_half_and_half_unless_said() -> None:
+    inputs = make_inputs()
+    unsaid, half, third = (
+        kernels.clip_products(*inputs, kind="jsd", clip=0.05, **beta)
+        for beta in ({}, {"beta": 0.5}, {"beta": 0.3})
+    )
+    assert torch.equal(unsaid, half) and not torch.equal(unsaid, third)
+
+
 @pytest.mark.parametrize("reduction", ["token", "trajectory"])
 def test_unit_weights_are_the_unweighted_loss_bit_for_bit(reduction):
     torch.manual_seed(0)
