@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -149,13 +148,14 @@ def time_products(counts: dict[str, Any]) -> float:
     import torch
     from torch import nn
 
-    from parts.copies import product_of
+    from parts.copies import can_pack, packed_product, plain_product
     from parts.model import head_weight, load_model, resolve_model
 
     torch.set_grad_enabled(False)
     dtype = getattr(torch, counts["dtype"])
     model = load_model(resolve_model(counts["model"]), device="cpu", dtype=dtype)
     head = model.get_output_embeddings()
+    packs = can_pack(head_weight(model).nbytes, model.device, dtype)
     weights = [
         module.weight
         for module in model.modules()
@@ -166,9 +166,9 @@ def time_products(counts: dict[str, Any]) -> float:
         """Time a product of so many rows with each matrix, plain or packed: the faster counts."""
         sides = [matrix.T if backward else matrix for matrix in matrices]
         inputs = [torch.randn(rows, side.shape[1], dtype=dtype) for side in sides]
-        plain = [partial(nn.functional.linear, weight=side) for side in sides]
-        packed = [product_of(side.contiguous()) for side in sides]
-        return min(_lap(products, inputs) for products in (plain, packed))
+        makers = [plain_product, packed_product] if packs else [plain_product]
+        ways = [[maker(side.contiguous()) for side in sides] for maker in makers]
+        return min(_lap(products, inputs) for products in ways)
 
     def _lap(products: list[Callable], inputs: list[torch.Tensor]) -> float:
         products[0](inputs[0])

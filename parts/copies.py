@@ -20,6 +20,11 @@ from parts.lora import LoRALinear
 
 # All copies of a model take no more memory than this, or none is made.
 COPIES_BYTES = 2**31
+# Weights are packed from so many bytes on. Fewer lie in the processor's cache, where packing gains
+# little, and oneDNN compiles a product for every new number of rows, a millisecond each.
+PACKED_BYTES = 2**26
+
+Product = Callable[[Tensor], Tensor]
 
 
 @contextmanager
@@ -32,13 +37,15 @@ def sampling_copies(model: PreTrainedModel) -> Iterator[None]:
     copies fit in COPIES_BYTES. Elsewhere the block changes nothing. The weights stay as they are,
     and must not change within it.
     """
-    found = [layer for layer in model.modules() if isinstance(layer, nn.Linear | LoRALinear)]
-    layers: list[Any] = [layer for layer in found if _gains(layer)]
-    same_type = all(layer.weight.dtype == torch.float32 for layer in layers)
-    if not same_type or sum(layer.weight.nbytes for layer in layers) > COPIES_BYTES:
+    linear = [layer for layer in model.modules() if type(layer) in (nn.Linear, LoRALinear)]
+    packs = can_pack(_bytes(linear), model.device, model.dtype)
+    layers: list[Any] = linear if packs else [layer for layer in linear if _is_adapted(layer)]
+    is_fp32 = all(layer.weight.dtype == torch.float32 for layer in layers)
+    if not is_fp32 or _bytes(layers) > COPIES_BYTES:
         layers = []
     for layer in layers:
-        layer.forward = product_of(_merged(layer), layer.bias)
+        product = packed_product if packs else plain_product
+        layer.forward = product(_merged(layer), layer.bias)
     try:
         yield
     finally:
@@ -46,17 +53,19 @@ def sampling_copies(model: PreTrainedModel) -> Iterator[None]:
             del layer.forward  # the class's own is seen again
 
 
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether weights are packed, which the machine's instructions decide: no measurement."""
+def can_pack(size: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether weights of so many bytes are packed.
+
+    The processor's instructions decide, and no measurement: a run's bytes are the same every time.
+    """
     has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     is_there = has_avx and torch.backends.mkldnn.is_available()
-    return is_there and device.type == "cpu" and dtype == torch.float32
+    is_fit = device.type == "cpu" and dtype == torch.float32
+    return is_there and is_fit and size >= PACKED_BYTES
 
 
-def product_of(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """Return x -> x W^T + b, which has no gradient; packed where that can be."""
-    if not can_pack(weight.device, weight.dtype):
-        return partial(nn.functional.linear, weight=weight, bias=bias)
+def packed_product(weight: Tensor, bias: Tensor | None = None) -> Product:
+    """Return x -> x W^T + b with a packed copy of W. It has no gradient."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def _multiply(x: Tensor) -> Tensor:
@@ -65,12 +74,17 @@ def product_of(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor],
     return _multiply
 
 
-def _gains(layer: nn.Linear | LoRALinear) -> bool:
-    """Say whether a layer is faster with a copy of its weight."""
-    if isinstance(layer, LoRALinear) and layer.active is not None:
-        return True
-    is_plain = type(layer) in (nn.Linear, LoRALinear)  # and does nothing else in its forward
-    return is_plain and can_pack(layer.weight.device, layer.weight.dtype)
+def plain_product(weight: Tensor, bias: Tensor | None = None) -> Product:
+    """Return x -> x W^T + b."""
+    return partial(nn.functional.linear, weight=weight, bias=bias)
+
+
+def _bytes(layers: list[Any]) -> int:
+    return sum(layer.weight.nbytes for layer in layers)
+
+
+def _is_adapted(layer: nn.Module) -> bool:
+    return isinstance(layer, LoRALinear) and layer.active is not None
 
 
 def _merged(layer: nn.Linear | LoRALinear) -> Tensor:

@@ -184,8 +184,9 @@ def _kept_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> in
 
 def _copies_bytes(shape: Shape, dtype: torch.dtype, *, on_cpu: bool) -> int:
     """Return the bytes of the copies that are sampled from, which only fp32 has, if they fit."""
-    packs = on_cpu and can_pack(torch.device("cpu"), dtype)
-    copies = (shape.linear if packs else shape.adapted) * dtype.itemsize
+    whole = shape.linear * dtype.itemsize
+    packs = on_cpu and can_pack(whole, torch.device("cpu"), dtype)
+    copies = whole if packs else shape.adapted * dtype.itemsize
     return copies if dtype == torch.float32 and copies <= COPIES_BYTES else 0
 
 

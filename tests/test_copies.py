@@ -1,7 +1,5 @@
 """parts/copies.py: layers multiply by merged and packed copies, and afterwards all is as before."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
@@ -25,11 +23,10 @@ def lora(tiny_model) -> Lora:
 
 @pytest.fixture(params=[True, False], ids=["packed", "plain"])
 def packs(request, monkeypatch) -> bool:
-    """Let weights be packed where they can be, or nowhere."""
-    if request.param and not can_pack(torch.device("cpu"), torch.float32):
+    """Let weights be packed, however few they are, or not."""
+    monkeypatch.setattr(copies, "PACKED_BYTES", 0 if request.param else 2**60)
+    if request.param and not can_pack(0, torch.device("cpu"), torch.float32):
         pytest.skip("needs oneDNN and a processor with AVX")
-    if not request.param:
-        monkeypatch.setattr(copies, "can_pack", lambda device, dtype: False)
     return request.param
 
 
@@ -69,13 +66,25 @@ def test_the_adapter_that_is_switched_on_is_the_one_in_the_copies(tiny_model, lo
         torch.testing.assert_close(copied, plain, atol=1e-5, rtol=1e-5)
 
 
-def test_a_packed_product_has_the_layers_bias_and_any_number_of_dimensions(packs):
+def test_a_product_has_the_layers_bias_and_takes_any_number_of_dimensions(packs):
     layer = nn.Linear(5, 3)
+    product = copies.packed_product if packs else copies.plain_product
+    multiply = product(layer.weight.detach(), layer.bias.detach())
     for shape in ((5,), (4, 5), (2, 4, 5)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        multiply = copies.product_of(layer.weight.detach(), layer.bias.detach())
         torch.testing.assert_close(multiply(x), layer(x).detach())
-        assert isinstance(multiply, partial) is not packs  # of torch's plain product
+
+
+@torch.no_grad()
+def test_what_is_packed_is_what_the_layers_multiply_by(tiny_model, lora, packs, monkeypatch):
+    made = []
+    for name in ("packed_product", "plain_product"):
+        plain = getattr(copies, name)
+        monkeypatch.setattr(
+            copies, name, lambda *given, name=name, plain=plain: made.append(name) or plain(*given)
+        )
+    count = with_copies(tiny_model)
+    assert made == ["packed_product" if packs else "plain_product"] * count and count > 0
 
 
 @pytest.mark.parametrize(
@@ -93,9 +102,11 @@ def test_weights_are_packed_in_fp32_on_a_cpu_with_avx(
 ):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert can_pack(torch.device(device), dtype) is packed
+    least = copies.PACKED_BYTES
+    assert can_pack(least, torch.device(device), dtype) is packed
+    assert can_pack(least - 1, torch.device(device), dtype) is False
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert can_pack(torch.device(device), dtype) is False
+    assert can_pack(least, torch.device(device), dtype) is False
 
 
 def test_copies_are_made_in_fp32_only_and_only_where_all_of_them_fit(
