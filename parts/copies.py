@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from parts.lora import LoRALinear
 
-# All copies of a model take no more memory than this, or none is made.
+# Copies take no more memory than this, or they are not made.
 COPIES_BYTES = 2**31
 # Weights are packed from so many bytes on. Fewer lie in the processor's cache, where packing gains
 # little, and oneDNN compiles a product for every new number of rows, a millisecond each.
@@ -33,9 +33,9 @@ def sampling_copies(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, layers multiply by copies of their weights: merged, packed, or both.
 
     Only in fp32, where a sum is rounded as the sum of the products would be; in bf16 it would
-    swallow the adapter: log-probs move by as much as a small adapter moves them. Only where all
-    copies fit in COPIES_BYTES. Elsewhere the block changes nothing. The weights stay as they are,
-    and must not change within it.
+    swallow the adapter: log-probs move by as much as a small adapter moves them. Only where copies
+    fit in COPIES_BYTES: of all layers, else of those that have an adapter. Elsewhere the block
+    changes nothing. The weights stay as they are, and must not change within it.
     """
     linear = [layer for layer in model.modules() if type(layer) in (nn.Linear, LoRALinear)]
     packs = can_pack(_bytes(linear), model.device, model.dtype)
@@ -61,7 +61,7 @@ def can_pack(size: int, device: torch.device, dtype: torch.dtype) -> bool:
     has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     is_there = has_avx and torch.backends.mkldnn.is_available()
     is_fit = device.type == "cpu" and dtype == torch.float32
-    return is_there and is_fit and size >= PACKED_BYTES
+    return is_there and is_fit and PACKED_BYTES <= size <= COPIES_BYTES
 
 
 def packed_product(weight: Tensor, bias: Tensor | None = None) -> Product:
