@@ -30,8 +30,7 @@ DECODE = """
 import sys, time
 from pathlib import Path
 import torch
-from parts.lora import attach_lora
-from parts.model import load_model
+from parts.model import attach_lora, load_model
 from parts.sampler import SamplingParams, sample
 
 rows, repeats = int(sys.argv[1]), int(sys.argv[2])
