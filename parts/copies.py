@@ -39,12 +39,12 @@ def sampling_copies(model: PreTrainedModel) -> Iterator[None]:
     """
     linear = [layer for layer in model.modules() if type(layer) in (nn.Linear, LoRALinear)]
     packs = can_pack(_bytes(linear), model.device, model.dtype)
-    layers: list[Any] = linear if packs else [layer for layer in linear if _is_adapted(layer)]
+    layers: list[Any] = linear if packs else [layer for layer in linear if _active(layer)]
     is_fp32 = all(layer.weight.dtype == torch.float32 for layer in layers)
     if not is_fp32 or _bytes(layers) > COPIES_BYTES:
         layers = []
+    product = packed_product if packs else plain_product
     for layer in layers:
-        product = packed_product if packs else plain_product
         layer.forward = product(_merged(layer), layer.bias)
     try:
         yield
@@ -83,13 +83,14 @@ def _bytes(layers: list[Any]) -> int:
     return sum(layer.weight.nbytes for layer in layers)
 
 
-def _is_adapted(layer: nn.Module) -> bool:
-    return isinstance(layer, LoRALinear) and layer.active is not None
+def _active(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return the A and B that the layer's forward adds, None where it has none or they are off."""
+    return layer.active if isinstance(layer, LoRALinear) else None
 
 
-def _merged(layer: nn.Linear | LoRALinear) -> Tensor:
+def _merged(layer: Any) -> Tensor:
     """Return W, or a copy of it that the layer's active adapter is added to."""
-    if isinstance(layer, LoRALinear) and layer.active is not None:
-        lora_A, lora_B = layer.active
-        return torch.addmm(layer.weight, lora_B, lora_A, alpha=layer.scale)
-    return layer.weight
+    if (active := _active(layer)) is None:
+        return layer.weight
+    lora_A, lora_B = active
+    return torch.addmm(layer.weight, lora_B, lora_A, alpha=layer.scale)
