@@ -49,6 +49,7 @@ from transformers import PreTrainedModel
 from kernels import chunked_divergence, chunked_logprob, clip_products, reduce_loss
 from parts import controls, measure, ranks, runs, steplog, steps
 from parts.chat import completion_text, prompt_opens_think
+from parts.copies import scoring_copies
 from parts.grading import is_correct
 from parts.lora import teacher_view
 from parts.machine import Stopwatch
@@ -75,8 +76,7 @@ def roll_out(
 ) -> list[Rollout]:
     """Sample completions, y ~ q(. | x), from the student as it is now.
 
-    All `samples` of the first problem come first, then the next problem's. Of several ranks, each
-    samples some problems, and all receive all.
+    All `samples` of a problem stand together. Each rank samples some problems, all receive all.
     """
     config = setup.config
     mine = ranks.share(len(problems))
@@ -127,12 +127,13 @@ def copsd_loss(
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
-    student_ND = completion_hidden(setup.model, [r.prompt_ids for r in rollouts], completions)
-    # The teacher is the same model. By default it is seen with its adapter switched off, as it was
-    # before training. What it makes of a prompt then never changes and is kept for the next epoch.
+    # The teacher is the same model, by default with its adapter switched off, as it was before
+    # training: what it makes of a prompt then never changes, and is kept for the next epoch. It
+    # reads first, so that the copies it multiplies by are gone when the gradient needs room.
     read = setup.kept_prompts.completion_hidden if keeps_prompts(config) else completion_hidden
-    with teacher_view(setup.lora, config.teacher):
+    with teacher_view(setup.lora, config.teacher), scoring_copies(setup.model):
         teacher_ND = read(setup.model, teacher_prompts, completions)
+    student_ND = completion_hidden(setup.model, [r.prompt_ids for r in rollouts], completions)
     states = (student_ND, teacher_ND, head_weight(setup.model))
     options = divergence_options(config)
     loss_N, stats = chunked_divergence(*states, **options, compile=config.compile)  # Eq. (1), D
@@ -155,8 +156,7 @@ def copsd_gradient(
 ) -> Tally:
     """Add this rank's share of the gradient of Eq. (1) over a step; return its share of the log.
 
-    A step does not fit in memory at once, so it is taken in micro-batches; each adds its share of
-    the one mean over the step's tokens, and so of the gradient.
+    A step does not fit in memory at once: each micro-batch adds its share of the step's one mean.
     """
     _, loss_of = SOURCES[setup.config.completion]
     tally = Tally()

@@ -1,10 +1,11 @@
 """How much memory a training run takes at most, known from the model's configuration alone.
 
-A step has two phases that need memory beside the weights, and their peaks do not add up: sampling
-keeps keys and values of every token of every row, the update keeps what the backward pass needs of
-one micro-batch. Both are counted here for completions that all reach their length limit.
+A step has phases that need memory beside the weights, and their peaks do not add up: sampling keeps
+keys and values of every token of every row, the update keeps what the backward pass needs of one
+micro-batch, and a teacher that reads before the student keeps nothing, but may multiply by copies
+of the weights. All are counted here for completions that all reach their length limit.
 
-    peak = weights + adapter + optimiser + max(sampling, update)
+    peak = weights + adapter + optimiser + max(sampling, teacher, update)
 
 On a CPU there is also what its allocator wastes. Nothing is loaded: the model is built on torch's
 meta device, where tensors have a shape and no data. bench/footprint.py measures how far a figure is
@@ -23,7 +24,7 @@ from rich.table import Column, Table
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from parts.copies import COPIES_BYTES, can_pack
+from parts.copies import choose_copies
 from parts.lora import adaptable_layers
 from parts.machine import DTYPES
 from parts.microbatch import Limit
@@ -77,6 +78,7 @@ class Footprint:
     copies: int  # sampling: of weights, with the adapter added, in fp32
     cache: int  # sampling: keys and values
     choice: int  # sampling: logits of the next token
+    teacher: int  # its pass: one layer while it computes, and packed copies of the weights
     activations: int  # update: what is kept for the backward pass
     layer: int  # update: one layer while it computes, forward or backward
     chunk: int  # update: logits in the loss, when no layer computes
@@ -95,6 +97,11 @@ class Footprint:
         return self.static + self.copies + self.cache + self.cache_gaps + self.choice
 
     @property
+    def scoring(self) -> int:
+        """Return the peak while a teacher reads a micro-batch."""
+        return self.static + self.teacher
+
+    @property
     def update(self) -> int:
         """Return the peak while a micro-batch is scored and its gradient taken."""
         return self.static + self.activations + self.gaps + max(self.layer, self.chunk)
@@ -102,7 +109,7 @@ class Footprint:
     @property
     def peak(self) -> int:
         """Return the peak of the whole run."""
-        return max(self.sampling, self.update, self.loading)
+        return max(self.sampling, self.scoring, self.update, self.loading)
 
 
 @dataclass(frozen=True)
@@ -154,15 +161,21 @@ def footprint(
     weights = shape.parameters * size
     cache, choice = _sampling_bytes(shape, config, size, lengths)
     activations, layer = _update_bytes(shape, config, size, lengths)
+    kind = choose_copies(
+        shape.linear * size, shape.adapted * size, torch.device("cpu" if on_cpu else "cuda"), dtype
+    )
+    copied = {"packed": shape.linear, "merged": shape.adapted, "none": 0}[kind] * size
+    packed = copied if kind == "packed" else 0
     sets = 2 if config.teacher in ("ema", "copy") else 1
     return Footprint(
         weights=weights,
         adapter=sets * shape.adapter * FP32,
         optimiser=3 * shape.adapter * FP32,
         kept=_kept_bytes(shape, config, size, lengths),
-        copies=_copies_bytes(shape, dtype, on_cpu=on_cpu),
+        copies=copied,
         cache=cache,
         choice=choice,
+        teacher=packed + _teacher_bytes(shape, config, size, lengths),
         activations=activations,
         layer=layer,
         chunk=_chunk_bytes(shape, config, size),
@@ -180,14 +193,6 @@ def _kept_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> in
     prompts = config.batch_size * (config.steps or 1) + config.eval_problems
     column = 2 * shape.kv_heads * shape.head_size * size
     return min(KEPT_BYTES, prompts * lengths.teacher * column * shape.layers)
-
-
-def _copies_bytes(shape: Shape, dtype: torch.dtype, *, on_cpu: bool) -> int:
-    """Return the bytes of the copies that are sampled from, which only fp32 has, if they fit."""
-    whole = shape.linear * dtype.itemsize
-    packs = on_cpu and can_pack(whole, torch.device("cpu"), dtype)
-    copies = whole if packs else shape.adapted * dtype.itemsize
-    return copies if dtype == torch.float32 and copies <= COPIES_BYTES else 0
 
 
 def _sampling_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tuple[int, int]:
@@ -231,11 +236,19 @@ def _update_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> 
     kept += 3 * completion * shape.hidden * size + 2 * tokens * shape.hidden * FP32
     # The gradient flows back through one layer at a time.
     passing = tokens * _forward_bytes(shape, size)
-    has_teacher = config.method != "grpo"
-    if has_teacher or config.kl_coef:
-        other = lengths.teacher if has_teacher else lengths.student
+    if config.method in GROUPED and (config.method != "grpo" or config.kl_coef):
+        # The initial model or a neighbour's teacher scores the rows while their gradient waits.
+        other = lengths.student if config.method == "grpo" else lengths.teacher
         passing = max(passing, (int(rows * other) + completion) * _forward_bytes(shape, size))
     return kept, passing
+
+
+def _teacher_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
+    """Return what passes through one layer while COPSD's teacher scores a micro-batch."""
+    if config.method not in DISTILLED:
+        return 0
+    tokens = int(_micro_rows(config, lengths) * (lengths.teacher + config.max_new_tokens))
+    return tokens * _forward_bytes(shape, size)
 
 
 def _micro_rows(config: Config, lengths: Lengths) -> float:
@@ -369,9 +382,9 @@ def footprint_line(found: Footprint) -> str:
     return (
         f"memory: {_gib(found.peak)} GiB at most: weights {_gib(found.weights)}, "
         f"adapter and optimiser {_gib(found.adapter + found.optimiser)}, kept prompts "
-        f"{_gib(found.kept)}, then the larger of "
-        f"sampling {_gib(found.sampling - found.static)} and update "
-        f"{_gib(found.update - found.static)}"
+        f"{_gib(found.kept)}, then the largest of "
+        f"sampling {_gib(found.sampling - found.static)}, the teacher's pass "
+        f"{_gib(found.scoring - found.static)} and update {_gib(found.update - found.static)}"
     )
 
 
@@ -431,11 +444,13 @@ def parts_table(found: Footprint) -> Table:
         "sampling: keys and values": found.cache,
         "sampling: choice of a token": found.choice,
         "sampling: holes in a CPU's heap": found.cache_gaps,
+        "teacher: one layer at work, packed weights": found.teacher,
         "update: activations of a micro-batch": found.activations,
         "update: one layer at work": found.layer,
         "update: a chunk of logits": found.chunk,
         "update: holes in a CPU's heap": found.gaps,
         "peak while sampling": found.sampling,
+        "peak while the teacher reads": found.scoring,
         "peak in the update": found.update,
     }
     for name, count in rows.items():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from parts import copies
-from parts.copies import can_pack, sampling_copies
+from parts.copies import can_pack, sampling_copies, scoring_copies
 from parts.lora import Lora, LoRALinear, attach_lora, teacher_view
 from parts.model import final_hidden
 
@@ -34,9 +34,9 @@ def linear_layers(model) -> list[nn.Linear | LoRALinear]:
     return [layer for layer in model.modules() if isinstance(layer, nn.Linear | LoRALinear)]
 
 
-def with_copies(model) -> int:
+def with_copies(model, copies_of=sampling_copies) -> int:
     """Return how many layers multiply by a copy within the block."""
-    with sampling_copies(model):
+    with copies_of(model):
         return sum("forward" in vars(layer) for layer in linear_layers(model))
 
 
@@ -126,3 +126,10 @@ def test_copies_are_made_in_fp32_only_and_of_what_fits(tiny_model, lora, packs, 
     assert with_copies(tiny_model) == 0
     tiny_model.bfloat16()
     assert with_copies(tiny_model) == 0
+
+
+def test_one_pass_of_the_teacher_multiplies_by_packed_copies_or_none(tiny_model, lora, packs):
+    layers = linear_layers(tiny_model)
+    for kind in ("fixed", "current"):
+        with teacher_view(lora, kind):
+            assert with_copies(tiny_model, scoring_copies) == (len(layers) if packs else 0)
