@@ -12,8 +12,8 @@ holds
 
     config.json                  its settings; another experiment's folder is refused
     LANG/train, dev, test.jsonl  what arms train on, what rates are picked on, what is reported
-    LANG/sweep/ARM-RATE/         runs of half the budget, in the first language, from which each
-                                 arm's learning rate is picked
+    LANG/sweep/ARM-RATE/         runs of half the budget, from which each arm's learning rate is
+                                 picked: one rate for all languages
     LANG/ARM-SEED/               a run; results.json: its checkpoints on the test problems;
                                  prompts.json: what student and teacher read of some problems, whole
     LANG/ARM-seconds-SEED/       the same with another budget, so that it trains as long as COPSD
@@ -32,6 +32,7 @@ from functools import partial
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import typer
@@ -100,7 +101,7 @@ def stages_of(plan: Plan, found: dict[Path, Results]) -> Iterator[list[Arm]]:
     }
     rates: dict[str, float] = {}
     if plan.factors:
-        yield list(sweep_arms(plan, common[plan.langs[0]]))
+        yield [arm for lang in plan.langs for arm in sweep_arms(plan, lang, common[lang])]
         rates = {variant.name: pick_rate(plan, variant, found) for variant in plan.trained}
     yield [
         arm
@@ -190,23 +191,23 @@ def training_seconds(plan: Plan, lang: str, name: str, found: dict[Path, Results
     return sum(run["final"]["train_s"] for run in runs) / len(runs)
 
 
-def sweep_arms(plan: Plan, common: dict[str, Any]) -> Iterator[Arm]:
+def sweep_arms(plan: Plan, lang: str, common: dict[str, Any]) -> Iterator[Arm]:
     """Yield a run of each trained arm at each factor of its learning rate, with half the budget.
 
-    common  the settings that all arms share
+    common  the settings that all arms of the language share
     """
     half = {
         **common,
-        "eval_data": str(plan.out / plan.langs[0] / "dev.jsonl"),
+        "eval_data": str(plan.out / lang / "dev.jsonl"),
         "eval_problems": plan.options.dev_problems,
         "token_budget": max(common["token_budget"] // 2, least_budget(plan)),
         "seed": SWEEP_SEED,
     }
     for variant in plan.trained:
         for rate in sweep_rates(plan, variant):
-            title = f"{plan.langs[0]}, sweep, {variant.title}, lr {rate:g}"
+            title = f"{lang}, sweep, {variant.title}, lr {rate:g}"
             settings = {**half, **variant.settings, "lr": rate}
-            folder = sweep_folder(plan, variant.name, rate)
+            folder = sweep_folder(plan, lang, variant.name, rate)
             yield Arm(variant.name, title, folder, settings, size=0.5, is_sweep=True)
 
 
@@ -227,17 +228,23 @@ def seconds_folder(plan: Plan, lang: str, name: str, seed: int) -> Path:
     return plan.out / lang / f"{name.replace(' ', '-')}-seconds-{seed}"
 
 
-def sweep_folder(plan: Plan, name: str, rate: float) -> Path:
+def sweep_folder(plan: Plan, lang: str, name: str, rate: float) -> Path:
     """Return where a run of the sweep is kept."""
-    return plan.out / plan.langs[0] / "sweep" / f"{name}-{rate:g}"
+    return plan.out / lang / "sweep" / f"{name}-{rate:g}"
 
 
 def sweep_accuracies(
     plan: Plan, variant: Variant, found: dict[Path, Results]
 ) -> dict[float, float]:
-    """Return, by learning rate, the greedy accuracy on the development problems."""
+    """Return, by learning rate, the greedy accuracy on the development problems.
+
+    It is the mean over the languages, each of which has as many problems.
+    """
     return {
-        rate: accuracy(found[sweep_folder(plan, variant.name, rate)]["final"])
+        rate: fmean(
+            accuracy(found[sweep_folder(plan, lang, variant.name, rate)]["final"])
+            for lang in plan.langs
+        )
         for rate in sweep_rates(plan, variant)
     }
 
@@ -269,7 +276,7 @@ def run(plan: Plan, console: Console) -> int:
     """
     trained = len(plan.langs) * len(plan.trained) * len(plan.seeds)
     untrained = len(plan.langs) * (1 + len(plan.design.variants) - len(plan.trained))
-    sweeps = len(plan.factors) * len(plan.trained)
+    sweeps = len(plan.langs) * len(plan.factors) * len(plan.trained)
     progress = ArmsProgress(
         console,
         arms=trained + untrained + sweeps,

@@ -305,16 +305,15 @@ def test_arms_are_the_base_the_sweep_and_the_methods_of_every_seed(tmp_path):
     arms = walk(plan, {"grpo-0.001": 0.5, "copsd-0.0005": 0.75})
     names = [str(arm.folder.relative_to(plan.out)) for arm in arms]
     seeds = [f"{method}-{seed}" for method in ("grpo", "copsd") for seed in (0, 4)]
-    sweep = [
-        f"sweep/{method}-{rate}" for method in ("grpo", "copsd") for rate in ("0.0005", "0.001")
-    ]
+    sweep = [f"{method}-{rate}" for method in ("grpo", "copsd") for rate in ("0.0005", "0.001")]
+    sweeps = [f"{lang}/sweep/{name}" for lang in ("hau", "swa") for name in sweep]
     later = [f"{lang}/{name}" for lang in ("hau", "swa") for name in seeds]
-    assert names == ["hau/base", "swa/base", *(f"hau/{name}" for name in sweep), *later]
+    assert names == ["hau/base", "swa/base", *sweeps, *later]
     assert [arm.folder.name for arm in arms if not arm.is_trained] == ["base", "base"]
-    assert [arm.folder.name for arm in arms if arm.is_sweep] == [n.split("/")[1] for n in sweep]
-    assert sum(arm.size for arm in arms) == pytest.approx(2 * 0.1 + 4 * 0.5 + 8)
+    assert [arm.folder.name for arm in arms if arm.is_sweep] == 2 * sweep
+    assert sum(arm.size for arm in arms) == pytest.approx(2 * 0.1 + 8 * 0.5 + 8)
     by_name = dict(zip(names, arms, strict=True))
-    # Both languages take the rate that the first one's sweep picked.
+    # All languages take one rate.
     for lang in ("hau", "swa"):
         assert by_name[f"{lang}/grpo-4"].settings["lr"] == 0.001
         assert by_name[f"{lang}/copsd-4"].settings["lr"] == 0.0005
@@ -322,7 +321,8 @@ def test_arms_are_the_base_the_sweep_and_the_methods_of_every_seed(tmp_path):
         assert (settings["method"], settings["lang"], settings["seed"]) == ("copsd", lang, 4)
         assert settings["data"] == str(plan.out / lang / "train.jsonl")
         assert settings["eval_data"] == str(plan.out / lang / "test.jsonl")
-    assert by_name["hau/sweep/grpo-0.001"].settings["eval_data"].endswith("hau/dev.jsonl")
+        swept = by_name[f"{lang}/sweep/grpo-0.001"].settings
+        assert swept["lang"] == lang and swept["eval_data"] == str(plan.out / lang / "dev.jsonl")
 
 
 def test_without_a_budget_it_is_what_copsds_steps_sample_at_the_bases_length(tmp_path):
@@ -346,10 +346,20 @@ def test_the_sweep_picks_the_best_rate_and_the_lowest_of_equals(tmp_path):
     found = {}
     for rate, count in right.items():
         some = [1.0] * int(count) + [0.0] * (4 - int(count))
-        found[compare.sweep_folder(plan, "grpo", rate)] = measured(some)
+        found[compare.sweep_folder(plan, "hau", "grpo", rate)] = measured(some)
     assert pick_rate(plan, GRPO, found) == 0.2
     accuracies = compare.sweep_accuracies(plan, GRPO, found)
     assert accuracies == {0.8: 0.5, 0.4: 0.75, 0.2: 0.75, 0.1: 0.25}
+
+
+def test_the_sweep_picks_what_is_best_over_all_languages(tmp_path):
+    plan = replace(make_plan(tmp_path, lang="ha,sw", lr=0.1), factors=[1.0, 2.0])
+    found = {}
+    for lang, rate, right in (("hau", 0.1, 4), ("hau", 0.2, 3), ("swa", 0.1, 1), ("swa", 0.2, 3)):
+        some = [1.0] * right + [0.0] * (4 - right)
+        found[compare.sweep_folder(plan, lang, "grpo", rate)] = measured(some)
+    assert compare.sweep_accuracies(plan, GRPO, found) == {0.1: 0.625, 0.2: 0.75}
+    assert pick_rate(plan, GRPO, found) == 0.2
 
 
 def test_ablations_change_one_setting_at_a_time():
@@ -400,7 +410,7 @@ def attributed(tmp_path: Path, seconds: dict[str, float]) -> list[compare.Arm]:
 @pytest.mark.parametrize(
     ("flags", "steps", "factors"),
     [
-        ({}, 100, [0.03, 0.1, 0.3, 1, 2]),
+        ({}, 100, [0.03, 0.1, 0.3, 1, 3, 9]),
         ({"family": True}, 30, [0.1, 0.3, 1, 3, 9]),
         ({"attribute": True}, 30, [0.3, 1, 3, 9]),
         ({"attribute": True, "steps": 7, "sweep": "2"}, 7, [2]),
