@@ -262,6 +262,15 @@ def test_the_readmes_table_is_one_of_the_results():
     assert len(rows) == 3 and all(row in results for row in rows)
 
 
+@pytest.mark.parametrize("name", PARTS)
+def test_the_list_of_rooms_says_of_a_part_what_its_first_sentence_says(name):
+    rooms = (ROOT / "parts" / "README.md").read_text(encoding="utf-8")
+    tree = ast.parse((ROOT / "parts" / f"{name}.py").read_text(encoding="utf-8"))
+    first = str(ast.get_docstring(tree)).partition("\n")[0].partition(". ")[0].rstrip(".")
+    said = re.search(rf"^- \[{name}\.py\]\({name}\.py\): (.*)\.$", rooms, re.MULTILINE)
+    assert said and said[1].lower() == first.lower()
+
+
 def test_the_pictures_of_the_documents_are_there():
     for document in (ROOT / "README.md", ROOT / "lab" / "RESULTS.md", ROOT / "lab" / "README.md"):
         for name in re.findall(r"\]\((\S+\.png)\)", document.read_text(encoding="utf-8")):

@@ -286,9 +286,13 @@ def test_a_family_without_linear_layers_says_so(family, settings):
         ours.attach_lora(model, rank=2, alpha=2, targets=("q_proj",), seed=0)
 
 
-def test_the_readme_has_a_line_for_each_family():
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("| family |")[2].partition("</details>")[0]
+def test_the_documents_have_a_line_for_each_family_and_their_numbers():
+    root = Path(__file__).parent.parent
+    rooms = (root / "parts" / "README.md").read_text(encoding="utf-8")
+    table = rooms.partition("| family |")[2]
     found = dict(re.findall(r"^\| (\w+) \| (right|refused)", table, re.MULTILINE))
     expected = dict.fromkeys([*REFUSED, *NOT_HONOURED], "refused") | dict.fromkeys(RIGHT, "right")
     assert found == expected
+    readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    assert f"Of {len(expected)} families of transformers" in readme
+    assert f"{len(RIGHT)} are right" in readme
