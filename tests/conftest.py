@@ -19,6 +19,14 @@ from parts.view import StepView
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+# A row of COPSD's training layout, which has the English side beside the translation.
+TRAINING_ROW = {
+    "source": "openthoughts",
+    "problem": "What?",
+    "solution": "So.",
+    "Answer": "4",
+    "problem_translated": "Nini?",
+}
 
 
 def build_tiny_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
@@ -41,6 +49,13 @@ def build_tiny_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
         "initializer_range": 0.3,
     }
     return Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides})).eval()
+
+
+def write_file(folder: Path, name: str, text: str) -> Path:
+    """Write a file into a folder, its line ends as they are, and return its path."""
+    path = folder / name
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
 
 
 def die_at(step: int, view: StepView, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ PARTS = (
     "recipe",
     "experiments",
     "readings",
+    "rows",
     "data",
     "family",
     "lora",
