@@ -15,7 +15,8 @@ from parts.chat import freeze_date, prompt_opens_think
 from parts.data import keep_fitting, read_problem_sets
 from parts.family import context_length
 from parts.files import require_space
-from parts.footprint import Lengths, check_memory, read_shape
+from parts.fitting import check_memory
+from parts.footprint import Lengths, read_shape
 from parts.lora import Lora, attach_lora
 from parts.lossscale import LossScale
 from parts.machine import pick_device, pick_dtype

@@ -1,5 +1,6 @@
 """Shared fixtures: a random two-layer model that every module can be tested on in milliseconds."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,18 @@ TRAINING_ROW = {
     "solution": "So.",
     "Answer": "4",
     "problem_translated": "Nini?",
+}
+# Qwen2.5-1.5B's published sizes.
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
 }
 
 
@@ -107,6 +120,15 @@ def tiny_model() -> Qwen2ForCausalLM:
 @pytest.fixture
 def lab_folder() -> Path:
     return ROOT / "lab" / "tiny"
+
+
+@pytest.fixture
+def qwen(tmp_path) -> Path:
+    """Return a folder with no more of a Qwen2.5-1.5B than its config.json."""
+    folder = tmp_path / "qwen"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(QWEN))
+    return folder
 
 
 @pytest.fixture(autouse=True)

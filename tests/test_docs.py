@@ -57,6 +57,7 @@ PARTS = (
     "steplog",
     "microbatch",
     "footprint",
+    "fitting",
     "setup",
     "track",
     "watch",
