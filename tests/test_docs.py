@@ -53,6 +53,7 @@ PARTS = (
     "view",
     "measure",
     "benchmarks",
+    "identity",
     "runs",
     "steplog",
     "microbatch",
