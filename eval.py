@@ -37,6 +37,12 @@ from parts.files import (
     require_space,
     write_json,
 )
+from parts.identity import (
+    files_fingerprints,
+    folder_fingerprint,
+    refuse_foreign_adapter,
+    weights_fingerprint,
+)
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, evaluate
 from parts.metrics import (
@@ -313,15 +319,15 @@ def load_weights(
     where = ranks.own_device(pick_device(device))
     model = load_model(folder, device=where, dtype=pick_dtype(dtype, where))
     check_model(model, f"model {settings.model}")
-    base = runs.folder_fingerprint(folder)
+    base = folder_fingerprint(folder)
     adapter = None
     if settings.adapter is not None:
         path = Path(settings.adapter)
-        runs.refuse_foreign_adapter(path, base, settings.model)
+        refuse_foreign_adapter(path, base, settings.model)
         lora = load_adapter(model, runs.last_adapter_folder(path))
-        adapter = runs.weights_fingerprint(lora.state_dict())
+        adapter = weights_fingerprint(lora.state_dict())
     name = str(next(model.parameters()).dtype).removeprefix("torch.")
-    files = runs.files_fingerprints(folder)
+    files = files_fingerprints(folder)
     return model, {"base_weights": base, **files, "adapter_weights": adapter, "dtype": name}
 
 

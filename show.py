@@ -27,6 +27,7 @@ from parts.chat import completion_text, freeze_date, prompt_opens_think
 from parts.data import hub_training_file, keep_fitting, load_problems
 from parts.family import context_length
 from parts.grading import grade
+from parts.identity import folder_fingerprint, refuse_foreign_adapter
 from parts.lora import attach_lora, teacher_view
 from parts.machine import pick_device, pick_dtype
 from parts.model import eos_ids, head_weight, load_model, load_tokenizer
@@ -88,8 +89,8 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
             seed=config.seed,
         )
     else:
-        fingerprint = runs.folder_fingerprint(folder)
-        runs.refuse_foreign_adapter(adapter, fingerprint, config.model)
+        fingerprint = folder_fingerprint(folder)
+        refuse_foreign_adapter(adapter, fingerprint, config.model)
         lora = load_adapter(model, runs.last_adapter_folder(adapter))
     # A walk shows the teacher of a first step: the base model, whenever it is renewed later.
     config = replace(config, teacher="fixed")

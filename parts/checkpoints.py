@@ -11,11 +11,12 @@ of a state or of what was logged before it is seen.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as tensor_bytes
@@ -131,6 +132,43 @@ def newest(run_folder: Path) -> tuple[State | None, list[str]]:
             return State(step, _file(run_folder / FOLDER, step, TENSORS)), passed_over
         passed_over.append(fault)
     return None, passed_over
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state as flat named tensors: "optimizer/3/exp_avg"."""
+    return {
+        f"optimizer/{index}/{name}": tensor
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, tensor in entry.items()
+    }
+
+
+def check_state(run_folder: Path, adapter: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
+    """Raise ValueError where the run's newest state lacks a tensor, or has one of another shape.
+
+    adapter  its tensors by name, as the state is to hold them
+    trained  what the optimiser trains: AdamW keeps two means of the gradient of each, and a count
+    """
+    state, _ = newest(run_folder)
+    if state is None:
+        return
+    entries = [
+        f"optimizer/{index}/{name}"
+        for index in range(len(trained))
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    ]
+    state.check({f"lora/{name}": tensor for name, tensor in adapter.items()}, entries)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what optimizer_tensors returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        prefix, *place = key.split("/")
+        if prefix == "optimizer":
+            index, name = place
+            state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _fault(run_folder: Path, step: int) -> str | None:

@@ -467,7 +467,8 @@ def plan_command(
     Exit code 1: a card does not hold it, whatever the settings of Machine.
     """
     console = start()
-    from parts.footprint import CARDS_GB, Lengths, plan
+    from parts.fitting import CARDS_GB, plan
+    from parts.footprint import Lengths
 
     cards = [gpu] if gpu else CARDS_GB
     with bad_input():

@@ -1,41 +1,34 @@
-"""Read problems: from files and hub sets, split off what is held out, and order the rest.
+"""Make problems of a data file's rows, split off what is held out, and order the rest.
 
-The layouts are those that the data sets have on the hub, oddities included. parts.prompts says what
-a problem is and how it becomes a prompt.
+The layouts are those that the data sets have on the hub, oddities included. parts.rows reads the
+rows, whatever the file's format. parts.prompts says what a problem is and how it becomes a prompt.
 """
 
-import csv
-import io
-import json
 import math
 import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from huggingface_hub import snapshot_download
-from pyarrow import parquet
 from rich.console import Console
 from rich.text import Text
 
-from parts.files import json_lines, parse_json, write_text
+from parts.files import json_lines, write_text
 from parts.prompts import Language, Problem, find_language, named_language
 from parts.prompts import build_prompt as build_prompt  # stays importable from here
 from parts.recipe import Config
+from parts.rows import raw_rows
 
 # In order of preference; m_query and response are MSVAMP's.
 PROBLEM_COLUMNS = ("problem_translated", "problem", "question", "m_query")
 ANSWER_COLUMNS = ("answer_number", "answer", "response")  # the first that is not empty
 LANGUAGE_COLUMNS = ("language_short", "language", "language_code", "lang")
-Row = tuple[str, Any]  # the words that say where a row stands in its file, and its content
 DEV_SEED = 0  # draws the development problems, whatever the run's seed
 
 # What Python, JSON, pandas and spreadsheets write where there is no number, in lower case.
@@ -104,7 +97,7 @@ def _read_problems(path: Path, language: str | None) -> Loaded:
     wanted = find_language(language) if language else None
     problems: dict[tuple[str, str], Problem] = {}
     others: Counter[str] = Counter()  # rows by the language that they name
-    for number, (where, cells) in enumerate(_rows(path)):
+    for number, (where, cells) in enumerate(raw_rows(path)):
         if not isinstance(cells, dict):
             raise ValueError(f"{where}: must be an object, not a {type(cells).__name__}")
         row = {name.lower(): value for name, value in cells.items()}
@@ -223,114 +216,6 @@ def write_problems(path: Path, problems: list[Problem]) -> None:
         for problem in problems
     ]
     write_text(path, json_lines(rows))
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    """Yield the data file's rows; its suffix says how they are written."""
-    readers = {
-        ".jsonl": _json_rows,
-        ".json": _json_rows,
-        ".tsv": _tsv_rows,
-        ".csv": _csv_rows,
-        ".parquet": _parquet_rows,
-    }
-    suffix = path.suffix.lower()
-    if suffix not in readers:
-        raise ValueError(f"unknown extension {suffix!r}; valid: {', '.join(readers)}")
-    yield from readers[suffix](path)
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows; a number of 16 or 32 bits has the digits that tell it from its neighbours.
-
-    0.1 in 32 bits is 0.1, and not 0.10000000149011612, which is the same in 64.
-    """
-    table = parquet.read_table(path)
-    kinds = {pa.float16(): np.float16, pa.float32(): np.float32}
-    short = {field.name: kinds[field.type] for field in table.schema if field.type in kinds}
-    for number, row in enumerate(table.to_pylist()):
-        numbers = {name: kind(row[name]) for name, kind in short.items() if row[name] is not None}
-        yield f"row {number}", row | {name: float(str(x)) for name, x in numbers.items()}
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of one JSON list, or of a line of JSON a row, as MSVAMP's .json files are."""
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        try:
-            rows = parse_json(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{error}{_escape_advice(error)}") from error
-        for number, row in enumerate(rows):
-            yield f"row {number}", row
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except json.JSONDecodeError as error:
-            place = f"line {number}, column {error.colno}"
-            raise ValueError(f"{place}: {error.msg}{_escape_advice(error)}") from error
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from error
-        yield f"line {number}", row
-
-
-def _escape_advice(error: json.JSONDecodeError) -> str:
-    return "; JSON takes two backslashes for one" if "escape" in error.msg else ""
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    (_, header), *lines = _table_lines(path) or [(0, [])]
-    for number, fields in lines:
-        if fields:
-            yield _table_row(f"line {number}", header, fields)
-
-
-def _table_lines(path: Path, **options: Any) -> list[tuple[int, list[str]]]:
-    """Return a table's rows, header and all: the number of the line where each ends, its fields.
-
-    options  csv.reader's
-    """
-    reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), **options)
-    # By default csv refuses fields of more than 131,072 characters, be they read or not.
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        return [(reader.line_num, fields) for fields in reader]
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _tsv_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a table without quotes, as AfriMGSM and MGSM are.
-
-    AfriMGSM has line breaks inside fields: a line of too few fields goes on in the next. MGSM has
-    no header: where a table of two fields starts with a number in the second, they are question and
-    answer.
-    """
-    table = _table_lines(path, delimiter="\t", quoting=csv.QUOTE_NONE)
-    header = table[0][1] if table else []
-    if len(header) == 2 and header[1].strip("- ").replace(",", "").isdecimal():
-        header = ["question", "answer"]
-    else:
-        table = table[1:]
-    lines = iter(table)
-    for number, fields in lines:
-        if not fields:
-            continue
-        while len(fields) < len(header) and (more := next(lines, None)) is not None:
-            broken_field = "\n".join([fields[-1], *more[1][:1]])
-            fields = [*fields[:-1], broken_field, *more[1][1:]]
-        yield _table_row(f"line {number}", header, fields)
-
-
-def _table_row(where: str, header: list[str], fields: list[str]) -> Row:
-    if len(fields) != len(header):
-        raise ValueError(f"{where}: {len(fields)} fields where the header has {len(header)}")
-    return where, dict(zip(header, fields, strict=True))
 
 
 def hub_training_file(language: str | Language) -> Path:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from parts import owner, runs
 from parts.files import read_json, read_rows, read_sealed
+from parts.identity import fingerprint
 from parts.metrics import (
     Estimate,
     Graded,
@@ -72,7 +73,7 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
 
 def ids_fingerprint(ids: list[str]) -> str:
     """Return 16 hex digits that change with the problems' ids and their order."""
-    return runs.fingerprint(ids)
+    return fingerprint(ids)
 
 
 def check_complete(results: list[Graded], record: dict[str, Any]) -> None:

@@ -9,38 +9,27 @@ of the weights. All are counted here for completions that all reach their length
 
 On a CPU there is also what its allocator wastes. Nothing is loaded: the model is built on torch's
 meta device, where tensors have a shape and no data. bench/footprint.py measures how far a figure is
-from the truth. Not counted: Python, torch's own code, and what CUDA keeps for itself (CONTEXT).
+from the truth. Not counted: Python, torch's own code, and what CUDA keeps for itself. Whether that
+fits, and what to change where it does not, is asked in parts/fitting.py.
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Column, Table
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from parts.copies import choose_copies
 from parts.lora import adaptable_layers
-from parts.machine import DTYPES
-from parts.microbatch import Limit
-from parts.model import load_config, loading, resolve_model
+from parts.model import load_config, loading
 from parts.packing import packing_pays
 from parts.prefixes import KEPT_BYTES
-from parts.recipe import DISTILLED, GROUPED, Config, check_run, fill, keeps_prompts
-from parts.view import say
+from parts.recipe import DISTILLED, GROUPED, Config, keeps_prompts
 
-GIB = 2**30
-CARDS_GB = (24, 40, 80, 141)  # of 10**9 bytes, as cards are sold
-CONTEXT = 0.8e9  # bytes of a card that hold no tensor: CUDA's context, cuBLAS's workspace, gaps
 FP32 = 4  # bytes of a number; the adapter, its gradient and its optimiser have no other
 COMPILED_LOGITS = 2**22  # logits of a chunk from which the divergence is compiled (kernels.py)
 PREFILL_TOKENS = 512  # prompt tokens that go through the model at once (parts/batch.py)
-LEAST_CHUNK = 32  # rows of logits; fewer save no memory that counts
 
 
 @dataclass(frozen=True)
@@ -197,7 +186,7 @@ def _kept_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> in
 
 def _sampling_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tuple[int, int]:
     """Return the bytes of the cache and of choosing a token, for the rows decoded at once."""
-    rows = _sampled_rows(config)
+    rows = sampled_rows(config)
     # A plan, an explanation and a control's completion are written behind more than the problem.
     writes_more = config.teacher_reads in ("plan", "explained") or config.completion == "teacher"
     prompt = lengths.teacher if writes_more else lengths.student
@@ -214,7 +203,7 @@ def _sampling_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -
     return max(full, entering), max(logits, prefill)
 
 
-def _sampled_rows(config: Config) -> int:
+def sampled_rows(config: Config) -> int:
     """Return how many completions are decoded at once: no more than there are."""
     attempts = config.vote_samples if config.teacher_reads == "voted" else 1
     wanted = max(config.batch_size * attempts, config.eval_problems * config.eval_samples)
@@ -320,192 +309,3 @@ def _saved_bytes(shape: Shape, size: int) -> int:
 def _forward_bytes(shape: Shape, size: int) -> int:
     """Return what is alive of a token in a layer whose activations are not kept."""
     return (3 * shape.intermediate + 4 * shape.hidden) * size + 2 * shape.hidden * FP32
-
-
-def changes_that_fit(
-    shape: Shape,
-    config: Config,
-    dtype: torch.dtype,
-    lengths: Lengths,
-    limit: float,
-    *,
-    on_cpu: bool,
-) -> dict[str, Any] | None:
-    """Return the settings to change so that a run fits into `limit` bytes; None if none do.
-
-    Only those of "Machine" are tried, which change no result. {}: it fits as it is.
-    """
-    changes: dict[str, Any] = {}
-    while True:
-        changed = replace(config, **changes)
-        found = footprint(shape, changed, dtype, lengths, on_cpu=on_cpu)
-        if found.peak <= limit:
-            return changes
-        following = _next_change(changed, sampling=found.sampling > limit)
-        if max(found.static, found.loading) > limit or following is None:
-            return None
-        changes |= following
-
-
-def _next_change(config: Config, *, sampling: bool) -> dict[str, Any] | None:
-    """Return what saves memory in the phase that lacks it, the cheapest in time first."""
-    if sampling:
-        rows = _sampled_rows(config)
-        return {"sample_rows": rows // 2} if rows > 1 else None
-    rows = min(config.micro_batch, config.batch_size)
-    if not config.gradient_checkpointing:
-        return {"gradient_checkpointing": True}
-    if rows > 1:
-        halved = Limit.of(config).halved()
-        budget = {"micro_tokens": halved.tokens} if halved.tokens else {}
-        return {"micro_batch": rows // 2, **budget}
-    if config.chunk_tokens > LEAST_CHUNK:
-        return {"chunk_tokens": config.chunk_tokens // 2}
-    return None
-
-
-def flags_text(changes: dict[str, Any]) -> str:
-    """Return settings as they are typed: --micro-batch 2 --gradient-checkpointing."""
-    words = []
-    for name, value in changes.items():
-        flag = f"--{name.replace('_', '-')}"
-        words.append(flag if value is True else f"{flag} {value}")
-    return " ".join(words)
-
-
-def footprint_line(found: Footprint) -> str:
-    """Return the parts of a footprint in one line."""
-
-    def _gib(count: int) -> str:
-        return f"{count / GIB:.2f}"
-
-    return (
-        f"memory: {_gib(found.peak)} GiB at most: weights {_gib(found.weights)}, "
-        f"adapter and optimiser {_gib(found.adapter + found.optimiser)}, kept prompts "
-        f"{_gib(found.kept)}, then the largest of "
-        f"sampling {_gib(found.sampling - found.static)}, the teacher's pass "
-        f"{_gib(found.scoring - found.static)} and update {_gib(found.update - found.static)}"
-    )
-
-
-def free_bytes(device: str) -> int | None:
-    """Return the memory that is free on a device, None where nothing says it."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    return min(_free_on_the_host(), default=None) if device == "cpu" else None
-
-
-def _free_on_the_host() -> Iterator[int]:
-    """Yield what Linux says is available, and what a container's limit leaves of it."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                yield int(line.split()[1]) * 1024
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if os.access(limit, os.R_OK) and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        yield max(0, int(text) - int(used.read_text(encoding="ascii")))
-
-
-def check_memory(
-    shape: Shape, config: Config, dtype: torch.dtype, device: str, lengths: Lengths
-) -> str:
-    """Return the line that a run prints before it loads anything; ValueError where it cannot fit.
-
-    It cannot where not even micro-batches of one row would, to which a step that runs out of memory
-    falls back by itself (copsd.py). Where the device does not say what is free, nothing is refused.
-    """
-    on_cpu = device == "cpu"
-    found = footprint(shape, config, dtype, lengths, on_cpu=on_cpu)
-    line = footprint_line(found)
-    free = free_bytes(device)
-    if free is None:
-        return line
-    line += f"; {free / GIB:.2f} free"
-    if found.peak <= free:
-        return line
-    changes = changes_that_fit(shape, config, dtype, lengths, free, on_cpu=on_cpu)
-    advice = f"fits with {flags_text(changes)}" if changes else "no setting of Machine makes it fit"
-    least = footprint(shape, replace(config, micro_batch=1), dtype, lengths, on_cpu=on_cpu)
-    if least.peak > free:
-        raise ValueError(f"{line}: {advice}")
-    return f"{line}: may not fit; {advice}"
-
-
-def parts_table(found: Footprint) -> Table:
-    """Return what takes a run's memory, a row each."""
-    table = Table("", Column("GiB", justify="right"), box=None)
-    rows = {
-        "weights": found.weights,
-        "adapter": found.adapter,
-        "gradient and optimiser": found.optimiser,
-        "prompts that the teacher keeps": found.kept,
-        "sampling: weights with the adapter": found.copies,
-        "sampling: keys and values": found.cache,
-        "sampling: choice of a token": found.choice,
-        "sampling: holes in a CPU's heap": found.cache_gaps,
-        "teacher: one layer at work, packed weights": found.teacher,
-        "update: activations of a micro-batch": found.activations,
-        "update: one layer at work": found.layer,
-        "update: a chunk of logits": found.chunk,
-        "update: holes in a CPU's heap": found.gaps,
-        "peak while sampling": found.sampling,
-        "peak while the teacher reads": found.scoring,
-        "peak in the update": found.update,
-    }
-    for name, count in rows.items():
-        table.add_row(name, f"{count / GIB:.2f}")
-    return table
-
-
-def cards_table(
-    shape: Shape, config: Config, dtype: torch.dtype, lengths: Lengths, cards: Sequence[float]
-) -> tuple[Table, bool]:
-    """Return which cards, in GB, hold a run and with which flags, and whether all of them do."""
-    table = Table(
-        Column("card, GB", justify="right"),
-        Column("peak, GiB", justify="right"),
-        "fits",
-        box=None,
-    )
-    every = True
-    for card in cards:
-        limit = card * 10**9 - CONTEXT
-        changes = changes_that_fit(shape, config, dtype, lengths, limit, on_cpu=False)
-        if changes is None:
-            every = False
-            table.add_row(f"{card:g}", "-", "no: no setting of Machine makes it fit")
-            continue
-        changed = replace(config, **changes)
-        peak = footprint(shape, changed, dtype, lengths, on_cpu=False).peak
-        said = f"with {flags_text(changes)}" if changes else "as it is"
-        table.add_row(f"{card:g}", f"{peak / GIB:.2f}", said)
-    return table, every
-
-
-def plan(given: dict[str, Any], lengths: Lengths, cards: Sequence[float], console: Console) -> int:
-    """Print the memory of the run that typed flags ask for; 0 if every card holds it, else 1.
-
-    Reads no more of the model than its configuration and its recipe.
-    """
-    folder = resolve_model(given.get("model", Config.model), weights=False)
-    config = fill(given, folder)
-    check_run(config)
-    # The cards that are asked about have bfloat16, whatever this machine has.
-    auto = "float32" if config.device == "cpu" else "bfloat16"
-    dtype = DTYPES.get(auto if config.dtype == "auto" else config.dtype)
-    if dtype is None:
-        raise ValueError(f"unknown dtype {config.dtype!r}: valid are auto, {', '.join(DTYPES)}")
-    shape = read_shape(folder, config)
-    found = footprint(shape, config, dtype, lengths, on_cpu=config.device == "cpu")
-    name = str(dtype).removeprefix("torch.")
-    say(
-        console,
-        f"{config.method.upper()} on {config.model} in {name}, prompts of up to {lengths.student} "
-        f"tokens (the teacher's {lengths.teacher}), completions of {config.max_new_tokens}",
-    )
-    console.print(parts_table(found))
-    table, every = cards_table(shape, config, dtype, lengths, cards)
-    console.print(table)
-    say(console, footprint_line(found))
-    return 0 if every else 1

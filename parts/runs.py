@@ -1,6 +1,7 @@
 """The run folder: its record, logs, adapters, and the state from which a stopped run goes on.
 
 config.json        settings, identity (hashes of weights, prompts and data), versions, git commit
+                   (parts/identity.py)
 metrics.jsonl      one line a step
 completions.jsonl  some rollouts of every step, whole
 adapters/step_N/   adapter_model.safetensors and adapter_config.json, as peft writes them
@@ -15,26 +16,18 @@ whole.
 """
 
 import hashlib
-import platform
 import re
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from parts import checkpoints, owner
 from parts.files import (
     PARTIAL,
     append_rows,
-    file_digest,
     json_lines,
     read_object,
     read_rows,
@@ -44,27 +37,12 @@ from parts.files import (
     write_sealed,
     write_text,
 )
+from parts.identity import provenance, recorded_identity
 from parts.stops import stop_signals as stop_signals  # stays importable from here
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 LOGS = ("metrics.jsonl", "completions.jsonl")
 LENGTHS = {"steps", "token_budget"}  # settings that say where a run ends
 DIGESTS = "digests.json"
-# A model's small files that decide on its numbers beside its weights, by what a message calls them.
-MODEL_FILES = {
-    "model_config": ("config.json",),
-    "generation_config": ("generation_config.json",),
-    "tokenizer": (
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -136,7 +114,7 @@ class Run:
         """
         if not self.record_file.is_file():
             return None
-        return _identity(self.record_file).get("template_date")
+        return recorded_identity(self.record_file).get("template_date")
 
     def log(self, metrics: Mapping[str, Any], completions: list[dict[str, Any]]) -> None:
         """Add a step's metrics and completions."""
@@ -306,90 +284,10 @@ class Run:
         self.vouch(path)
 
 
-def fingerprint(rows: list[Any]) -> str:
-    """Return 16 hex digits that change with any field of any row, such as a problem."""
-    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-
-
-def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return 16 hex digits of SHA-256 over names, shapes, dtypes and bytes.
-
-    tensors  dict(model.named_parameters()) without an adapter, or an adapter's state_dict()
-    Copies one tensor at a time to the CPU.
-    """
-    return _tensors_fingerprint(sorted(tensors.items()))
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """Return the weights_fingerprint of a model's files, one tensor at a time.
-
-    It is of what is stored: neither the dtype nor the device that a run loads it in has a part in
-    it, nor how the tensors are spread over files. Raises OSError or SafetensorError.
-    """
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if not (folder / files[0]).is_file():
-        files = sorted(set(read_object(index)["weight_map"].values()))
-    with ExitStack() as stack:
-        places = {}
-        for name in files:
-            file = stack.enter_context(safe_open(folder / name, framework="pt"))
-            places |= dict.fromkeys(file.keys(), file)
-        return _tensors_fingerprint(
-            (name, file.get_tensor(name)) for name, file in sorted(places.items())
-        )
-
-
 def line_digests(content: bytes) -> list[str]:
     """Return 16 hex digits for each whole line of a file's content."""
     *lines, _ = content.split(b"\n")
     return [hashlib.sha256(line).hexdigest()[:16] for line in lines]
-
-
-def files_fingerprints(folder: Path) -> dict[str, str]:
-    """Return a digest of each kind of small file of a model: its settings, its vocabulary."""
-    found = {}
-    for kind, names in MODEL_FILES.items():
-        digests = [file_digest(folder / name) for name in names if (folder / name).is_file()]
-        found[kind] = fingerprint(digests)
-    return found
-
-
-def _tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        as_bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(as_bytes.numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def provenance() -> dict[str, Any]:
-    """Return what a result may depend on beside its settings: versions, platform, git commit.
-
-    What git says is None outside a clone, and where there is no git.
-    """
-    commit = _git("rev-parse", "--verify", "--quiet", "HEAD")
-    changes = _git("status", "--porcelain")
-    packages = {name: version(name) for name in PACKAGES}
-    return {
-        "command": sys.argv,
-        "versions": {"python": platform.python_version(), **packages},
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "git_commit": commit or None,
-        "git_uncommitted_changes": bool(changes) if commit else None,
-    }
-
-
-def _git(*arguments: str) -> str:
-    """Return what git says of the project's folder, "" outside a clone or without git."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.decode(errors="replace").strip()
 
 
 def last_adapter_folder(path: Path) -> Path:
@@ -418,65 +316,3 @@ def _adapter_of(path: Path) -> Path:
             f"{path} is neither an adapter folder nor a run folder with a saved adapter"
         )
     return saved[max(saved)]
-
-
-def recorded_fingerprint(path: Path) -> str | None:
-    """Return the fingerprint of the base weights under a run or adapter folder.
-
-    None where none was recorded.
-    """
-    for folder in (path, path.parent.parent):
-        if (folder / "config.json").is_file():
-            return _identity(folder / "config.json").get("base_weights")
-    return None
-
-
-def _identity(record_file: Path) -> dict[str, Any]:
-    """Return what a record says the run is of; ValueError where it is no object."""
-    identity = read_sealed(record_file).get("identity", {})
-    if not isinstance(identity, dict):
-        raise ValueError(f"{record_file} is damaged: it has no identity")
-    return identity
-
-
-def refuse_foreign_adapter(path: Path, base_weights: str, model: str) -> None:
-    """Raise ValueError for an adapter that was trained on other base weights than the model's."""
-    if recorded_fingerprint(path) not in (None, base_weights):
-        raise ValueError(f"adapter {path} was trained on other base weights than those of {model}")
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's state as flat named tensors: "optimizer/3/exp_avg"."""
-    return {
-        f"optimizer/{index}/{name}": tensor
-        for index, entry in optimizer.state_dict()["state"].items()
-        for name, tensor in entry.items()
-    }
-
-
-def check_state(run: Run, adapter: Mapping[str, Tensor], trained: Sequence[Tensor]) -> None:
-    """Raise ValueError where the run's newest state lacks a tensor, or has one of another shape.
-
-    adapter  its tensors by name, as the state is to hold them
-    trained  what the optimiser trains: AdamW keeps two means of the gradient of each, and a count
-    """
-    state, _ = checkpoints.newest(run.folder)
-    if state is None:
-        return
-    entries = [
-        f"optimizer/{index}/{name}"
-        for index in range(len(trained))
-        for name in ("step", "exp_avg", "exp_avg_sq")
-    ]
-    state.check({f"lora/{name}": tensor for name, tensor in adapter.items()}, entries)
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what optimizer_tensors returned."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        prefix, *place = key.split("/")
-        if prefix == "optimizer":
-            index, name = place
-            state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -12,10 +12,19 @@ from kernels import compile_fault
 from parts import ranks, readings, runs
 from parts.adapters import put_adapter, read_settings
 from parts.chat import freeze_date, prompt_opens_think
+from parts.checkpoints import check_state
 from parts.data import keep_fitting, read_problem_sets
 from parts.family import context_length
 from parts.files import require_space
-from parts.footprint import Lengths, check_memory, read_shape
+from parts.fitting import check_memory
+from parts.footprint import Lengths, read_shape
+from parts.identity import (
+    files_fingerprints,
+    fingerprint,
+    folder_fingerprint,
+    refuse_foreign_adapter,
+    weights_fingerprint,
+)
 from parts.lora import Lora, attach_lora
 from parts.lossscale import LossScale
 from parts.machine import pick_device, pick_dtype
@@ -117,13 +126,13 @@ def load_setup(
             "open a think block; valid with it: --thinking off"
         )
     identity = {
-        "base_weights": runs.folder_fingerprint(folder),
-        **runs.files_fingerprints(folder),
+        "base_weights": folder_fingerprint(folder),
+        **files_fingerprints(folder),
         "prompt_template": template_hash(tokenizer, config.lang, config.thinking),
         "template_date": day,
         "dtype": str(dtype),
-        "training_data": runs.fingerprint(train),
-        "heldout_data": runs.fingerprint(heldout),
+        "training_data": fingerprint(train),
+        "heldout_data": fingerprint(heldout),
     }
     lora = attach_lora(
         model,
@@ -167,7 +176,7 @@ def prepare(
         raise ValueError("this machine has another model, data or prompts than that of rank 0")
     if ranks.is_first():
         run.check(settings, identity)
-        runs.check_state(run, setup.lora.state_dict(), setup.lora.parameters())
+        check_state(run.folder, setup.lora.state_dict(), setup.lora.parameters())
         # A state is the adapter, the teacher's own, and two numbers of the optimiser's for each.
         adapter = sum(tensor.numel() for tensor in setup.lora.parameters()) * 4  # bytes
         saved = adapter * (5 if config.teacher in ("ema", "copy") else 4)
@@ -189,7 +198,7 @@ def _warm_start(lora: Lora, config: Config, base_weights: str) -> str:
     Raises ValueError for one of another base, or with other layers, rank or scale.
     """
     path = Path(str(config.warm_start))
-    runs.refuse_foreign_adapter(path, base_weights, config.model)
+    refuse_foreign_adapter(path, base_weights, config.model)
     folder = runs.last_adapter_folder(path)
     saved = read_settings(folder)
     if saved["lora_alpha"] / saved["r"] != lora.alpha / lora.rank:
@@ -202,7 +211,7 @@ def _warm_start(lora: Lora, config: Config, base_weights: str) -> str:
     except ValueError as error:
         raise ValueError(f"--warm-start {path}: {error}") from error
     lora.copy_current()
-    return runs.weights_fingerprint(lora.sets["current"])
+    return weights_fingerprint(lora.sets["current"])
 
 
 def longest_prompts(

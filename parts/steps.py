@@ -8,6 +8,7 @@ import torch
 
 from parts import ranks, runs
 from parts.adapters import save_adapter
+from parts.checkpoints import optimizer_tensors, restore_optimizer
 from parts.data import pick_order
 from parts.lossscale import LossScale
 from parts.machine import stop_unless_finite
@@ -111,7 +112,7 @@ def begin(setup: Setup, run: runs.Run) -> tuple[torch.optim.AdamW, int, int, int
     if step:
         own = {name: tensor for name, tensor in tensors.items() if name.startswith("lora/")}
         setup.lora.load_state_dict({name.removeprefix("lora/"): own[name] for name in own})
-        runs.restore_optimizer(optimizer, tensors)
+        restore_optimizer(optimizer, tensors)
     logged = ranks.decide(logged)
     setup.loss_scale.restore(logged)
     setup.model.train()
@@ -162,5 +163,5 @@ def save(
         name, revision = published_name(Path(str(setup.model.name_or_path)))
         save_adapter(setup.lora, run.adapter_folder(step), base_model=name, revision=revision)
     adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
-    state = {**adapter, **runs.optimizer_tensors(optimizer)}
+    state = {**adapter, **optimizer_tensors(optimizer)}
     run.save_state(step, state, setup.config.keep, due=is_due(setup.config, step, done))

@@ -1,5 +1,6 @@
 """Shared fixtures: a random two-layer model that every module can be tested on in milliseconds."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,26 @@ from parts.view import StepView
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+# A row of COPSD's training layout, which has the English side beside the translation.
+TRAINING_ROW = {
+    "source": "openthoughts",
+    "problem": "What?",
+    "solution": "So.",
+    "Answer": "4",
+    "problem_translated": "Nini?",
+}
+# Qwen2.5-1.5B's published sizes.
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
 
 
 def build_tiny_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
@@ -41,6 +62,13 @@ def build_tiny_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
         "initializer_range": 0.3,
     }
     return Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides})).eval()
+
+
+def write_file(folder: Path, name: str, text: str) -> Path:
+    """Write a file into a folder, its line ends as they are, and return its path."""
+    path = folder / name
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
 
 
 def die_at(step: int, view: StepView, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +120,15 @@ def tiny_model() -> Qwen2ForCausalLM:
 @pytest.fixture
 def lab_folder() -> Path:
     return ROOT / "lab" / "tiny"
+
+
+@pytest.fixture
+def qwen(tmp_path) -> Path:
+    """Return a folder with no more of a Qwen2.5-1.5B than its config.json."""
+    folder = tmp_path / "qwen"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(QWEN))
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parts import checkpoints
-from parts.checkpoints import newest, saved_steps
+from parts.checkpoints import (
+    check_state,
+    newest,
+    optimizer_tensors,
+    restore_optimizer,
+    saved_steps,
+)
 from parts.files import read_sealed, write_sealed
-from parts.runs import LOGS, Run, check_state, optimizer_tensors
+from parts.runs import LOGS, Run
 
 
 def save(run: Run, step: int, **options) -> None:
@@ -136,22 +142,22 @@ def test_a_state_that_lacks_a_tensor_is_refused(tmp_path):
     run = Run(tmp_path)
     run.log({"step": 1, "sampled_tokens": 1}, [])
     run.save_state(1, state)
-    check_state(run, adapter, [parameter])  # no update has been made: no optimiser state
+    check_state(tmp_path, adapter, [parameter])  # no update has been made: no optimiser state
     parameter.sum().backward()
     optimizer.step()
     whole = {**state, **optimizer_tensors(optimizer)}
     run.save_state(1, whole)
-    check_state(run, adapter, [parameter])
+    check_state(tmp_path, adapter, [parameter])
     for name in whole:
         run.save_state(1, {each: tensor for each, tensor in whole.items() if each != name})
         with pytest.raises(ValueError, match=f"such as {name}; start anew"):
-            check_state(run, adapter, [parameter])
+            check_state(tmp_path, adapter, [parameter])
     run.save_state(1, {**whole, "other": torch.ones(1)})
     with pytest.raises(ValueError, match="such as other"):
-        check_state(run, adapter, [parameter])
+        check_state(tmp_path, adapter, [parameter])
     run.save_state(1, {**whole, "lora/current.layer.lora_A": torch.ones(3)})
     with pytest.raises(ValueError, match="misshapen"):
-        check_state(run, adapter, [parameter])
+        check_state(tmp_path, adapter, [parameter])
 
 
 def test_tensors_are_saved_as_they_are(tmp_path):
@@ -161,3 +167,26 @@ def test_tensors_are_saved_as_they_are(tmp_path):
     assert torch.equal(load_file(state_file(run, 1))["a"], torch.arange(6.0).reshape(2, 3).T)
     save_file({"a": torch.zeros(1)}, state_file(run, 1))
     assert newest(tmp_path)[0] is None
+
+
+def test_optimizer_state_survives_the_round_trip_through_flat_tensors():
+    def fresh():
+        parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        return parameter, torch.optim.AdamW([parameter], lr=0.1)
+
+    def step(parameter, optimizer):
+        (parameter**2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    straight, optimizer = fresh()
+    step(straight, optimizer)
+    resumed, other = fresh()
+    with torch.no_grad():
+        resumed.copy_(straight)
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer).items()}
+    # An adapter's tensors stand in the same file and are not the optimiser's.
+    restore_optimizer(other, {**saved, "lora/current.layer.lora_A": torch.ones(1)})
+    step(straight, optimizer)
+    step(resumed, other)
+    assert torch.equal(straight, resumed)

@@ -1,6 +1,5 @@
-"""parts/data.py: files and hub sets become problems; what is held out; the order of the rest."""
+"""parts/data.py: rows and hub sets become problems; what is held out; the order of the rest."""
 
-import csv
 import doctest
 import io
 import json
@@ -8,12 +7,11 @@ import math
 import random
 import unicodedata
 from dataclasses import replace
-from decimal import Decimal
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import TRAINING_ROW, write_file
 from pyarrow import parquet
 from rich.console import Console
 
@@ -23,58 +21,20 @@ from parts.prompts import Problem, find_language
 from parts.recipe import Config
 
 
-def write(folder: Path, name: str, text: str) -> Path:
-    path = folder / name
-    path.write_text(text, encoding="utf-8", newline="")
-    return path
-
-
 def test_doctests():
     result = doctest.testmod(data)
     assert result.failed == 0 and result.attempted >= 1
 
 
-TRAIN = {
-    "source": "openthoughts",
-    "problem": "What?",
-    "solution": "So.",
-    "Answer": "4",
-    "problem_translated": "Nini?",
-}
-
-
 def jsonl(folder: Path, *rows) -> Path:
-    return write(
+    return write_file(
         folder, "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     )
 
 
-def test_the_training_layout_loads_alike_from_every_format(tmp_path):
-    row = TRAIN | {"language": "Swahili", "language_short": "sw"}
-    table = [row, row | {"problem_translated": "Ngapi\u2028gani?", "Answer": "5"}]
-    first = Problem("0", "Nini?", "What?", "So.", "4", "swa")
-    expected = [first, replace(first, id="1", problem="Ngapi\u2028gani?", answer="5")]
-    lines = ["\t".join(row), *("\t".join(cells.values()) for cells in table)]
-    parquet.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
-    paths = [
-        tmp_path / "rows.parquet",
-        write(
-            tmp_path,
-            "rows.jsonl",
-            "\ufeff" + "\n".join(json.dumps(cells, ensure_ascii=False) for cells in table),
-        ),
-        write(tmp_path, "rows.json", "\ufeff" + json.dumps(table)),
-        write(tmp_path, "rows.TSV", "\n".join(lines) + "\n"),
-        write(tmp_path, "rows.csv", "\ufeff" + "\r\n".join(lines).replace("\t", ",") + "\r\n"),
-    ]
-    for path in paths:
-        assert load_problems(path) == expected, path
-        assert load_problems(path, language="sw") == expected, path
-
-
 def test_rows_of_other_languages_are_left_out_and_keep_their_row_numbers(tmp_path):
     names = ["Swahili", "hau", "KISWAHILI", "sw", "Klingon"]
-    path = jsonl(tmp_path, *(TRAIN | {"language": name} for name in names))
+    path = jsonl(tmp_path, *(TRAINING_ROW | {"language": name} for name in names))
     swahili = load_problems(path, language="swa")
     assert [(row.id, row.language) for row in swahili] == [(i, "swa") for i in "023"]
     assert [row.id for row in load_problems(path, language="ha")] == ["1"]
@@ -84,9 +44,9 @@ def test_rows_of_other_languages_are_left_out_and_keep_their_row_numbers(tmp_pat
         load_problems(path, language="yor")
     with pytest.raises(ValueError, match=r"line 5: unknown language 'Klingon'"):
         load_problems(path)
-    path = jsonl(tmp_path, TRAIN | {"language": "whatever", "language_short": "HA"})
+    path = jsonl(tmp_path, TRAINING_ROW | {"language": "whatever", "language_short": "HA"})
     assert load_problems(path)[0].language == "hau"
-    path = jsonl(tmp_path, *(TRAIN | {"id": "x", "language": code} for code in ("sw", "ha")))
+    path = jsonl(tmp_path, *(TRAINING_ROW | {"id": "x", "language": code} for code in ("sw", "ha")))
     assert len(load_problems(path)) == 2  # one id may stand in several languages
 
 
@@ -100,41 +60,11 @@ def test_the_plain_layout_needs_a_language_and_has_no_english_side(tmp_path):
         load_problems(path)
     assert load_problems(jsonl(tmp_path, {"problem": "Nawa?"}), language="ha")[0].answer is None
     # Enough for the ablation without the English problem.
-    path = jsonl(tmp_path, TRAIN | {"problem": None})
+    path = jsonl(tmp_path, TRAINING_ROW | {"problem": None})
     assert load_problems(path, language="ha") == [Problem("0", "Nini?", None, "So.", "4", "hau")]
 
 
-def test_afrimgsm_rows_with_raw_line_breaks_and_quotes(tmp_path):
-    text = 'Ya ce "nawa\t\t11\t\nDaya\n\nbiyu" ne?\tAmsa: 29\t29\t1 + 28\nUku?\t\t0\t\n\n'
-    header = "question\tanswer\tanswer_number\tequation_solution\n"
-    path = write(tmp_path, "test.tsv", header + text)
-    expected = [("0", 'Ya ce "nawa', "11"), ("1", 'Daya\nbiyu" ne?', "29"), ("2", "Uku?", "0")]
-    rows = load_problems(path, language="hau")
-    assert [(row.id, row.problem, row.answer) for row in rows] == expected
-
-
-def test_mgsm_has_no_header_and_msvamp_a_line_of_json_per_row(tmp_path):
-    path = write(tmp_path, "mgsm_sw.tsv", "Mayai mangapi?\t1,450\nSiku\nngapi?\t-3\n")
-    rows = [(row.id, row.problem, row.answer) for row in load_problems(path, language="sw")]
-    assert rows == [("0", "Mayai mangapi?", "1,450"), ("1", "Siku\nngapi?", "-3")]
-    row = {
-        "query": "how many ?",
-        "equation": "- number0 number1",
-        "response": "8.0",
-        "m_query": "Ngapi?",
-    }
-    path = write(
-        tmp_path,
-        "test_Swahili.json",
-        json.dumps(row) + "\n" + json.dumps(row | {"response": "1.5"}) + "\n",
-    )
-    assert [row.answer for row in load_problems(path, language="sw")] == ["8.0", "1.5"]
-    assert load_problems(path, language="sw")[0] == Problem("0", "Ngapi?", None, None, "8.0", "swa")
-
-
-def test_a_csv_field_may_be_quoted_and_text_becomes_nfc(tmp_path):
-    path = write(tmp_path, "rows.csv", 'question,answer\n"Daya,\nbiyu?",3\n')
-    assert load_problems(path, language="ha")[0].problem == "Daya,\nbiyu?"
+def test_text_becomes_nfc(tmp_path):
     decomposed = unicodedata.normalize("NFD", "Mélòó ni ọ́ọ́lù?")
     row = load_problems(jsonl(tmp_path, {"problem": decomposed}), language="yo")[0]
     assert row.problem == unicodedata.normalize("NFC", decomposed) != decomposed
@@ -149,7 +79,6 @@ def test_a_csv_field_may_be_quoted_and_text_becomes_nfc(tmp_path):
             "line 1: needs a column .*question.*; has title, answer",
         ),
         ("a.jsonl", '{"problem": "x"}\n\n{"problem": " "}\n', "line 3: empty problem"),
-        ("a.jsonl", '{"problem": "x"}\n{"problem": }\n', "line 2, column 13: Expecting value"),
         ("a.jsonl", '{"problem": ["x"]}\n', "line 1: problem must be text or a number, not a list"),
         ("a.jsonl", '["x"]\n', "line 1: must be an object, not a list"),
         (
@@ -158,20 +87,14 @@ def test_a_csv_field_may_be_quoted_and_text_becomes_nfc(tmp_path):
             "line 2: duplicate id '1'",
         ),
         ("a.jsonl", "\n", "no problems in ha; languages: \\[\\]"),
-        ("a.json", '[\n{"problem": "x"},\n{"problem" "y"}]', ".* line 3 column 12"),
         ("a.json", '{"data": []}', "line 1: needs a column .* has data"),
         ("a.json", "5", "line 1: must be an object, not a int"),
-        ("a.tsv", "question\tanswer\nx\t1\t2\n", "line 2: 3 fields where the header has 2"),
-        ("a.tsv", "question\tanswer\nx\t1\ny\n", "line 3: 1 fields where the header has 2"),
         ("a.tsv", "question\tanswer\n\t1\n", "line 2: empty question"),
-        ("a.csv", "question,answer\nx,1\ny\n", "line 3: 1 fields where the header has 2"),
         ("a.csv", "", "no problems"),
-        ("a.parquet", "not parquet at all", ".*not a parquet file"),
-        ("a.txt", "x", "unknown extension '.txt'; valid: .jsonl, .json, .tsv, .csv, .parquet"),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_the_file_and_the_place(tmp_path, name, text, message):
-    path = write(tmp_path, name, text)
+    path = write_file(tmp_path, name, text)
     with pytest.raises(ValueError, match=f"{name}: {message}") as error:
         load_problems(path, language="ha")
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
@@ -257,16 +180,6 @@ def test_nan_is_missing_wherever_it_stands(tmp_path):
         load_problems(jsonl(tmp_path, {"problem_translated": math.nan}), language="ha")
 
 
-@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64(), pa.decimal128(3, 1)])
-def test_a_tenth_is_a_tenth_in_every_width(tmp_path, kind):
-    numbers = [Decimal("0.1")] if pa.types.is_decimal(kind) else np.array([0.1], np.float64)
-    if pa.types.is_floating(kind):
-        numbers = np.array([0.1], kind.to_pandas_dtype())
-    table = pa.table({"question": ["Nawa?"], "answer": pa.array(numbers, kind)})
-    parquet.write_table(table, tmp_path / "rows.parquet")
-    assert load_problems(tmp_path / "rows.parquet", language="ha")[0].answer == "0.1"
-
-
 @pytest.mark.parametrize(
     ("column", "text", "said"),
     [
@@ -296,14 +209,6 @@ def test_what_json_made_of_a_lost_backslash_is_an_error_that_says_what(
     assert said in str(error.value)
 
 
-def test_an_escape_that_json_does_not_have_says_how_a_backslash_is_written(tmp_path):
-    for name in ("rows.jsonl", "rows.json"):
-        text = r'{"question": "\alpha"}'
-        path = write(tmp_path, name, f"[{text}]" if name == "rows.json" else text)
-        with pytest.raises(ValueError, match=r"line 1.*two backslashes for one"):
-            load_problems(path, language="ha")
-
-
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\t", "\n", "\r\n", "\u200f"])
 def test_line_separators_and_tabs_are_ordinary_text_and_come_back(tmp_path, mark):
     text = f"Nawa{mark}ne 2{mark}+ 3?"
@@ -311,15 +216,6 @@ def test_line_separators_and_tabs_are_ordinary_text_and_come_back(tmp_path, mark
     assert [row.problem for row in problems] == [text]
     data.write_problems(tmp_path / "again.jsonl", problems)
     assert load_problems(tmp_path / "again.jsonl") == problems
-
-
-def test_fields_of_any_length_load_and_the_limit_of_others_stays(tmp_path):
-    limit = csv.field_size_limit()
-    for name, tab in (("rows.csv", ","), ("rows.tsv", "\t")):
-        lines = [tab.join(["question", "note", "answer"]), tab.join(["a", "x" * 140_000, "1"])]
-        path = write(tmp_path, name, "\n".join(lines) + "\n")
-        assert [row.answer for row in load_problems(path, language="ha")] == ["1"]
-    assert csv.field_size_limit() == limit
 
 
 def test_every_tag_of_a_language_is_it_and_what_is_left_out_is_counted_aloud(tmp_path):
@@ -361,7 +257,7 @@ def hub_cache(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         (repo / "refs").mkdir(exist_ok=True)
         (repo / "refs" / "main").write_text("c" * 40)
-        parquet.write_table(pa.Table.from_pylist([TRAIN | {"language": "Swahili"}]), file)
+        parquet.write_table(pa.Table.from_pylist([TRAINING_ROW | {"language": "Swahili"}]), file)
         return file
 
     return put
@@ -459,8 +355,8 @@ def test_long_prompts_are_left_out_whole_and_counted():
 @pytest.fixture
 def numbered(tmp_path) -> Path:
     """A training file of six problems, each with a solution of its own."""
-    numbers = range(6)
-    rows = [TRAIN | {"problem_translated": f"Nawa {i}?", "solution": f"So {i}."} for i in numbers]
+    changes = ({"problem_translated": f"Nawa {i}?", "solution": f"So {i}."} for i in range(6))
+    rows = [TRAINING_ROW | change for change in changes]
     return jsonl(tmp_path, *(row | {"language": "hau"} for row in rows))
 
 
@@ -471,7 +367,7 @@ def test_a_run_holds_out_what_its_seed_draws_or_reads_a_file_of_its_own(tmp_path
     assert data.read_problem_sets(config) == (train, [], heldout)
     none = replace(config, eval_problems=0)
     assert data.read_problem_sets(none) == (everything, [], [])
-    other = write(tmp_path, "test.csv", "question,answer\na,1\nb,2\nc,3\n")
+    other = write_file(tmp_path, "test.csv", "question,answer\na,1\nb,2\nc,3\n")
     own = replace(config, eval_data=str(other))
     train, _, heldout = data.read_problem_sets(own)
     assert train == everything and [row.problem for row in heldout] == ["a", "b"]

@@ -1,51 +1,17 @@
-"""What a run takes, from the configuration alone; what fits; what happens where it did not."""
+"""parts/footprint.py: what a run takes, from the configuration alone."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from test_copsd import jsonl, timeless
-from test_copsd import train as train_copsd
-from test_grpo import train as train_grpo
-from typer.testing import CliRunner
 
-import copsd
 from parts import commands, footprint, setup
-from parts.footprint import (
-    GIB,
-    Footprint,
-    Lengths,
-    changes_that_fit,
-    flags_text,
-    read_shape,
-)
+from parts.footprint import Footprint, Lengths, read_shape
 from parts.lora import attach_lora
-from parts.microbatch import Limit, halve_until_it_fits
 from parts.model import final_hidden, load_model
 from parts.recipe import Config
 
-# Qwen2.5-1.5B's published sizes.
-QWEN = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-}
 LENGTHS = Lengths(student=256, teacher=1024)
-
-
-@pytest.fixture
-def qwen(tmp_path):
-    folder = tmp_path / "qwen"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(QWEN))
-    return folder
 
 
 def planned(shape, config: Config, dtype=torch.bfloat16, lengths=LENGTHS, **options) -> Footprint:
@@ -121,16 +87,6 @@ def test_a_budget_of_positions_is_counted_by_the_longer_role(qwen):
     assert planned(shape, budget) == planned(shape, replace(grpo, micro_batch=4)), (
         "no teacher reads"
     )
-    limit = (one.update + four.update) / 2
-    changes = changes_that_fit(
-        shape,
-        replace(config, micro_tokens=4 * 2024),
-        torch.bfloat16,
-        LENGTHS,
-        limit,
-        on_cpu=False,
-    )
-    assert changes and (changes["micro_batch"], changes["micro_tokens"]) == (4, 2 * 2024)
 
 
 def test_a_prompt_that_a_group_shares_is_counted_once(qwen):
@@ -148,56 +104,6 @@ def test_a_prompt_that_a_group_shares_is_counted_once(qwen):
     assert kept(micro_batch=1) == kept(micro_batch=1, method="copsd")
 
 
-def test_plan_takes_a_budget():
-    flags = ["--micro-batch", "64", "--no-gradient-checkpointing", "--device", "cpu"]
-    said = [
-        CliRunner().invoke(commands.copsd, ["plan", *flags, *budget]).stdout
-        for budget in ([], ["--micro-tokens", "100"])
-    ]
-    peaks = [float(text.split("memory: ")[1].split(" GiB")[0]) for text in said]
-    assert peaks[1] < peaks[0]
-
-
-def test_the_changes_that_fit_do_fit_and_change_no_result(qwen):
-    shape = read_shape(qwen, Config())
-    config = replace(Config(), micro_batch=32, gradient_checkpointing=False)
-    for limit in (8 * GIB, 12 * GIB, 22 * GIB):
-        changes = changes_that_fit(shape, config, torch.bfloat16, LENGTHS, limit, on_cpu=False)
-        assert changes and planned(shape, replace(config, **changes)).peak <= limit
-        sections = {Config.__dataclass_fields__[name].metadata["section"] for name in changes}
-        assert sections == {Config.__dataclass_fields__["micro_batch"].metadata["section"]}
-    fits = changes_that_fit(shape, config, torch.bfloat16, LENGTHS, 10**12, on_cpu=False)
-    never = changes_that_fit(shape, config, torch.bfloat16, LENGTHS, 3 * GIB, on_cpu=False)
-    assert (fits, never) == ({}, None)
-    assert flags_text({"micro_batch": 2, "gradient_checkpointing": True}) == (
-        "--micro-batch 2 --gradient-checkpointing"
-    )
-
-
-def test_plan_prints_parts_and_cards_from_a_config_json(qwen):
-    result = CliRunner().invoke(commands.copsd, ["plan", "--model", str(qwen)])
-    assert result.exit_code == 0, result.output
-    assert "weights" in result.output and "2.88" in result.output
-    assert all(f" {card} " in result.output for card in (24, 40, 80, 141))
-    small = CliRunner().invoke(commands.copsd, ["plan", "--model", str(qwen), "--gpu", "3"])
-    assert small.exit_code == 1 and "no setting of Machine" in small.output
-
-
-def test_training_says_its_memory_first_and_refuses_what_cannot_fit(tmp_path, monkeypatch):
-    flags = ["train", "--steps", "1", "--batch-size", "2", "--eval-problems", "0"]
-    out = tmp_path / "run"
-    monkeypatch.setattr(footprint, "free_bytes", lambda device: 2**20)
-    refused = CliRunner().invoke(commands.copsd, [*flags, "--out", str(out)])
-    assert refused.exit_code == 2 and "GiB at most" in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) == 1 and not out.exists()
-    monkeypatch.setattr(footprint, "free_bytes", lambda device: None)
-    result = CliRunner().invoke(commands.copsd, [*flags, "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    lines = result.output.splitlines()
-    said = next(line for line in lines if "GiB at most" in line)
-    assert lines.index(said) < lines.index(next(line for line in lines if "COPSD on" in line))
-
-
 def test_the_longest_prompts_are_those_of_the_data(tmp_path):
     config, folder = setup.configure({"out": str(tmp_path / "run")})
     loaded = setup.prepare(config, folder, commands.Console(quiet=True))[0]
@@ -207,53 +113,3 @@ def test_the_longest_prompts_are_those_of_the_data(tmp_path):
     # Among the longest texts, which need not be the most tokens to the letter.
     assert 0.9 * max(students) <= found.student <= max(students)
     assert 0.9 * max(teachers) <= found.teacher <= max(teachers)
-
-
-# Out of memory in a step
-
-
-@pytest.mark.parametrize(
-    "train, loss, given",
-    [
-        (train_copsd, "copsd_loss", {"micro_batch": 4}),
-        (train_grpo, "grpo_loss", {"micro_batch": 4, "inner_epochs": 2}),
-    ],
-)
-def test_a_step_out_of_memory_goes_on_with_half_the_rows(
-    tmp_path, monkeypatch, capsys, train, loss, given
-):
-    straight = train(tmp_path / "a", **given)
-    calls = []
-    sampled = []
-    real_loss = getattr(copsd, loss)
-    real_sample = copsd.sample
-
-    def _fail_once(setup, *arguments, **options):
-        calls.append(1)
-        found = real_loss(setup, *arguments, **options)
-        if len(calls) == 2:  # in the middle of a step: a part of the gradient is there already
-            raise torch.OutOfMemoryError("as if")
-        return found
-
-    monkeypatch.setattr(copsd, loss, _fail_once)
-    monkeypatch.setitem(copsd.SOURCES, "student", (copsd.roll_out, copsd.copsd_loss))
-    monkeypatch.setattr(copsd, "sample", lambda *a, **k: sampled.append(1) or real_sample(*a, **k))
-    halved = train(tmp_path / "b", **given)
-    assert "out of memory: micro-batches of 2 rows" in capsys.readouterr().err
-    assert len(sampled) == 2, "one rollout a step, none again"
-    first, second = (timeless(jsonl(run / "metrics.jsonl")) for run in (straight, halved))
-    assert len(first) == len(second) == 2
-    for one, other in zip(first, second, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            assert value == other[name] or value == pytest.approx(other[name], rel=2e-3, abs=1e-5)
-
-
-def test_without_memory_for_one_row_the_error_is_the_errors():
-    def _never(size):
-        raise torch.OutOfMemoryError("too little")
-
-    tried = []
-    with pytest.raises(torch.OutOfMemoryError):
-        halve_until_it_fits(_never, Limit(4), lambda: tried.append(1))
-    assert len(tried) == 2  # 2 and 1

@@ -25,10 +25,11 @@ from parts import data, measure, prompts
 from parts.adapters import load_adapter, save_adapter
 from parts.evaluations import load_evaluations
 from parts.files import read_json, read_object, read_rows
+from parts.identity import recorded_fingerprint
 from parts.lora import attach_lora
 from parts.metrics import read_graded, read_summary
 from parts.recipe import fill
-from parts.runs import Run, last_adapter_folder, recorded_fingerprint
+from parts.runs import Run, last_adapter_folder
 from parts.setup import configure
 from parts.watch import last_completion
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parts import lora as ours
-from parts import runs
+from parts.identity import weights_fingerprint
 from parts.model import final_hidden, head_weight, load_model
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -109,10 +109,10 @@ def test_targets_choose_the_layers_and_the_head_is_never_one(tiny_model):
 
 
 def test_training_leaves_every_base_weight_as_it_was(tiny_model):
-    fingerprint = runs.weights_fingerprint(dict(tiny_model.named_parameters()))
+    fingerprint = weights_fingerprint(dict(tiny_model.named_parameters()))
     train(attach(tiny_model), steps=2)
     base = {name: p for name, p in tiny_model.named_parameters() if "lora_" not in name}
-    assert runs.weights_fingerprint(base) == fingerprint
+    assert weights_fingerprint(base) == fingerprint
     assert all(p.grad is None and not p.requires_grad for p in base.values())
 
 

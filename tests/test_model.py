@@ -11,7 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from parts import machine, runs
+from parts import machine
 from parts import model as ours
 
 SHA = "a" * 40
@@ -288,14 +288,3 @@ def test_hidden_states_times_head_are_the_logits_and_right_pads_change_nothing(t
     )
     padded_BT = torch.nn.functional.pad(ids_BT, (0, 5))
     torch.testing.assert_close(ours.final_hidden(tiny_model, padded_BT)[:, :7], hidden_BTD)
-
-
-def test_fingerprint_sees_names_shapes_dtypes_and_bytes_but_not_order():
-    a, b = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(5.0)
-    assert runs.weights_fingerprint({"a": a, "b": b}) == runs.weights_fingerprint({"b": b, "a": a})
-    variants = [
-        {"a": v, "b": b}
-        for v in (a, a + torch.tensor([0, 0, 0, 2**-20]), a.view(2, 2), a.view(torch.int32))
-    ]
-    fingerprints = {runs.weights_fingerprint(tensors) for tensors in [*variants, {"a": a, "c": b}]}
-    assert len(fingerprints) == 5 and all(len(fingerprint) == 16 for fingerprint in fingerprints)

@@ -9,19 +9,7 @@ import torch
 
 from parts import runs
 from parts.files import append_rows, read_json, read_rows, read_sealed, write_json
-from parts.runs import (
-    Run,
-    fingerprint,
-    folder_fingerprint,
-    last_adapter_folder,
-    optimizer_tensors,
-    provenance,
-    recorded_fingerprint,
-    refuse_foreign_adapter,
-    restore_optimizer,
-    stop_signals,
-    weights_fingerprint,
-)
+from parts.runs import Run, last_adapter_folder, stop_signals
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
@@ -117,29 +105,6 @@ def test_cutting_back_makes_no_log_where_there_is_none(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_optimizer_state_survives_the_round_trip_through_flat_tensors():
-    def fresh():
-        parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-        return parameter, torch.optim.AdamW([parameter], lr=0.1)
-
-    def step(parameter, optimizer):
-        (parameter**2).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    straight, optimizer = fresh()
-    step(straight, optimizer)
-    resumed, other = fresh()
-    with torch.no_grad():
-        resumed.copy_(straight)
-    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer).items()}
-    # An adapter's tensors stand in the same file and are not the optimiser's.
-    restore_optimizer(other, {**saved, "lora/current.layer.lora_A": torch.ones(1)})
-    step(straight, optimizer)
-    step(resumed, other)
-    assert torch.equal(straight, resumed)
-
-
 def test_an_evaluation_is_kept_by_its_name(tmp_path):
     run = Run(tmp_path)
     assert run.read_evaluation("before") is None
@@ -157,55 +122,12 @@ def test_the_last_adapter_of_a_run_is_found_and_a_missing_one_is_an_error(tmp_pa
         (run.adapter_folder(step) / "adapter_config.json").write_text("{}")
     last = tmp_path / "adapters" / "step_00010"
     assert last_adapter_folder(tmp_path) == last_adapter_folder(last) == last
-    assert recorded_fingerprint(tmp_path) is None
-    write_json(tmp_path / "config.json", {"identity": {"base_weights": "abc"}})
-    assert recorded_fingerprint(tmp_path) == recorded_fingerprint(last) == "abc"
-    for path in (tmp_path, last):
-        refuse_foreign_adapter(path, "abc", "lab/tiny")
-        with pytest.raises(ValueError, match="trained on other base weights than those of M"):
-            refuse_foreign_adapter(path, "def", "M")
 
 
 def test_adapters_are_ordered_by_number_and_other_folders_are_not_theirs(tmp_path):
     for name in ("step_99995", "step_100000", "step_final", "step_100001_copy"):
         (tmp_path / "adapters" / name).mkdir(parents=True)
     assert last_adapter_folder(tmp_path).name == "step_100000"
-
-
-def test_the_fingerprint_of_a_folder_is_of_what_is_stored(tiny_model, tmp_path):
-    tiny_model.to(torch.bfloat16).save_pretrained(tmp_path / "one")
-    tiny_model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    stored = folder_fingerprint(tmp_path / "one")
-    # However it is cut into files, and not of the dtype that a run loads it in.
-    assert stored == folder_fingerprint(tmp_path / "shards")
-    assert stored == weights_fingerprint(dict(tiny_model.named_parameters()))
-    with torch.no_grad():
-        tiny_model.model.norm.weight[3] += 1
-    tiny_model.save_pretrained(tmp_path / "other")
-    assert folder_fingerprint(tmp_path / "other") != stored
-
-
-def test_an_adapter_whose_base_nobody_recorded_is_not_refused(tmp_path):
-    refuse_foreign_adapter(tmp_path, "abc", "lab/tiny")
-
-
-def test_a_fingerprint_changes_with_name_shape_type_and_bytes():
-    base = {"a": torch.zeros(2, 3)}
-    others = [
-        {"b": torch.zeros(2, 3)},
-        {"a": torch.zeros(3, 2)},
-        {"a": torch.zeros(2, 3, dtype=torch.int32)},
-        {"a": torch.zeros(2, 3).index_fill(1, torch.tensor(2), 1.0)},
-        {"a": torch.zeros(2, 3), "b": torch.zeros(0)},
-    ]
-    found = {weights_fingerprint(tensors) for tensors in (base, *others)}
-    assert len(found) == 6 and {len(digits) for digits in found} == {16}
-    tall = torch.arange(6.0).reshape(2, 3)
-    pair = {"a": tall, "b": tall.T}
-    turned = {"b": tall.T.contiguous(), "a": tall}  # neither order nor strides count
-    assert weights_fingerprint(pair) == weights_fingerprint(turned)
-    assert fingerprint([1, 2]) != fingerprint([2, 1])
 
 
 def test_the_first_signal_is_remembered_and_the_second_acts():
@@ -217,24 +139,6 @@ def test_the_first_signal_is_remembered_and_the_second_acts():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.signal(signal.SIGINT, inherited) is signal.default_int_handler
-
-
-def test_provenance_names_versions_and_commit():
-    found = provenance()
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["git_commit"] is None or len(found["git_commit"]) == 40
-
-
-@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
-def test_without_git_the_commit_is_null_and_the_run_goes_on(tmp_path, monkeypatch, error):
-    def absent(*arguments, **options):
-        raise error("git")
-
-    monkeypatch.setattr("parts.runs.subprocess.run", absent)
-    run = Run(tmp_path / "run")
-    run.create({"lr": 1}, {})
-    record = read_json(run.record_file)
-    assert record["git_commit"] is None and record["git_uncommitted_changes"] is None
 
 
 def test_a_record_that_cannot_be_made_leaves_no_folder(tmp_path, monkeypatch):

@@ -1,0 +1,148 @@
+"""What a run stands on, and how it is known again: fingerprints of weights, files and rows.
+
+A run goes on only with the weights, the prompts and the data that it began with, and an adapter is
+put only on the weights that it was trained on. Their fingerprints therefore stand in the run's
+record, as its identity. The record also says what else a result may depend on, such as versions and
+the git commit, but that is never compared. parts/runs.py keeps the record.
+"""
+
+import hashlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from parts.files import file_digest, read_object, read_sealed
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+# A model's small files that decide on its numbers beside its weights, by what a message calls them.
+MODEL_FILES = {
+    "model_config": ("config.json",),
+    "generation_config": ("generation_config.json",),
+    "tokenizer": (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+    ),
+}
+
+
+def fingerprint(rows: list[Any]) -> str:
+    """Return 16 hex digits that change with any field of any row, such as a problem."""
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return 16 hex digits of SHA-256 over names, shapes, dtypes and bytes.
+
+    tensors  dict(model.named_parameters()) without an adapter, or an adapter's state_dict()
+    Copies one tensor at a time to the CPU.
+    """
+    return _tensors_fingerprint(sorted(tensors.items()))
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Return the weights_fingerprint of a model's files, one tensor at a time.
+
+    It is of what is stored: neither the dtype nor the device that a run loads it in has a part in
+    it, nor how the tensors are spread over files. Raises OSError or SafetensorError.
+    """
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if not (folder / files[0]).is_file():
+        files = sorted(set(read_object(index)["weight_map"].values()))
+    with ExitStack() as stack:
+        places = {}
+        for name in files:
+            file = stack.enter_context(safe_open(folder / name, framework="pt"))
+            places |= dict.fromkeys(file.keys(), file)
+        return _tensors_fingerprint(
+            (name, file.get_tensor(name)) for name, file in sorted(places.items())
+        )
+
+
+def files_fingerprints(folder: Path) -> dict[str, str]:
+    """Return a digest of each kind of small file of a model: its settings, its vocabulary."""
+    found = {}
+    for kind, names in MODEL_FILES.items():
+        digests = [file_digest(folder / name) for name in names if (folder / name).is_file()]
+        found[kind] = fingerprint(digests)
+    return found
+
+
+def _tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        as_bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(as_bytes.numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def recorded_fingerprint(path: Path) -> str | None:
+    """Return the fingerprint of the base weights under a run or adapter folder.
+
+    None where none was recorded.
+    """
+    for folder in (path, path.parent.parent):
+        if (folder / "config.json").is_file():
+            return recorded_identity(folder / "config.json").get("base_weights")
+    return None
+
+
+def recorded_identity(record_file: Path) -> dict[str, Any]:
+    """Return what a record says the run is of; ValueError where it is no object.
+
+    Which names it has, and what they hold, is not checked.
+    """
+    identity = read_sealed(record_file).get("identity", {})
+    if not isinstance(identity, dict):
+        raise ValueError(f"{record_file} is damaged: it has no identity")
+    return identity
+
+
+def refuse_foreign_adapter(path: Path, base_weights: str, model: str) -> None:
+    """Raise ValueError for an adapter that was trained on other base weights than the model's."""
+    if recorded_fingerprint(path) not in (None, base_weights):
+        raise ValueError(f"adapter {path} was trained on other base weights than those of {model}")
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a result may depend on beside its settings: versions, platform, git commit.
+
+    What git says is None outside a clone, and where there is no git.
+    """
+    commit = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    changes = _git("status", "--porcelain")
+    packages = {name: version(name) for name in PACKAGES}
+    return {
+        "command": sys.argv,
+        "versions": {"python": platform.python_version(), **packages},
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "git_commit": commit or None,
+        "git_uncommitted_changes": bool(changes) if commit else None,
+    }
+
+
+def _git(*arguments: str) -> str:
+    """Return what git says of the project's folder, "" outside a clone or without git."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.decode(errors="replace").strip()

@@ -1,0 +1,132 @@
+"""Read the rows of a data file, whatever its format: each row's place, and its cells by column.
+
+The formats are .jsonl, .json, .tsv, .csv and .parquet, with the oddities that the data sets on the
+hub have. What the columns mean is not known here: parts.data makes problems of the rows.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from parts.files import parse_json
+
+Row = tuple[str, Any]  # the words that say where a row stands in its file, and its content
+
+
+def raw_rows(path: Path) -> Iterator[Row]:
+    """Yield a data file's rows in their order; its suffix says how they are written.
+
+    What a row holds is not looked at: one of JSON need not even be an object. A ValueError for what
+    cannot be read names the place where there is one, and not the file.
+    """
+    readers = {
+        ".jsonl": _json_rows,
+        ".json": _json_rows,
+        ".tsv": _tsv_rows,
+        ".csv": _csv_rows,
+        ".parquet": _parquet_rows,
+    }
+    suffix = path.suffix.lower()
+    if suffix not in readers:
+        raise ValueError(f"unknown extension {suffix!r}; valid: {', '.join(readers)}")
+    yield from readers[suffix](path)
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows; a number of 16 or 32 bits has the digits that tell it from its neighbours.
+
+    0.1 in 32 bits is 0.1, and not 0.10000000149011612, which is the same in 64.
+    """
+    table = parquet.read_table(path)
+    kinds = {pa.float16(): np.float16, pa.float32(): np.float32}
+    short = {field.name: kinds[field.type] for field in table.schema if field.type in kinds}
+    for number, row in enumerate(table.to_pylist()):
+        numbers = {name: kind(row[name]) for name, kind in short.items() if row[name] is not None}
+        yield f"row {number}", row | {name: float(str(x)) for name, x in numbers.items()}
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of one JSON list, or of a line of JSON a row, as MSVAMP's .json files are."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        try:
+            rows = parse_json(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error}{_escape_advice(error)}") from error
+        for number, row in enumerate(rows):
+            yield f"row {number}", row
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except json.JSONDecodeError as error:
+            place = f"line {number}, column {error.colno}"
+            raise ValueError(f"{place}: {error.msg}{_escape_advice(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+        yield f"line {number}", row
+
+
+def _escape_advice(error: json.JSONDecodeError) -> str:
+    return "; JSON takes two backslashes for one" if "escape" in error.msg else ""
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    (_, header), *lines = _table_lines(path) or [(0, [])]
+    for number, fields in lines:
+        if fields:
+            yield _table_row(f"line {number}", header, fields)
+
+
+def _table_lines(path: Path, **options: Any) -> list[tuple[int, list[str]]]:
+    """Return a table's rows, header and all: the number of the line where each ends, its fields.
+
+    options  csv.reader's
+    """
+    reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), **options)
+    # By default csv refuses fields of more than 131,072 characters, be they read or not.
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        return [(reader.line_num, fields) for fields in reader]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _tsv_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a table without quotes, as AfriMGSM and MGSM are.
+
+    AfriMGSM has line breaks inside fields: a line of too few fields goes on in the next. MGSM has
+    no header: where a table of two fields starts with a number in the second, they are question and
+    answer.
+    """
+    table = _table_lines(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+    header = table[0][1] if table else []
+    if len(header) == 2 and header[1].strip("- ").replace(",", "").isdecimal():
+        header = ["question", "answer"]
+    else:
+        table = table[1:]
+    lines = iter(table)
+    for number, fields in lines:
+        if not fields:
+            continue
+        while len(fields) < len(header) and (more := next(lines, None)) is not None:
+            broken_field = "\n".join([fields[-1], *more[1][:1]])
+            fields = [*fields[:-1], broken_field, *more[1][1:]]
+        yield _table_row(f"line {number}", header, fields)
+
+
+def _table_row(where: str, header: list[str], fields: list[str]) -> Row:
+    if len(fields) != len(header):
+        raise ValueError(f"{where}: {len(fields)} fields where the header has {len(header)}")
+    return where, dict(zip(header, fields, strict=True))

@@ -1,0 +1,122 @@
+"""parts/rows.py: a file's rows in every format that the data sets have on the hub.
+
+They are looked at through parts.data.load_problems, as a run reads them.
+"""
+
+import csv
+import json
+from dataclasses import replace
+from decimal import Decimal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import TRAINING_ROW, write_file
+from pyarrow import parquet
+
+from parts.data import load_problems
+from parts.prompts import Problem
+
+
+def test_the_training_layout_loads_alike_from_every_format(tmp_path):
+    row = TRAINING_ROW | {"language": "Swahili", "language_short": "sw"}
+    table = [row, row | {"problem_translated": "Ngapi\u2028gani?", "Answer": "5"}]
+    first = Problem("0", "Nini?", "What?", "So.", "4", "swa")
+    expected = [first, replace(first, id="1", problem="Ngapi\u2028gani?", answer="5")]
+    lines = ["\t".join(row), *("\t".join(cells.values()) for cells in table)]
+    parquet.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
+    paths = [
+        tmp_path / "rows.parquet",
+        write_file(
+            tmp_path,
+            "rows.jsonl",
+            "\ufeff" + "\n".join(json.dumps(cells, ensure_ascii=False) for cells in table),
+        ),
+        write_file(tmp_path, "rows.json", "\ufeff" + json.dumps(table)),
+        write_file(tmp_path, "rows.TSV", "\n".join(lines) + "\n"),
+        write_file(tmp_path, "rows.csv", "\ufeff" + "\r\n".join(lines).replace("\t", ",") + "\r\n"),
+    ]
+    for path in paths:
+        assert load_problems(path) == expected, path
+        assert load_problems(path, language="sw") == expected, path
+
+
+def test_afrimgsm_rows_with_raw_line_breaks_and_quotes(tmp_path):
+    text = 'Ya ce "nawa\t\t11\t\nDaya\n\nbiyu" ne?\tAmsa: 29\t29\t1 + 28\nUku?\t\t0\t\n\n'
+    header = "question\tanswer\tanswer_number\tequation_solution\n"
+    path = write_file(tmp_path, "test.tsv", header + text)
+    expected = [("0", 'Ya ce "nawa', "11"), ("1", 'Daya\nbiyu" ne?', "29"), ("2", "Uku?", "0")]
+    rows = load_problems(path, language="hau")
+    assert [(row.id, row.problem, row.answer) for row in rows] == expected
+
+
+def test_mgsm_has_no_header_and_msvamp_a_line_of_json_per_row(tmp_path):
+    path = write_file(tmp_path, "mgsm_sw.tsv", "Mayai mangapi?\t1,450\nSiku\nngapi?\t-3\n")
+    rows = [(row.id, row.problem, row.answer) for row in load_problems(path, language="sw")]
+    assert rows == [("0", "Mayai mangapi?", "1,450"), ("1", "Siku\nngapi?", "-3")]
+    row = {
+        "query": "how many ?",
+        "equation": "- number0 number1",
+        "response": "8.0",
+        "m_query": "Ngapi?",
+    }
+    path = write_file(
+        tmp_path,
+        "test_Swahili.json",
+        json.dumps(row) + "\n" + json.dumps(row | {"response": "1.5"}) + "\n",
+    )
+    assert [row.answer for row in load_problems(path, language="sw")] == ["8.0", "1.5"]
+    assert load_problems(path, language="sw")[0] == Problem("0", "Ngapi?", None, None, "8.0", "swa")
+
+
+def test_a_csv_field_may_be_quoted(tmp_path):
+    path = write_file(tmp_path, "rows.csv", 'question,answer\n"Daya,\nbiyu?",3\n')
+    assert load_problems(path, language="ha")[0].problem == "Daya,\nbiyu?"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"problem": "x"}\n{"problem": }\n', "line 2, column 13: Expecting value"),
+        ("a.json", '[\n{"problem": "x"},\n{"problem" "y"}]', ".* line 3 column 12"),
+        ("a.tsv", "question\tanswer\nx\t1\t2\n", "line 2: 3 fields where the header has 2"),
+        ("a.tsv", "question\tanswer\nx\t1\ny\n", "line 3: 1 fields where the header has 2"),
+        ("a.csv", "question,answer\nx,1\ny\n", "line 3: 1 fields where the header has 2"),
+        ("a.parquet", "not parquet at all", ".*not a parquet file"),
+        ("a.txt", "x", "unknown extension '.txt'; valid: .jsonl, .json, .tsv, .csv, .parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line_that_names_the_file_and_the_place(
+    tmp_path, name, text, message
+):
+    path = write_file(tmp_path, name, text)
+    with pytest.raises(ValueError, match=f"{name}: {message}") as error:
+        load_problems(path, language="ha")
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64(), pa.decimal128(3, 1)])
+def test_a_tenth_is_a_tenth_in_every_width(tmp_path, kind):
+    numbers = [Decimal("0.1")] if pa.types.is_decimal(kind) else np.array([0.1], np.float64)
+    if pa.types.is_floating(kind):
+        numbers = np.array([0.1], kind.to_pandas_dtype())
+    table = pa.table({"question": ["Nawa?"], "answer": pa.array(numbers, kind)})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert load_problems(tmp_path / "rows.parquet", language="ha")[0].answer == "0.1"
+
+
+def test_an_escape_that_json_does_not_have_says_how_a_backslash_is_written(tmp_path):
+    for name in ("rows.jsonl", "rows.json"):
+        text = r'{"question": "\alpha"}'
+        path = write_file(tmp_path, name, f"[{text}]" if name == "rows.json" else text)
+        with pytest.raises(ValueError, match=r"line 1.*two backslashes for one"):
+            load_problems(path, language="ha")
+
+
+def test_fields_of_any_length_load_and_the_limit_of_others_stays(tmp_path):
+    limit = csv.field_size_limit()
+    for name, tab in (("rows.csv", ","), ("rows.tsv", "\t")):
+        lines = [tab.join(["question", "note", "answer"]), tab.join(["a", "x" * 140_000, "1"])]
+        path = write_file(tmp_path, name, "\n".join(lines) + "\n")
+        assert [row.answer for row in load_problems(path, language="ha")] == ["1"]
+    assert csv.field_size_limit() == limit
