@@ -13,14 +13,12 @@ happened to.
     clear stop   it ended in one line that names the file and the remedy, and said so by its code
     lost         anything else: other bytes, a traceback, a hang
 
-The programs run for real, in processes of their own. They are forked from this one, which has torch
-loaded already; an audit hook, through which Python reports that it opens, renames or makes a file,
-is where a process kills itself at its n-th write, or finds the disk full (/dev/full).
+The programs run for real, each in a process of its own that was forked from this one.
+bench/injected.py holds how such a process is started, and how a fault is put into it. Here are the
+trials, the order in which they are tried, and the table.
 """
 
 import argparse
-import errno
-import itertools
 import json
 import math
 import os
@@ -30,12 +28,10 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,17 +42,26 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import compare  # noqa: F401 (loaded here once, and not in each process)
-import copsd
-import eval as evaluator
-from parts import commands, owner, steps
+from bench.injected import (
+    Ended,
+    Program,
+    full_disk,
+    killer,
+    nan_gradient,
+    nan_loss,
+    pauser,
+    recorder,
+    run,
+    start,
+    unseen_update,
+    wait,
+)
+from parts import commands, owner
 from parts.files import PARTIAL
 from parts.view import text_table
 
-Hook = Callable[[str, tuple], None]
-Patch = Callable[[], None]
 RECORDS = ("config.json", "settings.json")
 ROOT = Path(__file__).resolve().parent.parent
-HANG_S = 120.0
 WHEN = ("time_s", "train_s", "memory/", "per_s")  # what differs from run to run, by name
 # What names times, or digests of what does.
 UNEQUAL = ("config.json", "settings.json", "digests.json", "compare.json", "RESULTS.md")
@@ -66,17 +71,6 @@ TRAIN += ["--eval-problems", "1"]
 WATCHED = ["--eval-every", "2", "--dev-problems", "1"]  # an adapter at a look, and the best one
 COMPARE = [*SMALL, "--seeds", "1", "--sweep", "1", "--token-budget", "32", "--batch-size", "2"]
 COMPARE += ["--group-size", "2", "--eval-problems", "1", "--dev-problems", "1"]
-
-
-@dataclass(frozen=True)
-class Program:
-    """A command that is tried, but for its --out."""
-
-    name: str
-    app: Callable[[list[str]], None]
-    arguments: list[str]
-
-
 PROGRAMS = [
     Program("train copsd", commands.copsd, TRAIN),
     Program(
@@ -89,100 +83,6 @@ PROGRAMS = [
     ),
     Program("compare", commands.comparison, COMPARE),
 ]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a process ended: its exit code, minus the signal where one killed it, and its words."""
-
-    code: int
-    said: str
-    errors: str
-
-    @property
-    def is_clear(self) -> bool:
-        """Say whether it stopped by itself and told why in one line."""
-        lines = [line for line in self.errors.splitlines() if line.startswith("error: ")]
-        said = len(lines) == 1 or "stopped" in self.said or "error: " in self.said
-        return self.code > 0 and said and "Traceback" not in self.errors
-
-
-# Processes.
-
-
-def start(
-    program: Program,
-    out: Path,
-    *,
-    hook: Hook | None = None,
-    patch: Patch | None = None,
-    words: Path | None = None,
-) -> int:
-    """Fork a process that runs the program into `out`; return its number.
-
-    words  where what it prints is kept, with ".said" and ".errors" behind it; None: beside `out`
-    """
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    for name in ("said", "errors"):
-        Path(f"{words or out}.{name}").touch()
-    if pid := os.fork():
-        return pid
-    code = 70
-    try:
-        code = _be(program, out, words or out, hook, patch)
-    finally:
-        os._exit(code)  # whatever happened, this is not the bench
-
-
-def _be(program: Program, out: Path, words: Path, hook: Hook | None, patch: Patch | None) -> int:
-    """Be the forked process; return its exit code."""
-    os.setsid()
-    for number, name in ((1, "said"), (2, "errors")):
-        os.dup2(os.open(f"{words}.{name}", os.O_WRONLY | os.O_TRUNC), number)
-    sys.stdout = os.fdopen(1, "w", closefd=False)
-    sys.stderr = os.fdopen(2, "w", closefd=False)
-    code = 1
-    try:
-        evaluator.CHUNK = 2  # so that a small evaluation has several
-        if patch:
-            patch()
-        if hook:
-            sys.addaudithook(hook)
-        program.app([*program.arguments, "--out", str(out)])
-    except SystemExit as end:
-        code = int(end.code or 0)  # None is a good end
-    except KeyboardInterrupt:  # before the program began
-        print("stopped")
-        code = 130
-    except BaseException:
-        traceback.print_exc()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    owner.release()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
-
-
-def wait(pid: int, words: Path) -> Ended:
-    """Wait for a process; one that hangs is killed, and has ended with code -9."""
-    until = time.monotonic() + HANG_S
-    status = None
-    while status is None:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if not found:
-            status = None
-            time.sleep(0.01)
-        if time.monotonic() > until:
-            os.kill(pid, signal.SIGKILL)
-    said, errors = (Path(f"{words}.{name}").read_text("utf-8") for name in ("said", "errors"))
-    return Ended(os.waitstatus_to_exitcode(status), said, errors)
-
-
-def run(program: Program, out: Path, *, words: Path | None = None, **faults: Any) -> Ended:
-    """Run a program to its end."""
-    return wait(start(program, out, words=words, **faults), words or out)
 
 
 # What is compared.
@@ -260,109 +160,16 @@ def prepare(folder: Path, programs: list[Program]) -> Bench:
         out = bench.place()
         events = out.with_name("events")
         started = time.monotonic()
-        ended = run(program, out, hook=_recorder(out, events))
+        ended = run(program, out, hook=recorder(out, events))
         assert ended.code == 0, ended
         bench.seconds[program.name] = time.monotonic() - started
         bench.expected[program.name] = content(out)
         bench.writes[program.name] = [Path(line) for line in events.read_text().splitlines()]
         half = bench.place()
         count = len(bench.writes[program.name])
-        run(program, half, hook=_killer(half, 2 * count // 3, torn=False))
+        run(program, half, hook=killer(half, 2 * count // 3, torn=False))
         bench.halves[program.name] = half
     return bench
-
-
-# Hooks: what the process itself does at its writes.
-
-
-def _written(event: str, arguments: tuple, out: Path) -> Path | None:
-    """Return the path below `out` that an audit event is about to write, None for other events."""
-    if event == "open" and isinstance(arguments[0], str | os.PathLike):
-        flags = arguments[2]
-        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)
-        path = Path(os.fspath(arguments[0])) if writes else None
-    elif event == "os.rename":
-        path = Path(arguments[1])
-    elif event == "os.mkdir":
-        path = Path(arguments[0])
-    else:
-        return None
-    return path if path and (path == out or out in path.parents) else None
-
-
-def _recorder(out: Path, events: Path) -> Hook:
-    def _hook(event: str, arguments: tuple) -> None:
-        if path := _written(event, arguments, out):
-            with events.open("a") as stream:
-                stream.write(f"{path.relative_to(out)}\n")
-
-    return _hook
-
-
-def _killer(out: Path, number: int, *, torn: bool) -> Hook:
-    """Kill the process before its n-th write; torn: with the one before it half done."""
-    count = 0
-    last: Path | None = None
-
-    def _hook(event: str, arguments: tuple) -> None:
-        nonlocal count, last
-        path = _written(event, arguments, out)
-        if path is None:
-            return
-        if count == number:
-            if torn and last and last.is_file() and last.suffix == ".jsonl":
-                os.truncate(last, max(0, last.stat().st_size - 9))
-            elif torn and event == "os.rename":
-                partial = Path(arguments[0])
-                os.truncate(partial, partial.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        count += 1
-        last = path
-
-    return _hook
-
-
-def _pauser(out: Path, number: int) -> Hook:
-    """Stop the process before its n-th write, until it is told to go on."""
-    count = itertools.count()
-
-    def _hook(event: str, arguments: tuple) -> None:
-        if _written(event, arguments, out) and next(count) == number:
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-    return _hook
-
-
-def _full_disk(out: Path, target: Path, record: Path) -> Hook:
-    """Let every write of the file `target` below `out` fail as it does on a full disk.
-
-    record  of the run that the file is of, below `out`
-    What is replaced is written beside its place first: a link to /dev/full stands there. What grows
-    fails as it is opened.
-    """
-    partial = out / f"{target}{PARTIAL}"
-    busy = False
-
-    def _hook(event: str, arguments: tuple) -> None:
-        nonlocal busy
-        path = _written(event, arguments, out)
-        if busy or path is None:
-            return
-        busy = True
-        try:
-            if event == "os.mkdir" and path == partial.parent and path != out:
-                path.mkdir(exist_ok=True)
-            if event == "open" and path == out / target:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            # In a new folder nothing may stand before its record.
-            is_run = target == record or (out / record).is_file()
-            if is_run and partial.parent.is_dir() and not partial.is_symlink():
-                partial.unlink(missing_ok=True)
-                partial.symlink_to("/dev/full")
-        finally:
-            busy = False
-
-    return _hook
 
 
 # Trials: each returns what became of the run.
@@ -381,7 +188,7 @@ def killed_at_random(bench: Bench, program: Program) -> str:
 def killed_at_write(bench: Bench, program: Program, number: int, torn: bool) -> str:
     """Kill it at its n-th write."""
     out = bench.place()
-    ended = run(program, out, hook=_killer(out, number, torn=torn))
+    ended = run(program, out, hook=killer(out, number, torn=torn))
     return bench.again(program, out) if ended.code == -signal.SIGKILL else "lost"
 
 
@@ -409,7 +216,7 @@ def full(bench: Bench, program: Program, target: Path) -> str:
         for name in RECORDS
         if folder / name in bench.writes[program.name]
     ]
-    ended = run(program, out, hook=_full_disk(out, target, records[0]))
+    ended = run(program, out, hook=full_disk(out, target, records[0]))
     if not (ended.code == 2 and ended.is_clear and str(target) in ended.errors):
         return bench.explain(program, out, f"full at {target}: {ended.code} {ended.errors}")
     return bench.again(program, out)
@@ -460,7 +267,7 @@ def two_race(bench: Bench, program: Program) -> str:
 
 def _start_paused(program: Program, out: Path, number: int, words: Path | None = None) -> int:
     """Start a process and return its number when it has stopped before its n-th write."""
-    pid = start(program, out, hook=_pauser(out, number), words=words)
+    pid = start(program, out, hook=pauser(out, number), words=words)
     os.waitpid(pid, os.WUNTRACED)
     return pid
 
@@ -486,7 +293,7 @@ def not_finite(bench: Bench, where: str) -> str:
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
         data = ["--data", str(ROOT / "lab" / "problems" / "hau" / "train.jsonl")]
         program = Program("", program.app, [*TRAIN, "--model", str(model), *data])
-    patches = {"loss": _nan_loss, "gradient": _nan_gradient, "logits": _unseen_update}
+    patches = {"loss": nan_loss, "gradient": nan_gradient, "logits": unseen_update}
     patch = patches.get(where)
     if where in ("logits", "update"):
         program = Program("", program.app, [*TRAIN, "--lr", "1e30"])
@@ -496,25 +303,6 @@ def not_finite(bench: Bench, where: str) -> str:
         return "clear stop"
     print(f"lost: not finite in {where}: {ended}", file=sys.stderr)
     return "lost"
-
-
-def _nan_loss() -> None:
-    plain = copsd.reduce_loss
-    copsd.reduce_loss = lambda *each, **options: plain(*each, **options) * torch.nan
-
-
-def _nan_gradient() -> None:
-    plain = copsd.take_step
-
-    def _broken(optimizer: torch.optim.Optimizer, **options: Any) -> float:
-        optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
-        return plain(optimizer, **options)
-
-    copsd.take_step = _broken
-
-
-def _unseen_update() -> None:
-    steps.stop_unless_finite = lambda parameters: None  # the next rollout is to see it
 
 
 # The table.

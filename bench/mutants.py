@@ -35,14 +35,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # File -> its tests, those first that are quick to fail.
 TESTS = {
-    "kernels.py": ["tests/test_kernels.py", "tests/test_docs.py"],
+    "kernels.py": [
+        "tests/test_reduce_loss.py",
+        "tests/test_clip_products.py",
+        "tests/test_kernels.py",
+        "tests/test_docs.py",
+    ],
     "copsd.py": [
         "tests/test_grpo.py",
+        "tests/test_groups.py",
         "tests/test_copsd.py",
+        "tests/test_flags.py",
         "tests/test_methods.py",
+        "tests/test_notes.py",
         "tests/test_watch.py",
     ],
-    "parts/sampler.py": ["tests/test_sampler.py", "tests/test_docs.py"],
+    "parts/sampler.py": ["tests/test_sampler.py", "tests/test_batch.py", "tests/test_docs.py"],
     "parts/batch.py": ["tests/test_sampler.py", "tests/test_batch.py"],
     "parts/lora.py": ["tests/test_lora.py", "tests/test_copies.py", "tests/test_families.py"],
     "parts/copies.py": ["tests/test_copies.py"],

@@ -1,13 +1,14 @@
-"""The method end to end on the lab model: what is scored, the loss, what the loop leaves behind."""
+"""The method end to end on the lab model: what is scored, the loss, what the loop leaves behind.
+
+test_flags.py holds what each flag changes, and test_refusals.py what `train` refuses.
+"""
 
 import json
-import shutil
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_alike_but_for_rounding, die_at, few_problems
+from conftest import die_at
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -15,12 +16,10 @@ import copsd
 from copsd import completion_hidden, copsd_loss, roll_out
 from kernels import chunked_logprob, divergence, reduce_loss
 from parts import commands, steplog
-from parts.files import read_json
 from parts.lora import teacher_view
 from parts.microbatch import Limit, micro_batches
 from parts.model import head_weight
 from parts.prompts import pose_in_english
-from parts.recipe import Config
 from parts.setup import configure, prepare
 from parts.view import StepView
 
@@ -353,155 +352,6 @@ def test_gradients_that_are_not_finite_are_dropped_and_end_the_run_when_they_rep
     )
 
 
-CHANGES = {
-    "lang": "swa",
-    "data": "lab/problems/hau/test.jsonl",
-    "seed": 1,
-    "divergence": "reverse_kl",
-    "clip_mode": "none",
-    "clip": 0.01,
-    "reduction": "trajectory",
-    "teacher": "current",
-    "english_problem": False,
-    "english_solution": False,
-    "batch_size": 5,
-    "temperature": 0.8,
-    "max_new_tokens": 12,
-    "lr": 2e-3,
-    "weight_decay": 0.5,
-    "max_grad_norm": 1e-3,
-    "lora_rank": 4,
-    "lora_alpha": 8.0,
-    "lora_targets": "q_proj",
-    "steps": 3,
-    "dtype": "bfloat16",
-    "save_every": 1,
-    "english_share": 0.0,
-    "swap_solutions": True,
-    "answer_only": True,
-    "completion": "reference",
-    "token_budget": 150,
-    "loss_over": "sampled",
-    "teacher_reads": "brief",
-    "token_weight": "position",
-    "loss_prefix": 0.3,
-}
-# These change memory, speed, place or the evaluation, and must not change what is learned, or are
-# tested elsewhere.
-ELSEWHERE = {
-    "model",
-    "top_p",
-    "top_k",
-    "eval_data",
-    "out",
-    "beta",
-    "ema_decay",
-    "thinking",
-    "micro_batch",
-    "micro_tokens",
-    "chunk_tokens",
-    "sample_rows",
-    "gradient_checkpointing",
-    "compile",
-    "device",
-    "eval_problems",
-    "eval_samples",
-    "eval_temperature",
-    "eval_top_p",
-    "keep",
-    # In test_controls.py
-    "cosine_every",
-    # In test_watch.py
-    "eval_every",
-    "dev_problems",
-    # GRPO's, in test_grpo.py
-    "method",
-    "group_size",
-    "scale_rewards",
-    "inner_epochs",
-    "clip_low",
-    "clip_high",
-    "kl_coef",
-    "loss_norm",
-    "mask_truncated",
-    "resample_dead_groups",
-    # the family's, in test_methods.py
-    "warm_start",
-    "teacher_every",
-    "loss_top_k",
-    "brief",
-    "brief_language",
-    "note_tokens",
-    "vote_samples",
-    "gate_scale",
-    "gate_floor",
-    "gate_lookahead",
-    "credit_mix",
-    "credit_clip",
-    "witness_weight",
-    "witness_tokens",
-}
-
-
-def fingerprint(folder: Path) -> list:
-    adapters = sorted(folder.glob("adapters/*/adapter_model.safetensors"))
-    return [
-        [path.parent.name for path in adapters],
-        adapters[-1].read_bytes(),
-        (folder / "completions.jsonl").read_bytes(),
-    ]
-
-
-def test_every_flag_has_a_tested_effect(tmp_path):
-    assert CHANGES.keys() | ELSEWHERE == {f.name for f in fields(Config)}
-    few = few_problems(tmp_path)
-    paper = {"clip_mode": "entry", **few}  # without a clip, its size has nothing to change
-    plain = fingerprint(train(tmp_path / "plain", **paper))
-    for name, value in CHANGES.items():
-        assert fingerprint(train(tmp_path / name, **{**paper, name: value})) != plain, name
-    hot = {"temperature": 3.0, **few}  # at 1.1 too few tokens are there for a truncation to show
-    assert fingerprint(train(tmp_path / "h1", **hot)) != fingerprint(
-        train(tmp_path / "h2", top_k=1, **hot)
-    )
-    assert fingerprint(train(tmp_path / "h3", **hot)) != fingerprint(
-        train(tmp_path / "h4", top_p=0.1, **hot)
-    )
-    jsd = {"divergence": "jsd", "clip_mode": "none", **few}
-    assert fingerprint(train(tmp_path / "j1", **jsd)) != fingerprint(
-        train(tmp_path / "j2", beta=0.1, **jsd)
-    )
-    ema = {"teacher": "ema", **few}
-    assert fingerprint(train(tmp_path / "e1", **ema)) != fingerprint(
-        train(tmp_path / "e2", ema_decay=0.1, **ema)
-    )
-
-
-def test_memory_flags_do_not_change_what_is_sampled(tmp_path):
-    plain = jsonl(train(tmp_path / "plain") / "completions.jsonl")
-    flags = {"micro_batch": 2, "chunk_tokens": 7, "sample_rows": 4, "gradient_checkpointing": True}
-    changed = jsonl(train(tmp_path / "changed", **flags) / "completions.jsonl")
-    for row, other in zip(plain, changed, strict=True):
-        assert row["completion"] == other["completion"]
-        assert row["kl_nats_per_token"] == pytest.approx(other["kl_nats_per_token"], abs=1e-4)
-
-
-def test_micro_batches_change_an_adapter_by_rounding_and_by_no_more(tmp_path):
-    # Products over other numbers of rows round otherwise. Bytes are the same at one micro-batch.
-    found = {}
-    for size in (1, 2, 6):
-        setup, run = make_setup(tmp_path / str(size), micro_batch=size)
-        copsd.train_copsd(setup, run, StepView(QUIET, 2))
-        weights = torch.cat([tensor.detach().flatten() for tensor in setup.lora.parameters()])
-        rows = jsonl(run.folder / "completions.jsonl")
-        losses = [row["loss/objective_nats_per_token"] for row in run.metrics()]
-        found[size] = (weights, [row["completion"] for row in rows], losses)
-    weights, texts, losses = found[1]
-    for size in (2, 6):
-        other, same_texts, same_losses = found[size]
-        assert_alike_but_for_rounding(weights, other, moved=2 * 1e-3)
-        assert same_texts == texts and same_losses == pytest.approx(losses, rel=1e-5)
-
-
 # The command line
 
 
@@ -537,92 +387,3 @@ def test_languages_prints_every_language():
     result = run_cli("languages")
     assert result.exit_code == 0
     assert len([line for line in result.stdout.splitlines() if line.strip()]) == 1 + 27
-
-
-def write(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--lang", "klingon"], "unknown language 'klingon'; valid codes"),
-        (["--model", "nowhere"], "unknown model 'nowhere'"),
-        (["--model", "tests"], "there is no config.json in tests"),
-        (["--divergence", "kl"], "forward_kl, reverse_kl, jsd"),
-        (["--clip-mode", "all"], "none, entry, token"),
-        (["--clip-mode", "entry", "--clip", "0"], "--clip is 0.0; valid: above 0"),
-        (["--teacher", "other"], "fixed, current, ema, copy"),
-        (["--reduction", "sum"], "token, trajectory"),
-        (["--thinking", "maybe"], "auto, on, off"),
-        (["--thinking", "on"], "think block"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--steps", "0"], "--steps is 0; valid: 1 or more"),
-        (["--batch-size", "0"], "--batch-size is 0"),
-        (["--temperature", "0"], "temperature"),
-        (["--top-p", "0"], "--top-p is 0.0; valid: above 0, up to 1"),
-        (["--lr", "-1"], "--lr is -1"),
-        (["--lora-targets", "query"], "LoRA target 'query'"),
-        (["--device", "abacus"], "abacus"),
-        (["--dtype", "int3"], "int3"),
-        (["--out", "tests"], "tests exists and is not a run folder"),
-        (["--max-new-tokens", "512"], "no problem fits the model's context"),
-        (["--method", "ppo"], "unknown method 'ppo'; valid: copsd, grpo, opsdc"),
-        (["--method", "grpo", "--group-size", "1"], "--group-size is 1; valid: 2 or more"),
-        (["--method", "grpo", "--batch-size", "20"], "valid: a multiple of --group-size 8"),
-        (["--method", "grpo", "--loss-norm", "mean"], "token, sequence, constant"),
-        (["--method", "grpo", "--scale-rewards", "batch"], "group, none"),
-        (["--method", "grpo", "--inner-epochs", "0"], "--inner-epochs is 0"),
-        (["--method", "grpo", "--clip-low", "2"], "--clip-low is 2.0; valid: 0 or more, up to 1"),
-        (["--method", "grpo", "--kl-coef", "-1"], "--kl-coef is -1"),
-        (["--token-budget", "100"], "--token-budget is 100; valid: 4096 or more"),
-        (["--english-share", "2"], "--english-share is 2.0; valid: 0 or more, up to 1"),
-    ],
-)
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, arguments, said):
-    out = tmp_path / "run"
-    result = run_cli("train", "--out", str(out), *arguments)
-    assert result.exit_code == 2, result.output
-    assert said in result.stderr and result.stderr.count("\n") == 1
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("a.jsonl", '{"problem": "one", "answer": "1"}\n{"problem": \n', "line 2"),
-        ("b.jsonl", '{"answer": "1"}\n', "problem"),
-        ("c.jsonl", '{"problem": " ", "answer": "1"}\n', "empty"),
-        (
-            "d.jsonl",
-            '{"problem": "p", "answer": "1", "problem_translated": "q", "language": "swa"}\n',
-            "swa",
-        ),
-        ("e.jsonl", "", "no problems"),
-        ("f.jsonl", '{"problem": "one", "answer": "1"}\n', "1 distinct problems"),
-    ],
-)
-def test_a_bad_data_file_is_one_line_that_names_it(tmp_path, name, text, said):
-    result = run_cli(
-        "train", "--data", write(tmp_path / name, text), "--out", str(tmp_path / "run")
-    )
-    assert result.exit_code == 2, result.output
-    assert said in result.stderr and result.stderr.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_goes_on_tomorrow_with_the_date_that_its_template_wrote_today(tmp_path):
-    model = tmp_path / "dated"
-    shutil.copytree("lab/tiny", model)
-    template = (model / "chat_template.jinja").read_text(encoding="utf-8")
-    (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
-    data = {name: "lab/problems/hau/train.jsonl" for name in ("data", "eval_data")}
-    given = {**SMALL, **data, "model": str(model), "out": str(tmp_path / "run")}
-    config, folder = configure(given)
-    setup, run = prepare(config, folder, QUIET, "2025-01-09")
-    assert read_json(run.record_file)["identity"]["template_date"] == "2025-01-09"
-    again, _ = prepare(config, folder, QUIET)  # on another day
-    problem = setup.train[0]
-    assert again.student_prompt(problem) == setup.student_prompt(problem)
-    assert str(again.tokenizer.decode(again.teacher_prompt(problem))).startswith("09 Jan 2025")

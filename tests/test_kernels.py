@@ -1,15 +1,17 @@
-"""Tests of the tensor maths: each claim against its definition in fp64, by other operations."""
+"""The divergences and log-probs: each claim against its definition in fp64, by other operations.
+
+test_reduce_loss.py holds the mean of a step, and test_clip_products.py how far a clip turns the
+gradient.
+"""
 
 import doctest
 import itertools
-import math
 import os
 import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -353,38 +355,6 @@ def test_logprob_and_entropy_equal_their_definition_in_value_and_gradient(
 
 
 @pytest.mark.parametrize(
-    "reduction, by_hand", [("token", 29 / 10), ("trajectory", (2 + 8 + 2 + 3.5) / 4)]
-)
-def test_every_micro_batch_split_gives_one_loss_and_one_gradient(
-    reduction: str, by_hand: float
-) -> None:
-    lengths = [3, 1, 4, 2]
-    value_N = torch.tensor([1.0, 2, 3, 8, 1, 1, 2, 4, 3, 4], dtype=torch.float64)
-    results = set()
-    for cuts in itertools.product([False, True], repeat=3):
-        loss_N = value_N.clone().requires_grad_()
-        total = 0.0
-        start = 0
-        rows = []
-        for index, length in enumerate(lengths):
-            rows.append(length)
-            if index < 3 and not cuts[index]:
-                continue
-            part_N = loss_N[start : start + sum(rows)]
-            share = kernels.reduce_loss(
-                part_N, rows, reduction=reduction, step_tokens=10, step_rows=4
-            )
-            share.backward()
-            total += share.item()
-            start += sum(rows)
-            rows = []
-        assert loss_N.grad is not None
-        results.add((round(total, 12), tuple(loss_N.grad.mul(1e12).round().tolist())))
-    assert len(results) == 1
-    assert results.pop()[0] == pytest.approx(by_hand)
-
-
-@pytest.mark.parametrize(
     "change, named",
     [
         ({"kind": "kl"}, "forward_kl, reverse_kl, jsd"),
@@ -479,117 +449,3 @@ def test_the_examples_in_the_docstrings_run() -> None:
         warnings.simplefilter("error")
         results = doctest.testmod(kernels)
     assert results.attempted > 0 and results.failed == 0
-
-
-@pytest.mark.parametrize("chunk_tokens", [1, 5, 64])
-@pytest.mark.parametrize("kind, clip_mode", CASES)
-def test_the_clips_cosine_is_that_of_autograds_gradients_on_the_logits(
-    kind: str, clip_mode: str, chunk_tokens: int
-) -> None:
-    student_ND, teacher_ND, head_VD = make_inputs()
-    student_NV = (student_ND @ head_VD.T).detach().requires_grad_()
-    given: dict[str, Any] = options(kind, clip_mode) | (
-        {"clip": 0.1} if clip_mode == "token" else {}
-    )
-    gradients = {}
-    for mode in {"none", clip_mode}:
-        exact_N = oracle(student_NV, teacher_ND @ head_VD.T, **{**given, "clip_mode": mode})
-        (gradients[mode],) = torch.autograd.grad(exact_N.sum(), student_NV)
-    clipped_NV = gradients[clip_mode]
-    plain_NV = gradients["none"]
-    products_3N = kernels.clip_products(
-        student_ND, teacher_ND, head_VD, chunk_tokens=chunk_tokens, **given
-    )
-    exact_3N = torch.stack(
-        [(a * b).sum(-1) for a, b in ((clipped_NV, plain_NV), (clipped_NV, clipped_NV))]
-        + [(plain_NV * plain_NV).sum(-1)]
-    )
-    unscaled_3N = exact_3N * given["temperature"] ** 2  # the factor 1 / T is left out: it cancels
-    torch.testing.assert_close(products_3N, unscaled_3N, rtol=1e-9, atol=1e-12)
-    assert not products_3N.requires_grad and products_3N.dtype == torch.float64
-    cosine = torch.cosine_similarity(clipped_NV.flatten(), plain_NV.flatten(), dim=0)
-    assert kernels.gradient_cosine(products_3N) == pytest.approx(cosine.item(), abs=1e-10)
-    if clip_mode == "none":
-        assert kernels.gradient_cosine(products_3N) == pytest.approx(1, abs=1e-12)
-    else:
-        assert cosine < 0.99, "the case must turn the gradient to tell anything"
-
-
-def test_the_cosine_of_micro_batches_joined_is_that_of_the_step_and_of_no_gradient_is_nan() -> None:
-    student_ND, teacher_ND, head_VD = make_inputs()
-    given = {"kind": "forward_kl", "clip": 0.05}
-    whole_3N = kernels.clip_products(student_ND, teacher_ND, head_VD, **given)
-    parts = [
-        kernels.clip_products(student_ND[rows], teacher_ND[rows], head_VD, **given)
-        for rows in (slice(0, 4), slice(4, None))
-    ]
-    joined = kernels.gradient_cosine(torch.cat(parts, dim=1))
-    assert joined == pytest.approx(kernels.gradient_cosine(whole_3N), abs=1e-12)
-    same_3N = kernels.clip_products(student_ND, student_ND.detach(), head_VD, **given)
-    assert math.isnan(kernels.gradient_cosine(same_3N))
-    with pytest.raises(ValueError, match="needs a positive clip"):
-        kernels.clip_products(student_ND, teacher_ND, head_VD, kind="forward_kl")
-
-
-def test_the_mixture_of_jsd_is_half_and_half_unless_said() -> None:
-    inputs = make_inputs()
-    unsaid_3N = kernels.clip_products(*inputs, kind="jsd", clip=0.05)
-    half_3N = kernels.clip_products(*inputs, kind="jsd", beta=0.5, clip=0.05)
-    third_3N = kernels.clip_products(*inputs, kind="jsd", beta=0.3, clip=0.05)
-    assert torch.equal(unsaid_3N, half_3N) and not torch.equal(unsaid_3N, third_3N)
-
-
-@pytest.mark.parametrize("reduction", ["token", "trajectory"])
-def test_unit_weights_are_the_unweighted_loss_bit_for_bit(reduction):
-    torch.manual_seed(0)
-    lengths = [5, 1, 7]
-    mean = {"reduction": reduction, "step_tokens": 13, "step_rows": 3}
-    gradients = []
-    for weight_N in (None, torch.ones(13)):
-        loss_N = torch.linspace(-1, 2, 13).requires_grad_()
-        loss = kernels.reduce_loss(loss_N, lengths, weight_N=weight_N, **mean)
-        gradients.append((loss, torch.autograd.grad(loss, loss_N)[0]))
-    assert torch.equal(gradients[0][0], gradients[1][0])
-    assert torch.equal(gradients[0][1], gradients[1][1])
-
-
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-@pytest.mark.parametrize("reduction", ["token", "trajectory"])
-def test_the_gradient_of_a_weighted_loss_is_autograds_of_the_plain_one(kind, reduction):
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    student_ND = draw(9, 4).requires_grad_()
-    teacher_ND = draw(9, 4)
-    head_VD = draw(11, 4)
-    weight_N = torch.rand(9, generator=generator, dtype=torch.float64)
-    lengths = [2, 6, 1]
-    loss_N, _ = kernels.chunked_divergence(
-        student_ND, teacher_ND, head_VD, kind=kind, chunk_tokens=4, compile=False
-    )
-    mean = {"reduction": reduction, "step_tokens": 20, "step_rows": 5}
-    loss = kernels.reduce_loss(loss_N, lengths, weight_N=weight_N, **mean)
-    (found_ND,) = torch.autograd.grad(loss, student_ND)
-    plain_N = kernels.divergence(student_ND @ head_VD.T, teacher_ND @ head_VD.T, kind=kind)
-    rows = plain_N.split(lengths)
-    weights = weight_N.split(lengths)
-    shares = [
-        (row * weight).sum() / (20 if reduction == "token" else 5 * len(row))
-        for row, weight in zip(rows, weights, strict=True)
-    ]
-    total = torch.stack(shares).sum()
-    (expected_ND,) = torch.autograd.grad(total, student_ND)
-    torch.testing.assert_close(loss, total)
-    torch.testing.assert_close(found_ND, expected_ND)
-
-
-def test_weights_carry_no_gradient_and_there_is_one_for_each_token():
-    weight_N = torch.ones(3, requires_grad=True)
-    mean = {"reduction": "token", "step_tokens": 3, "step_rows": 1}
-    loss = kernels.reduce_loss(torch.ones(3, requires_grad=True), [3], weight_N=weight_N, **mean)
-    loss.backward()
-    assert weight_N.grad is None
-    with pytest.raises(ValueError, match="a weight for each token"):
-        kernels.reduce_loss(torch.ones(3), [3], weight_N=torch.ones(1), **mean)

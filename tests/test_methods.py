@@ -1,7 +1,8 @@
-"""The family: what each member reads, weighs and renews; a killed run ends as a whole one."""
+"""The family: what each member reads, weighs and renews; a killed run ends as a whole one.
 
-import json
-import shutil
+test_notes.py holds what is sampled for a teacher to read.
+"""
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +16,11 @@ from typer.testing import CliRunner
 import copsd
 import methods
 from copsd import Group, copsd_loss, grpo_loss, roll_out, roll_out_groups
-from methods import LOOPS, egrsd_credit, group_weight, read_notes, usable_text, witness_pair
+from methods import LOOPS, egrsd_credit, group_weight, witness_pair
 from parts import commands
 from parts.experiments import EVIDENCE
-from parts.files import read_sealed, write_sealed
 from parts.lora import teacher_view
 from parts.microbatch import Limit
-from parts.model import eos_ids
-from parts.readings import longest_prompts, note_request
 from parts.recipe import METHODS, collapse_warnings
 from parts.sampler import Rollout
 from parts.setup import configure, prepare
@@ -219,108 +217,6 @@ def test_what_collapsed_elsewhere_is_warned_of(tmp_path):
     assert "warning: an unclipped forward KL" in result.stdout
 
 
-# OPHSD, and other notes
-
-
-def test_a_plan_is_the_current_students_and_does_not_touch_the_rollouts(tmp_path):
-    flags = {"divergence": "reverse_kl", "clip_mode": "none", "lr": 0.0}
-    plain = train(tmp_path / "plain", **flags)
-    planned = train(tmp_path / "plan", method="ophsd", note_tokens=16, lr=0.0)
-    texts = [
-        [row["completion"] for row in jsonl(each / "completions.jsonl")]
-        for each in (plain, planned)
-    ]
-    assert texts[0] == texts[1], "plans have a random stream of their own"
-    setup, _ = make_setup(tmp_path / "s", method="ophsd", note_tokens=16, top_k=1)
-    problems = setup.train[:4]
-    first = read_notes(setup, problems, 1)
-    assert read_notes(setup, problems, 1).prompts == first.prompts
-    nudge(setup, 0.3)
-    assert read_notes(setup, problems, 1).prompts != first.prompts, "the student has changed"
-    text = str(setup.tokenizer.decode(first.prompts[0]))
-    assert "Tsari:" in text and f"kawai:\n{problems[0].answer}" in text
-    assert str(problems[0].solution_en) not in text
-    assert first.sampled_tokens > 0 and first.metrics["note/plain_frac"] == 0
-
-
-@pytest.mark.parametrize("note", ["", "  \n", "so <|im_end|> it"])
-def test_a_plan_that_cannot_be_read_leaves_the_plain_prompt_and_is_counted(
-    tmp_path, monkeypatch, note
-):
-    setup, _ = make_setup(tmp_path, method="ophsd")
-    problems = setup.train[:2]
-    good = setup.tokenizer.encode("Add both.", add_special_tokens=False)
-    spelled = setup.tokenizer.encode(note, add_special_tokens=False)
-    written = [
-        [Rollout([5], ids or sorted(eos_ids(setup.model, setup.tokenizer))[:1], [0.0], "stop")]
-        for ids in (good, spelled)
-    ]
-    monkeypatch.setattr(methods, "ask", lambda *a, **k: written)
-    monkeypatch.setattr(
-        methods,
-        "completion_text",
-        lambda ids, *_: note if ids != good else "Add both.",
-    )
-    found = read_notes(setup, problems, 1)
-    assert found.prompts[0] == setup.teacher_prompt(problems[0], "Add both.")
-    assert found.prompts[1] == setup.student_prompt(problems[1])
-    assert found.metrics["note/plain_frac"] == 0.5
-
-
-def test_a_plan_that_would_not_fit_leaves_the_plain_prompt(tmp_path, monkeypatch):
-    setup, _ = make_setup(tmp_path, method="ophsd")
-    monkeypatch.setattr(methods, "usable_text", lambda *_: "a b c " * 300)
-    found = read_notes(setup, setup.train[:2], 1)
-    assert found.prompts == [setup.student_prompt(problem) for problem in setup.train[:2]]
-    assert found.metrics["note/plain_frac"] == 1
-
-
-def test_problems_whose_plan_might_not_fit_are_left_out_before_the_run(tmp_path):
-    setup, _ = make_setup(tmp_path, method="ophsd", note_tokens=40)
-    problem = setup.train[0]
-    with_plan, request = longest_prompts(setup.config, problem, setup.tokenizer)
-    assert len(with_plan) == len(setup.teacher_prompt(problem, ".")) + 40
-    asked = note_request(setup.config, problem, setup.tokenizer)
-    room = setup.config.max_new_tokens
-    assert asked is not None and len(request) + room == len(asked) + 40
-    with pytest.raises(ValueError, match="no problem fits the model's context"):
-        make_setup(tmp_path / "long", method="ophsd", note_tokens=440)
-
-
-def test_thoughts_are_no_part_of_a_note(tmp_path, monkeypatch):
-    setup, _ = make_setup(tmp_path)
-    monkeypatch.setattr(methods, "prompt_opens_think", lambda *_: True)
-    rollout = Rollout([5], [6], [0.0], "stop")
-    for said, left in (("a</think> b", "b"), ("never closed", "")):
-        monkeypatch.setattr(methods, "completion_text", lambda *_, said=said: said)
-        assert usable_text(setup, rollout) == left
-
-
-def test_an_explanation_is_the_teachers_and_stands_beside_the_solution(tmp_path):
-    setup, _ = make_setup(tmp_path, teacher_reads="explained", note_tokens=16, top_k=1)
-    problem = setup.train[0]
-    first = read_notes(setup, [problem], 1)
-    text = str(setup.tokenizer.decode(first.prompts[0]))
-    assert str(problem.solution_en) in text and "Why it is right:" in text
-    nudge(setup, 0.3)
-    assert read_notes(setup, [problem], 1).prompts == first.prompts, "the teacher is fixed"
-
-
-def test_the_answer_that_most_attempts_agree_on_takes_the_solutions_place(tmp_path, monkeypatch):
-    setup, _ = make_setup(tmp_path, teacher_reads="voted", vote_samples=3)
-    first, second = setup.train[:2]
-    said = [[r"\boxed{7}", r"\boxed{41}", r"so \boxed{41.0}"], ["none", "none", "none"]]
-    written = [[Rollout([5], [index], [0.0], "stop") for index in (0, 1, 2)] for _ in said]
-    texts = iter(text for row in said for text in row)
-    monkeypatch.setattr(methods, "ask", lambda *a, **k: written)
-    monkeypatch.setattr(methods, "usable_text", lambda *_: next(texts))
-    found = methods.read_votes(setup, [replace(first, answer="41"), second], 1)
-    text = str(setup.tokenizer.decode(found.prompts[0]))
-    assert "Most attempts give the answer 41." in text and str(first.solution_en) not in text
-    assert found.prompts[1] == setup.student_prompt(second)
-    assert found.sampled_tokens == 6 and found.metrics["vote/right_frac"] == 0.5
-
-
 # EGRSD
 
 
@@ -370,6 +266,24 @@ def test_egrsds_advantage_is_the_formula_of_two_plain_forwards(tmp_path):
         )
         assert not stats["flipped_N"].any() and len(stats["credit_N"].unique()) > 1
         assert tally.scored == len(setup.teacher_prompt(problem)) + len(student_N)
+
+
+def test_a_reward_never_changes_its_sign_in_the_loss(tmp_path):
+    setup, _ = make_setup(tmp_path, method="egrsd", **GROUPS)
+    problem = setup.train[0]
+    rollouts = roll_out(setup, [problem, problem], seed=0)
+    lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+    advantage_N = torch.tensor([1.0, -1.0]).repeat_interleave(lengths)
+    tally = Tally()
+    prompts = [setup.teacher_prompt(problem)] * 2
+
+    def spread(given_N, old_N):
+        return egrsd_credit(setup, prompts, rollouts, tally, given_N, old_N)
+
+    loss_N, stats = grpo_loss(setup, rollouts, advantage_N, None, spread)
+    # With a ratio of 1 the loss of a token is minus its advantage.
+    assert torch.equal(loss_N.detach().sign(), -advantage_N.sign())
+    assert stats["credit_N"].min() > 0
 
 
 # SSOPD
@@ -502,114 +416,12 @@ def test_only_prompts_that_never_change_are_kept(tmp_path, given, kept):
     assert bool(setup.kept_prompts.kept) == kept
 
 
-# COPSD then GRPO
-
-
-def test_a_warm_start_begins_with_a_runs_last_adapter(tmp_path):
-    first = train(tmp_path / "first")
-    setup, run = make_setup(tmp_path / "second", method="grpo", **GROUPS, warm_start=str(first))
-    saved = first / "adapters" / "step_00002"
-    for name, tensor in methods_tensors(saved).items():
-        assert torch.equal(setup.lora.sets["current"][name], tensor)
-    copied, _ = make_setup(tmp_path / "third", method="opsdc", warm_start=str(first))
-    for name, tensor in copied.lora.sets["copy"].items():
-        assert torch.equal(tensor, copied.lora.sets["current"][name])
-    assert json.loads(run.record_file.read_text())["identity"]["warm_start"]
-
-
-def methods_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from parts.adapters import read_adapter_tensors
-
-    return read_adapter_tensors(folder)
-
-
-def test_a_warm_start_from_another_base_or_another_shape_is_one_line(tmp_path):
-    first = train(tmp_path / "first")
-    other = tmp_path / "other"
-    shutil.copytree(first, other)
-    record = read_sealed(other / "config.json")
-    record["identity"]["base_weights"] = "0" * 16
-    write_sealed(other / "config.json", record)
-    for flags, said in (
-        (["--warm-start", str(other)], "was trained on other base weights"),
-        (["--warm-start", str(first), "--lora-rank", "4"], "has an adapter of rank 16"),
-        (["--warm-start", str(first), "--lora-targets", "q_proj"], "adapter tensors are missing"),
-        (["--warm-start", str(tmp_path / "nowhere")], "neither an adapter folder nor a run folder"),
-    ):
-        result = run_cli(*flags, "--out", str(tmp_path / "run"))
-        assert result.exit_code == 2 and said in result.stderr, result.output
-        assert result.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
-
-
 # The command line
 
 
 def run_cli(*arguments: str):
     small = ["--steps", "1", "--batch-size", "8", "--eval-problems", "0"]
     return CliRunner().invoke(commands.copsd, ["train", *small, *arguments])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (
-            ["--teacher-every", "5"],
-            "--teacher-every is for --teacher copy; here --teacher is fixed",
-        ),
-        (["--group-size", "4"], "--group-size is for --method grpo, egrsd, ssopd; here"),
-        (
-            ["--method", "grpo", "--token-weight", "position"],
-            "--token-weight is for --method copsd",
-        ),
-        (["--method", "ssopd", "--loss-prefix", "0.5"], "here --method is ssopd"),
-        (["--method", "opsdc", "--witness-tokens", "9"], "--witness-tokens is for --method ssopd"),
-        (["--method", "ophsd", "--brief", "uniform"], "--brief is for --teacher-reads brief; here"),
-        (["--method", "opsdc", "--note-tokens", "9"], "--note-tokens is for --teacher-reads plan"),
-        (["--method", "ssopd", "--credit-mix", "0.5"], "--credit-mix is for --method egrsd; here"),
-        (["--gate-floor", "0.5"], "--gate-floor is for --token-weight confidence; here"),
-        (["--loss-top-k", "5"], "--loss-top-k is for --loss-over top_k; here"),
-        (["--vote-samples", "5"], "--vote-samples is for --teacher-reads voted; here"),
-        (["--method", "opsdc", "--teacher-every", "0"], "--teacher-every is 0; valid: 1 or more"),
-        (["--method", "ophsd", "--note-tokens", "0"], "--note-tokens is 0; valid: 1 or more"),
-        (["--method", "ophsd", "--note-tokens", "999"], "no problem fits the model's context"),
-        (
-            ["--method", "egrsd", "--credit-clip", "1"],
-            "--credit-clip is 1.0; valid: 0 or more, below",
-        ),
-        (["--method", "egrsd", "--batch-size", "20"], "valid: a multiple of --group-size 8"),
-        (["--loss-prefix", "0"], "--loss-prefix is 0.0; valid: above 0, up to 1"),
-        (["--teacher-reads", "hints"], "solution, brief, plan, explained, voted"),
-        (["--token-weight", "x"], "uniform, confidence, position"),
-        (["--completion", "reference", "--loss-prefix", "0.3"], "has no teacher; --token-weight"),
-        (["--completion", "garbage", "--loss-over", "sampled"], "has no teacher; --token-weight"),
-        (
-            ["--completion", "teacher", "--teacher-reads", "plan"],
-            "valid with --completion teacher: solution, brief",
-        ),
-    ],
-)
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, arguments, said):
-    out = tmp_path / "run"
-    result = run_cli("--out", str(out), *arguments)
-    assert result.exit_code == 2, result.output
-    assert said in result.stderr and result.stderr.count("\n") == 1, result.stderr
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--method", "ophsd"], "lacks what --teacher-reads plan needs: an English solution"),
-        (["--teacher-reads", "voted"], "lacks what --teacher-reads voted needs: an English"),
-        (["--method", "egrsd", "--batch-size", "8"], "has no problem_en"),
-    ],
-)
-def test_data_that_lacks_what_the_teacher_reads_is_one_line(tmp_path, flags, said):
-    data = tmp_path / "data.jsonl"
-    rows = [{"problem": f"p{i}", "answer": "18", "language": "hau"} for i in range(5)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    result = run_cli("--data", str(data), "--out", str(tmp_path / "run"), *flags)
-    assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -627,21 +439,3 @@ def test_show_prints_a_members_teacher_and_weights(method, said):
     assert result.exit_code == 0, result.output
     for words in said:
         assert words in result.stdout, words
-
-
-def test_a_reward_never_changes_its_sign_in_the_loss(tmp_path):
-    setup, _ = make_setup(tmp_path, method="egrsd", **GROUPS)
-    problem = setup.train[0]
-    rollouts = roll_out(setup, [problem, problem], seed=0)
-    lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
-    advantage_N = torch.tensor([1.0, -1.0]).repeat_interleave(lengths)
-    tally = Tally()
-    prompts = [setup.teacher_prompt(problem)] * 2
-
-    def spread(given_N, old_N):
-        return egrsd_credit(setup, prompts, rollouts, tally, given_N, old_N)
-
-    loss_N, stats = grpo_loss(setup, rollouts, advantage_N, None, spread)
-    # With a ratio of 1 the loss of a token is minus its advantage.
-    assert torch.equal(loss_N.detach().sign(), -advantage_N.sign())
-    assert stats["credit_N"].min() > 0

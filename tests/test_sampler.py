@@ -1,6 +1,7 @@
 """The sampler against plain definitions.
 
 They are an uncached loop, a full-sequence forward, and a truncation written in Python.
+test_batch.py holds the rows that come and go, and the cache that grows.
 """
 
 import math
@@ -88,56 +89,6 @@ def test_logprobs_equal_a_full_forward(config_class, model_class, attention):
     ):
         for rollout in group:
             assert rollout.logprobs == pytest.approx(full_logprobs(model, rollout, 1.3), abs=1e-4)
-
-
-def test_a_batch_of_mixed_lengths_equals_one_by_one(tiny_model):
-    prompts = random_prompts(3, 12, 1, 7)
-    together = sample(tiny_model, prompts, PLAIN, eos_ids={4, 9}, samples_per_prompt=2)
-    for index, prompt in enumerate(prompts):
-        # Equal short prompts in front keep the prompt's index, on which its random stream depends.
-        alone = sample(
-            tiny_model, [prompt] * (index + 1), PLAIN, eos_ids={4, 9}, samples_per_prompt=2
-        )[index]
-        for batched, single in zip(together[index], alone, strict=True):
-            assert batched.completion_ids == single.completion_ids
-            assert batched.logprobs == pytest.approx(single.logprobs, abs=1e-4)
-
-
-@pytest.mark.parametrize("max_rows", [1, 3])
-def test_completions_longer_than_the_caches_room_equal_a_full_forward(max_rows):
-    # The room for columns to come is 256, and is made again when it is full: twice here.
-    torch.manual_seed(3)
-    sizes = HEADS | {"max_position_embeddings": 1024, "initializer_range": 0.2}
-    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **sizes)).eval()
-    rollouts = sample(
-        model, random_prompts(2, 30, 9), SamplingParams(560), eos_ids=set(), max_rows=max_rows
-    )
-    for (rollout,) in rollouts:
-        assert len(rollout.completion_ids) == 560
-        assert rollout.logprobs == pytest.approx(full_logprobs(model, rollout, 1.0), abs=1e-3)
-
-
-@pytest.mark.parametrize("max_rows", [1, 2, 3, 7])
-def test_max_rows_bounds_the_batch_and_changes_no_result(tiny_model, max_rows):
-    prompts = random_prompts(3, 9, 1, 9)
-    eos_ids = set(range(0, 290, 10))  # rows end at many different steps
-    free = sample(tiny_model, prompts, PLAIN, eos_ids=eos_ids, samples_per_prompt=3)
-    shapes: list = []
-    watch(tiny_model.model, shapes)
-    finished: list[int] = []
-    bound = sample(
-        tiny_model,
-        prompts,
-        PLAIN,
-        eos_ids=eos_ids,
-        samples_per_prompt=3,
-        max_rows=max_rows,
-        on_progress=lambda count, *_: finished.append(count),
-    )
-    assert ids_of(bound) == ids_of(free)
-    assert finished == sorted(finished)
-    assert finished[0] <= max_rows and finished[-1] == 12  # waiting rows are not finished ones
-    assert max(rows for rows, columns in shapes if columns == 1) <= max_rows
 
 
 def test_seed_and_indices_fix_the_draws_and_the_global_random_state_is_untouched(tiny_model):
@@ -322,37 +273,6 @@ def test_the_generation_config_is_ignored(tiny_model):
     before = tiny_model.generation_config.to_dict()
     assert ids_of(sample(tiny_model, random_prompts(4), PLAIN, eos_ids=set())) == expected
     assert tiny_model.generation_config.to_dict() == before
-
-
-def test_finished_rows_leave_the_batch(tiny_model):
-    shapes, progress = [], []
-    watch(tiny_model.model, shapes)
-    eos_ids = set(range(0, 290, 6))
-    params = SamplingParams(30, temperature=1.0)
-    groups = sample(
-        tiny_model,
-        random_prompts(4, 2),
-        params,
-        eos_ids=eos_ids,
-        samples_per_prompt=8,
-        on_progress=lambda *counts: progress.append(counts),
-    )
-    lengths = [len(ids) for group in ids_of(groups) for ids in group]
-    steps = [rows for rows, columns in shapes if columns == 1]
-    assert len(steps) == max(lengths) - 1
-    for step, rows in enumerate(steps):
-        # The rows that still generate after this step, and at most an eighth more.
-        assert sum(length > step + 1 for length in lengths) <= rows <= 16
-        assert rows <= 8 / 7 * sum(length > step for length in lengths)
-    assert min(steps) < 8
-    assert progress == [
-        (
-            sum(length <= step for length in lengths),
-            16,
-            sum(min(length, step) for length in lengths),
-        )
-        for step in range(1, max(lengths) + 1)
-    ]
 
 
 def test_every_modules_mode_is_put_back_and_dropout_is_off(tiny_model):

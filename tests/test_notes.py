@@ -1,0 +1,115 @@
+"""Notes: what is sampled in a step for the teacher to read, as a plan, an explanation or a vote.
+
+test_methods.py holds the members that read them; test_readings.py holds the wordings.
+"""
+
+from dataclasses import replace
+
+import pytest
+from test_grpo import jsonl, nudge
+from test_methods import make_setup, train
+
+import methods
+from methods import read_notes, usable_text
+from parts.model import eos_ids
+from parts.readings import longest_prompts, note_request
+from parts.sampler import Rollout
+
+
+def test_a_plan_is_the_current_students_and_does_not_touch_the_rollouts(tmp_path):
+    flags = {"divergence": "reverse_kl", "clip_mode": "none", "lr": 0.0}
+    plain = train(tmp_path / "plain", **flags)
+    planned = train(tmp_path / "plan", method="ophsd", note_tokens=16, lr=0.0)
+    texts = [
+        [row["completion"] for row in jsonl(each / "completions.jsonl")]
+        for each in (plain, planned)
+    ]
+    assert texts[0] == texts[1], "plans have a random stream of their own"
+    setup, _ = make_setup(tmp_path / "s", method="ophsd", note_tokens=16, top_k=1)
+    problems = setup.train[:4]
+    first = read_notes(setup, problems, 1)
+    assert read_notes(setup, problems, 1).prompts == first.prompts
+    nudge(setup, 0.3)
+    assert read_notes(setup, problems, 1).prompts != first.prompts, "the student has changed"
+    text = str(setup.tokenizer.decode(first.prompts[0]))
+    assert "Tsari:" in text and f"kawai:\n{problems[0].answer}" in text
+    assert str(problems[0].solution_en) not in text
+    assert first.sampled_tokens > 0 and first.metrics["note/plain_frac"] == 0
+
+
+@pytest.mark.parametrize("note", ["", "  \n", "so <|im_end|> it"])
+def test_a_plan_that_cannot_be_read_leaves_the_plain_prompt_and_is_counted(
+    tmp_path, monkeypatch, note
+):
+    setup, _ = make_setup(tmp_path, method="ophsd")
+    problems = setup.train[:2]
+    good = setup.tokenizer.encode("Add both.", add_special_tokens=False)
+    spelled = setup.tokenizer.encode(note, add_special_tokens=False)
+    written = [
+        [Rollout([5], ids or sorted(eos_ids(setup.model, setup.tokenizer))[:1], [0.0], "stop")]
+        for ids in (good, spelled)
+    ]
+    monkeypatch.setattr(methods, "ask", lambda *a, **k: written)
+    monkeypatch.setattr(
+        methods,
+        "completion_text",
+        lambda ids, *_: note if ids != good else "Add both.",
+    )
+    found = read_notes(setup, problems, 1)
+    assert found.prompts[0] == setup.teacher_prompt(problems[0], "Add both.")
+    assert found.prompts[1] == setup.student_prompt(problems[1])
+    assert found.metrics["note/plain_frac"] == 0.5
+
+
+def test_a_plan_that_would_not_fit_leaves_the_plain_prompt(tmp_path, monkeypatch):
+    setup, _ = make_setup(tmp_path, method="ophsd")
+    monkeypatch.setattr(methods, "usable_text", lambda *_: "a b c " * 300)
+    found = read_notes(setup, setup.train[:2], 1)
+    assert found.prompts == [setup.student_prompt(problem) for problem in setup.train[:2]]
+    assert found.metrics["note/plain_frac"] == 1
+
+
+def test_problems_whose_plan_might_not_fit_are_left_out_before_the_run(tmp_path):
+    setup, _ = make_setup(tmp_path, method="ophsd", note_tokens=40)
+    problem = setup.train[0]
+    with_plan, request = longest_prompts(setup.config, problem, setup.tokenizer)
+    assert len(with_plan) == len(setup.teacher_prompt(problem, ".")) + 40
+    asked = note_request(setup.config, problem, setup.tokenizer)
+    room = setup.config.max_new_tokens
+    assert asked is not None and len(request) + room == len(asked) + 40
+    with pytest.raises(ValueError, match="no problem fits the model's context"):
+        make_setup(tmp_path / "long", method="ophsd", note_tokens=440)
+
+
+def test_thoughts_are_no_part_of_a_note(tmp_path, monkeypatch):
+    setup, _ = make_setup(tmp_path)
+    monkeypatch.setattr(methods, "prompt_opens_think", lambda *_: True)
+    rollout = Rollout([5], [6], [0.0], "stop")
+    for said, left in (("a</think> b", "b"), ("never closed", "")):
+        monkeypatch.setattr(methods, "completion_text", lambda *_, said=said: said)
+        assert usable_text(setup, rollout) == left
+
+
+def test_an_explanation_is_the_teachers_and_stands_beside_the_solution(tmp_path):
+    setup, _ = make_setup(tmp_path, teacher_reads="explained", note_tokens=16, top_k=1)
+    problem = setup.train[0]
+    first = read_notes(setup, [problem], 1)
+    text = str(setup.tokenizer.decode(first.prompts[0]))
+    assert str(problem.solution_en) in text and "Why it is right:" in text
+    nudge(setup, 0.3)
+    assert read_notes(setup, [problem], 1).prompts == first.prompts, "the teacher is fixed"
+
+
+def test_the_answer_that_most_attempts_agree_on_takes_the_solutions_place(tmp_path, monkeypatch):
+    setup, _ = make_setup(tmp_path, teacher_reads="voted", vote_samples=3)
+    first, second = setup.train[:2]
+    said = [[r"\boxed{7}", r"\boxed{41}", r"so \boxed{41.0}"], ["none", "none", "none"]]
+    written = [[Rollout([5], [index], [0.0], "stop") for index in (0, 1, 2)] for _ in said]
+    texts = iter(text for row in said for text in row)
+    monkeypatch.setattr(methods, "ask", lambda *a, **k: written)
+    monkeypatch.setattr(methods, "usable_text", lambda *_: next(texts))
+    found = methods.read_votes(setup, [replace(first, answer="41"), second], 1)
+    text = str(setup.tokenizer.decode(found.prompts[0]))
+    assert "Most attempts give the answer 41." in text and str(first.solution_en) not in text
+    assert found.prompts[1] == setup.student_prompt(second)
+    assert found.sampled_tokens == 6 and found.metrics["vote/right_frac"] == 0.5

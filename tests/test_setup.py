@@ -1,0 +1,58 @@
+"""parts/setup.py: a run may start from another's adapter, and keeps the date of its first day."""
+
+import json
+import shutil
+
+import torch
+from test_copsd import QUIET, SMALL
+from test_methods import GROUPS, make_setup, run_cli, train
+
+from parts.adapters import read_adapter_tensors
+from parts.files import read_json, read_sealed, write_sealed
+from parts.setup import configure, prepare
+
+
+def test_a_warm_start_begins_with_a_runs_last_adapter(tmp_path):
+    first = train(tmp_path / "first")
+    setup, run = make_setup(tmp_path / "second", method="grpo", **GROUPS, warm_start=str(first))
+    saved = first / "adapters" / "step_00002"
+    for name, tensor in read_adapter_tensors(saved).items():
+        assert torch.equal(setup.lora.sets["current"][name], tensor)
+    copied, _ = make_setup(tmp_path / "third", method="opsdc", warm_start=str(first))
+    for name, tensor in copied.lora.sets["copy"].items():
+        assert torch.equal(tensor, copied.lora.sets["current"][name])
+    assert json.loads(run.record_file.read_text())["identity"]["warm_start"]
+
+
+def test_a_warm_start_from_another_base_or_another_shape_is_one_line(tmp_path):
+    first = train(tmp_path / "first")
+    other = tmp_path / "other"
+    shutil.copytree(first, other)
+    record = read_sealed(other / "config.json")
+    record["identity"]["base_weights"] = "0" * 16
+    write_sealed(other / "config.json", record)
+    for flags, said in (
+        (["--warm-start", str(other)], "was trained on other base weights"),
+        (["--warm-start", str(first), "--lora-rank", "4"], "has an adapter of rank 16"),
+        (["--warm-start", str(first), "--lora-targets", "q_proj"], "adapter tensors are missing"),
+        (["--warm-start", str(tmp_path / "nowhere")], "neither an adapter folder nor a run folder"),
+    ):
+        result = run_cli(*flags, "--out", str(tmp_path / "run"))
+        assert result.exit_code == 2 and said in result.stderr, result.output
+        assert result.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_tomorrow_with_the_date_that_its_template_wrote_today(tmp_path):
+    model = tmp_path / "dated"
+    shutil.copytree("lab/tiny", model)
+    template = (model / "chat_template.jinja").read_text(encoding="utf-8")
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
+    data = {name: "lab/problems/hau/train.jsonl" for name in ("data", "eval_data")}
+    given = {**SMALL, **data, "model": str(model), "out": str(tmp_path / "run")}
+    config, folder = configure(given)
+    setup, run = prepare(config, folder, QUIET, "2025-01-09")
+    assert read_json(run.record_file)["identity"]["template_date"] == "2025-01-09"
+    again, _ = prepare(config, folder, QUIET)  # on another day
+    problem = setup.train[0]
+    assert again.student_prompt(problem) == setup.student_prompt(problem)
+    assert str(again.tokenizer.decode(again.teacher_prompt(problem))).startswith("09 Jan 2025")
