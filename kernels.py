@@ -2,14 +2,14 @@
 
 At every token of a completion a model has a distribution over its vocabulary, the tokens v that
 could come next. p is the teacher's distribution and q the student's, everywhere. A divergence D
-says how far apart the two are. It is zero only where p = q, and counted in nats, which are bits by
-the natural logarithm. `divergence` is the version of the loss to read first.
+says how far apart the two are. It is zero only where p = q, and counted in nats: its logarithms are
+natural ones. `divergence` is the version of the loss to read first.
 
     Eq. (1)  L = (1/N) sum_t D( p(.|x, x_en, s_en, y_<t) || q(.|x, y_<t) ),  N tokens t,
              D = sum_v summand_v, which for the forward KL is sum_v p_v (log p_v - log q_v)
     Eq. (2)  D = sum_v min(summand_v, clip), the entry clip, on the upper side only
     Eq. (3)  dD/dlogit_v = (g_v - q_v sum_w g_w) / T,  g_v = q_v dD/dq_v,  T the temperature;
-             the gradient on the student's logits, which `chunked_divergence` evaluates (ours)
+             the gradient on the student's logits: the chain rule through softmax, our writing
 
 Departures: the token clip caps D and not its summands; the trajectory mean is not the mean over
 tokens.
@@ -123,8 +123,8 @@ def chunked_divergence(
                   clipped_frac  the share of the N tokens whose loss the clip made smaller: with at
                                 least one clipped entry, or clipped as a whole
 
-    The gradient, Eq. (3), is taken in the same visit as the loss: three matrix products a chunk,
-    and [N, D] is all that is kept for the backward pass. Equal hidden states give a loss and a
+    The gradient, Eq. (3), is taken together with the loss: three matrix products a chunk, and
+    [N, D] is all that is kept for the backward pass. Equal hidden states give a loss and a
     gradient of exactly zero. Raises ValueError as `divergence` does.
     """
     _check_options(kind, beta, temperature, clip_mode, clip)
@@ -169,8 +169,8 @@ def clip_products(
     """Return products_3N, from which `gradient_cosine` says how far the clip turns the gradient.
 
     Let u be the gradient of a token's D on the student's logits, [V], without the clip, and c with
-    it, both by Eq. (3). The rows are c.u, c.c and u.u at each token, in fp32 or fp64, but for a
-    factor 1 / T^2 that they share. Arguments are as in `chunked_divergence`; nothing carries a
+    it, both by Eq. (3). The rows are c.u, c.c and u.u at each token, in fp32 or fp64. A factor of
+    1 / T^2, which all three share, is left out. Arguments are as in `chunked_divergence`; nothing carries a
     gradient, and logits of at most chunk_tokens rows exist at a time. It costs two of that
     function's three matrix products, so training asks for it at some steps only. Raises ValueError
     as `divergence` does.
@@ -326,8 +326,9 @@ def _walk_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Return the four rows of `_score` for every token, and D's gradient on its hidden state.
 
-    The passes over a chunk are compiled one by one, and then none writes a [C, V] tensor except
-    over student_CV; compiled as a whole they would keep three, and take twice as long on a CPU.
+    The passes over a chunk are compiled one by one. No pass allocates a [C, V] tensor then; the
+    last overwrites student_CV. Compiled as a whole they would keep three, and take twice as long on
+    a CPU.
     """
     normalise = _prepare(_normalise, compile)
     score = _prepare(_score, compile)
@@ -403,9 +404,9 @@ def _terms(
 ) -> tuple[Tensor, ...]:
     """Return log p, log q, the summands of D, and g of Eq. (3), called the slope.
 
-    g_v is q_v dsummand_v/dq_v for an unclipped entry and 0 for a clipped one. To both, forward_kl
-    adds one q_v and reverse_kl takes one away. That q_v cancels in Eq. (3), as q sums to one, and
-    with it g is exactly 0 where p = q.
+    g_v is q_v dsummand_v/dq_v for an unclipped entry and 0 for a clipped one. Clipped or not,
+    forward_kl adds one q_v to it and reverse_kl takes one away. That q_v cancels in Eq. (3), as q
+    sums to one, and with it g is exactly 0 where p = q.
     """
     kind, temperature, beta, clip = options
     (student_max_C1, student_log_sum_C1), (teacher_max_C1, teacher_log_sum_C1) = normalisers

@@ -10,9 +10,9 @@ Sources: "paper" is the released scripts of COPSD (arXiv 2605.09548); "OPSD" tho
 OPSDC, OPHSD, EGRSD and SSOPD are COPSD's neighbours (methods.py says what is known of each); "ours"
 is this project, also where a neighbour published no value.
 
-A neighbour is COPSD's or GRPO's recipe with other values. Settings of the four seams, such as
---teacher-reads, can be set for any method with COPSD's loop; a setting that would do nothing
-beside the others is refused when it is typed.
+A neighbour is COPSD's or GRPO's recipe with other values. What the teacher reads, how a token is
+weighted, which divergence is taken, and when the teacher's weights are refreshed can be set for any
+method with COPSD's loop. A typed setting that would have no effect beside the others is refused.
 """
 
 import math
@@ -64,7 +64,7 @@ def setting(
     source     who chose the default
     least ...  what check_settings holds it to: least <= value <= most, above < value < below
     choices    the words that are valid
-    needs      other settings, and the values of theirs with which this one does something
+    needs      other settings, and for each the values with which this one has an effect
     by_method  its default where a method's recipe has another, such as grpo=1.2
     """
     metadata = {"doc": doc, "section": section, "source": source, "by_method": by_method}
@@ -279,7 +279,7 @@ class Config:
         0.1, "The least weight of an unsure token, before weights are normalised.", above=0, most=1
     )
     gate_lookahead: int = gate(
-        0, "A token's entropy is the least of its own and those of so many next tokens.", least=0
+        0, "A token's entropy is the least of its own and of so many tokens after it.", least=0
     )
     loss_prefix: float = weights(
         1.0, "The share of each completion, from its start, that is learned from.", above=0, most=1
@@ -605,7 +605,7 @@ def check_run(config: Config) -> None:
 
 
 def check_control(config: Config) -> None:
-    """Raise ValueError where a completion that the student did not write meets what it lacks."""
+    """Raise ValueError where a control of COPSD meets settings that it cannot honour."""
     control = f"--completion {config.completion}"
     if config.method != "copsd":
         raise ValueError(f"{control} is a control of COPSD; valid: student")
@@ -707,7 +707,7 @@ def fill(given: dict[str, Any], model_folder: Path) -> Config:
 
 
 def settle(config: Config) -> Config:
-    """Return the settings of one run with its language, files and folder named in full, checked."""
+    """Check the settings of a run; return them with language, files and folder named in full."""
     check_settings(config)
     lang = find_language(config.lang).iso3
     out = config.out or f"runs/{config.method}-{Path(config.model).name}-{lang}-{config.seed}"

@@ -22,8 +22,8 @@ from parts.copies import sampling_copies
 from parts.family import check_family, check_modules, context_length
 from parts.model import token_count
 
-# Steps from one look at what was chosen to the next; 1 where it is not said. A look waits for the
-# device, and what a row generates past its end is thrown away.
+# Steps from one look at the chosen ids to the next, by device; elsewhere 1. A look waits for the
+# device, and what a row generates past its end in between is thrown away.
 LOOK_EVERY = {"cuda": 8}
 # Candidates that are tried before a sort of the whole vocabulary.
 FIRST_WIDTH = 256
@@ -104,7 +104,8 @@ def sample(
                  rows, all rows, tokens generated so far)
 
     A row depends on the seed, its prompt's index (from first_index on) and its sample's, not on the
-    rows beside it, up to float rounding. No gradient; each module's own mode is put back.
+    rows beside it, up to float rounding. No gradient; afterwards each module trains or
+    evaluates as before.
     ValueError: bad arguments, models that are not supported.
     """
     _check(model, prompts, params)
@@ -279,8 +280,8 @@ def choose_tokens(
     """Choose one id per row; return (ids_B, logprob_B).
 
     logits_BV  fp32, the head's output
-    uniform_B  fp64 in [0, 1): where to invert the cumulative truncated distribution, which has the
-               most likely id first
+    uniform_B  fp64 in [0, 1): the probabilities that are left after the cut are summed up, the most
+               likely first; the id in whose stretch of the sum this point falls is chosen
     allowed_V  bool, False for ids that are never chosen; None: all may be
     logprob_B  fp32, nats, under softmax(logits / temperature) over all V; at temperature 1 when
                greedy (temperature 0)
@@ -312,6 +313,8 @@ def _draw(
     scaled_BV: Tensor, total_B1: Tensor | None, uniform_B: Tensor, *, top_p: float, width: int
 ) -> Tensor:
     """Draw from the `width` most likely ids, cut to the nucleus of top_p; return ids_B.
+
+    To sort the whole vocabulary is slow, and the nucleus rarely has more than some hundred ids.
 
     total_B1  log of the sum of all V weights: the width is then a guess, and rows that need more
               ids are drawn again from all of V. None: the width is the user's top-k, and the
