@@ -170,10 +170,10 @@ def clip_products(
 
     Let u be the gradient of a token's D on the student's logits, [V], without the clip, and c with
     it, both by Eq. (3). The rows are c.u, c.c and u.u at each token, in fp32 or fp64. A factor of
-    1 / T^2, which all three share, is left out. Arguments are as in `chunked_divergence`; nothing carries a
-    gradient, and logits of at most chunk_tokens rows exist at a time. It costs two of that
-    function's three matrix products, so training asks for it at some steps only. Raises ValueError
-    as `divergence` does.
+    1 / T^2, which all three share, is left out. Arguments are as in `chunked_divergence`; nothing
+    carries a gradient, and logits of at most chunk_tokens rows exist at a time. It costs two of
+    that function's three matrix products, so training asks for it at some steps only. Raises
+    ValueError as `divergence` does.
     """
     _check_options(kind, beta, temperature, clip_mode, clip)
     _check_projection(head_VD, chunk_tokens, student_ND, teacher_ND)
