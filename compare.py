@@ -49,6 +49,7 @@ from parts.measure import Ruler
 from parts.metrics import Graded, ratios
 from parts.outcome import Results, accuracy
 from parts.plan import SWEEP_SEED, Plan
+from parts.program import bad_input, say_error
 from parts.prompts import Problem, pose_in_english
 from parts.recipe import GROUPED, LABELS, largest_step
 from parts.runs import Run
@@ -316,7 +317,7 @@ def finish_arms(
         if code == STOPPED:
             raise Stopped
         if code < 0:
-            commands.say_error(f"{arm.folder}: its process was killed by signal {-code}")
+            say_error(f"{arm.folder}: its process was killed by signal {-code}")
             raise SystemExit(1)
         if code:
             raise SystemExit(code)  # the arm's own process has said why
@@ -354,7 +355,7 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
     What is finished is read, not done again.
     """
     path = results_file(arm)
-    with commands.bad_input():
+    with bad_input():
         if path.is_file():
             return read_results(path)
         config, model_folder = configure({**arm.settings, "out": str(arm.folder)})
