@@ -22,12 +22,12 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from copsd import completion_hidden, roll_out
 from kernels import chunked_divergence, clip_products, gradient_cosine
-from parts.commands import say_error
 from parts.figures import Panel, curves_figure
 from parts.files import read_object, write_json
 from parts.lora import teacher_view
 from parts.measure import GREEDY_NAME, read_columns
 from parts.model import head_weight
+from parts.program import say_error
 from parts.prompts import find_language
 from parts.recipe import Config
 from parts.runs import Run

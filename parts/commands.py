@@ -2,16 +2,11 @@
 
 torch and transformers take seconds to load, and none of them is needed to print `--help`, to list
 the languages or to refuse a mistyped flag. So nothing heavy is imported above; each command imports
-its program when it runs.
+its program when it runs. What all programs have around their commands is in parts/program.py.
 """
 
 import inspect
-import io
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,111 +14,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
+from parts.program import bad_input, make_program, other_ranks, start, working
 from parts.prompts import languages
 from parts.recipe import CompareConfig, Config, EvalConfig, range_text, refuse_idle
 
 Given = dict[str, Any]  # the values of the flags that were typed
-UsageError: Any = typer.BadParameter.__base__  # click's, which typer carries inside
 
-
-class _OneLineErrors(TyperGroup):
-    """A program that answers a mistyped command line with one line, like any other bad input."""
-
-    def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:
-        """Run the program and exit."""
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            # A terminal or a pipe may have no letter such as ƙ: it shows "?", and nothing stops.
-            sys.stdout.reconfigure(errors="replace")
-        typed = list(sys.argv[1:] if args is None else args)
-        if self.no_args_is_help and not typed:
-            typed = ["--help"]
-        refuse_unread(typed)
-        output = Output(sys.stdout)
-        try:
-            with redirect_stdout(output):
-                code = super().main(typed, **{**options, "standalone_mode": False})
-        except UsageError as error:
-            say_error(error.format_message())
-            sys.exit(2)
-        except (KeyboardInterrupt, typer.Abort):  # before there was anything to keep
-            say_error("stopped")
-            sys.exit(130)
-        if output.failure and not isinstance(output.failure, BrokenPipeError):
-            say_error(f"standard output cannot be written: {output.failure.strerror}")
-            sys.exit(code or 2)
-        sys.exit(code)
-
-
-class Output(io.TextIOBase):
-    """Standard output that may go away: what is printed then is lost, and the work is not.
-
-    `| head` closes its end of the pipe after ten lines, and a disk that output is sent to can be
-    full. Hours of training do not end for a line that nobody reads.
-    """
-
-    def __init__(self, stream: Any):
-        self.stream = stream
-        self.failure: OSError | None = None  # the first one
-
-    @property
-    def encoding(self) -> str:
-        """The letters that the stream has."""
-        return self.stream.encoding
-
-    def write(self, text: str) -> int:
-        """Write text, or lose it."""
-        with self._losing():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Send what was written."""
-        with self._losing():
-            self.stream.flush()
-
-    def isatty(self) -> bool:
-        """Say whether a person sees it."""
-        return self.stream.isatty()
-
-    def fileno(self) -> int:
-        """Return the stream's number."""
-        return self.stream.fileno()
-
-    def writable(self) -> bool:
-        """Say that it can be written."""
-        return True
-
-    @contextmanager
-    def _losing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.failure = self.failure or error
-            # What the stream still holds must go somewhere, or Python complains at its end.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
-
-
-def _program(text: str, **options: Any) -> typer.Typer:
-    return typer.Typer(
-        cls=_OneLineErrors,
-        add_completion=False,
-        pretty_exceptions_enable=False,  # a bug shows Python's own traceback
-        rich_markup_mode="rich",  # flags stand under headings
-        help=text,
-        **options,
-    )
-
-
-copsd = _program(
+copsd = make_program(
     "COPSD, crosslingual on-policy self-distillation: train, show one problem, list languages.",
     no_args_is_help=True,
 )
-evaluation = _program("Sample, grade, and print pass@k with its companions and 95 % intervals.")
-comparison = _program("Compare methods at an equal budget of sampled tokens.")
+evaluation = make_program("Sample, grade, and print pass@k with its companions and 95 % intervals.")
+comparison = make_program("Compare methods at an equal budget of sampled tokens.")
 
 
 # Of a run's settings, those that a walk through one problem depends on.
@@ -251,134 +154,6 @@ def help_text(f: Field) -> str:
         defaults += [f"{method} {value}" for method, value in f.metadata["by_method"].items()]
         parts += [", ".join(defaults), f.metadata["source"]]
     return f"{f.metadata['doc']} ({'; '.join(parts)})" if parts else f.metadata["doc"]
-
-
-def start() -> Console:
-    """Set up the process of a command that is going to work, and return its console."""
-    # torch's threads wait for each other by spinning, which is fastest where each has a processor.
-    # Where another process is busy, they take the processor from the very thread they wait for: a
-    # lab step then takes four times as long. libgomp reads this when torch loads it.
-    os.environ.pop("OMP_WAIT_POLICY", None)
-    os.environ.pop("GOMP_SPINCOUNT", None)
-    if not _machine_is_idle():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    from transformers.utils import logging as transformers_logging
-
-    from parts import ranks
-    from parts.machine import keep_freed_memory
-    from parts.measure import language_detector
-    from parts.view import say
-
-    ranks.join()
-    keep_freed_memory()
-    transformers_logging.disable_progress_bar()
-    console = Console(quiet=not ranks.is_first())
-    if language_detector() is None:
-        say(console, 'pycld2 is not installed: no metric of the written language, which is "-"')
-    return console
-
-
-def _machine_is_idle(seconds: float = 0.1) -> bool:
-    """Say whether every processor is free, by what Linux counts while this process sleeps.
-
-    True where there is nothing to read it from. No result depends on it, only the time it takes.
-    """
-    counts = Path("/proc/stat")
-    if not counts.is_file():
-        return True
-
-    def _idle_ticks() -> int:
-        first_line = counts.read_text(encoding="ascii").split("\n", 1)[0]
-        return sum(map(int, first_line.split()[4:6]))  # idle, and waiting for a disk
-
-    try:
-        before = _idle_ticks()
-        time.sleep(seconds)
-        idle_seconds = (_idle_ticks() - before) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError):  # a hardened container hides the counts
-        return True
-    processors = os.cpu_count() or 1
-    return idle_seconds > (processors - 0.5) * seconds
-
-
-def say_error(text: str) -> None:
-    """Print one line to standard error; what could drive a terminal is shown as what it is."""
-    from parts.view import shown
-
-    typer.echo(f"error: {shown(' '.join(text.split()))}", err=True)
-
-
-def refuse_unread(words: Sequence[str]) -> None:
-    """Exit with code 2, in a line, where a word has bytes that are no letters in this locale.
-
-    Python keeps them as half surrogates, which no JSON, no tokenizer and no terminal takes.
-    """
-    encoding = sys.getfilesystemencoding()
-    for word in words:
-        if any("\ud800" <= letter <= "\udfff" for letter in word):
-            remedy = "name it in UTF-8" if "utf" in encoding else "set PYTHONUTF8=1"
-            say_error(f"{word}: not all of it is letters in this locale ({encoding}); {remedy}")
-            sys.exit(2)
-
-
-@contextmanager
-def working(console: Console, kept: Callable[[], str]) -> Iterator[None]:
-    """Say in a line why work that was begun could not be finished, where that is no bug.
-
-    kept  returns what is kept of it, for a line about a stop
-
-    Exit code 130: stopped, by Ctrl-C, SIGTERM or SIGHUP; 2: a file cannot be written, as on a full
-    disk; 1: numbers that are not finite.
-    """
-    from parts.files import CannotWrite
-    from parts.stops import stops_act, stops_raise
-    from parts.view import say
-
-    try:
-        with stops_raise():
-            yield
-    except KeyboardInterrupt as stop:
-        with stops_act():  # a second one does not wait for the words
-            say(console, f"stopped; {kept()}")
-        raise typer.Exit(130) from stop
-    except CannotWrite as error:
-        say_error(str(error))
-        raise typer.Exit(2) from error
-    except FloatingPointError as error:
-        say_error(str(error))
-        raise typer.Exit(1) from error
-
-
-@contextmanager
-def bad_input() -> Iterator[None]:
-    """Turn a wrong value, or a file that is missing, torn or unwritable, into a line and exit 2.
-
-    It goes around reading, checking and loading only: an error in what comes after is a bug, and
-    shows its traceback.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (ValueError, OSError, SafetensorError) as error:
-        say_error(str(error))
-        raise typer.Exit(2) from error
-
-
-@contextmanager
-def other_ranks() -> Iterator[None]:
-    """Part from the other ranks after work that ended well; exit 1, in a line, where one is lost.
-
-    What was saved is whole, and the same command goes on with it, with as many ranks as it has.
-    """
-    from parts import ranks
-
-    try:
-        yield
-    except ConnectionError as error:
-        typer.echo(f"error: {error}; the same command goes on from what is saved", err=True)
-        raise typer.Exit(1) from error
-    ranks.leave()
 
 
 @copsd.command("train")

@@ -13,7 +13,7 @@ from parts.recipe import METHODS
 
 @dataclass(frozen=True)
 class Variant:
-    """An arm as it is planned; parts/plan.py and compare.py make runs of it.
+    """An arm as it is planned; parts/plan.py and parts/arms.py make runs of it.
 
     name        of its folders and in compare.json
     title       in tables and figures

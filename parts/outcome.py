@@ -1,109 +1,40 @@
-"""What comes out of an experiment (compare.py): estimates, tests, tables and figures.
+"""What comes out of an experiment (compare.py): estimates, tests, tables, and the files of all.
 
 Estimates are over the test problems, of the mean over seeds. Their 95 % intervals say nothing about
 other seeds, so the smallest and the largest seed stand beside them, and are the bands of the
-figures.
+figures (parts/curves.py).
+
+Read tables (which there are), summarise_language (the numbers in them), and write_experiment (the
+files).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from parts.figures import Panel, curves_figure
+from parts.curves import figures_of
+from parts.figures import curves_figure
 from parts.files import write_json, write_text
 from parts.metrics import Estimate, Ratio, bootstrap, difference, paired_permutation
 from parts.prompts import find_language
 from parts.report import markdown_table
+from parts.results import KL_TITLE, Arms, Experiment, Measured, ratio_of, samples_of, share
 from parts.view import cell
 
-POINTS = 7  # of a curve over training
-KL_TITLE = "KL to the teacher, nats/token"
 COSTS = {"sampled_tokens": "sampled tokens", "train_s": "seconds", "updates": "updates"}
 LANGUAGE_METRICS = ("in the problem's language", "in English")  # of greedy attempts
 # A paired test is made on these; the others have no value for some problems, or are no success.
 TESTED = ("greedy accuracy", "pass@", "format rate", "English greedy accuracy")
 
-# Of one arm, as compare.run_arm writes them: {"points": [measured, ...], "final": measured}. What
-# is measured holds ratios by name for each kind of attempt, the KL's ratio, and what it has cost so
-# far.
-Results = dict[str, Any]
-Measured = dict[str, Any]
-Arms = Mapping[str, list[Results]]  # by arm, the base first: its runs, one a seed
-Curve = list[tuple[float, float, float, float]]  # x, value, low, high
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """How an arm's learning rate was picked."""
-
-    factors: list[float]  # of the recipe's rate
-    accuracies: dict[float, float]  # by learning rate, on the development problems
-    picked: float
-
-    @property
-    def at_edge(self) -> bool:
-        """Say whether a better rate may lie beyond those that were tried."""
-        return self.picked in (min(self.accuracies), max(self.accuracies))
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """The results of every arm, and which arms are tested against which."""
-
-    name: str
-    arms: dict[str, Arms]  # by language
-    pairs: list[tuple[str, str]]
-    sweep: dict[str, Sweep]  # by arm, {} where rates were not picked
-    length_limit: int  # of a completion, in tokens
-    titles: Mapping[str, str] = field(default_factory=dict)  # of arms; the others show their name
-    evidence: Mapping[str, str] = field(default_factory=dict)  # for what arms do, in a column
-    # By language, the arms once more at equal seconds. Where there are some, every table is in
-    # full: an arm has a row with all intervals, the language it answers in, and more of pass@k.
-    equal_seconds: Mapping[str, Arms] = field(default_factory=dict)
-
-    def title(self, name: str) -> str:
-        """Return what an arm is called in tables and figures."""
-        return self.titles.get(name, name)
-
-
-def accuracy(measured: Measured) -> float:
-    """Return the greedy accuracy."""
-    return share(measured, "greedy accuracy")
-
-
-def share(measured: Measured, metric: str) -> float:
-    """Return a metric's value over all problems; nan where nothing counts in it."""
-    above, below = ratio_of(measured, metric)
-    return float(sum(above) / sum(below)) if sum(below) else float("nan")
-
-
-def ratio_of(measured: Measured, metric: str) -> Ratio:
-    """Return a metric's numerators and denominators, one pair a problem."""
-    above, below = _stored_ratio(measured, metric)
-    # A file of results has null for nan, such as the KL of a model whose logits overflowed.
-    return [math.nan if number is None else number for number in above], below
-
-
-def _stored_ratio(measured: Measured, metric: str) -> Ratio:
-    if metric == "greedy accuracy":
-        return measured["greedy"]["pass@1"]
-    if metric == "English greedy accuracy":
-        return measured["english"]["pass@1"]
-    if metric == KL_TITLE:
-        return measured["kl"]
-    if metric.startswith("pass@"):
-        return measured["sampled"][metric]
-    return measured["greedy"][metric]
-
 
 def metrics_of(measured: Measured, *, in_full: bool = False) -> list[str]:
     """Return the metrics that the tables show, in their order."""
     english = ["English greedy accuracy"] if "english" in measured else []
-    samples = _samples(measured)
+    samples = samples_of(measured)
     ks = {1, samples}
     if in_full:
         ks |= {2**power for power in range(samples.bit_length())}
@@ -322,128 +253,12 @@ def write_section(file: Path, name: str, text: str) -> None:
         write_text(file, (whole.rstrip() + "\n\n" if whole else "") + section + "\n")
 
 
-def figures_of(experiment: Experiment) -> dict[str, list[Panel]]:
-    """Return the panels of each figure by name; an ablation has none."""
-    if not experiment.sweep:
-        return {}
-    overview = []
-    figures = {experiment.name: overview}
-    for lang, arms in experiment.arms.items():
-        titled = {experiment.title(name): runs for name, runs in arms.items()}
-        title = f"{find_language(lang).english}: greedy accuracy"
-        overview.append(_training_panel(titled, title, "accuracy", "greedy accuracy"))
-        figures[f"{experiment.name}_{lang}"] = language_panels(titled, experiment.length_limit)
-    return figures
-
-
-def language_panels(arms: Arms, limit: int) -> list[Panel]:
-    """Return the panels of one language's figure."""
-    measured = arms["base"][0]["final"]
-    ks = list(range(1, _samples(measured) + 1))
-    limits = [max(1, limit * part // 16) for part in range(1, 17)]
-    seconds = over_training(arms, "greedy accuracy", x="train_s", unit=1.0)
-    panels = [
-        _training_panel(arms, "Greedy accuracy", "accuracy", "greedy accuracy"),
-        _unit_panel("The same against time", "seconds of training", "accuracy", seconds),
-        _training_panel(arms, "Format rate", "share with a box", "format rate"),
-        _training_panel(arms, "Accuracy given a box", "accuracy", "accuracy given a box"),
-        _unit_panel(
-            "pass@k after training",
-            "k, attempts",
-            "pass@k",
-            at_the_end(arms, ks, lambda final, k: share(final, f"pass@{k}")),
-        ),
-        _unit_panel(
-            "Right within a limit",
-            "max new tokens",
-            "greedy accuracy",
-            at_the_end(arms, limits, right_within),
-        ),
-    ]
-    if "english" in measured:
-        panels.append(
-            _training_panel(arms, "English: greedy accuracy", "accuracy", "English greedy accuracy")
-        )
-    curves = over_training(arms, KL_TITLE)
-    title = "KL(teacher, student), unclipped"
-    panels.append(Panel(title, "sampled tokens, thousands", "nats per token", curves))
-    return panels
-
-
-def over_training(
-    arms: Arms, metric: str, *, x: str = "sampled_tokens", unit: float = 1000.0
-) -> dict[str, Curve]:
-    """Return a curve for each trained arm, from the base's on: a metric against x in `unit`s."""
-    start = (0.0, share(arms["base"][0]["final"], metric))
-    curves = {}
-    for name, runs in arms.items():
-        if not runs[0]["points"]:  # it was not trained
-            continue
-        lines = []
-        for run in runs:
-            points = [(point[x] / unit, share(point, metric)) for point in run["points"]]
-            lines.append([start, *points])
-        curves[name] = band(lines)
-    return curves
-
-
-def band(curves: list[list[tuple[float, float]]]) -> Curve:
-    """Return the mean of curves, one a seed, with the smallest and the largest of them.
-
-    At points that all of them reach.
-    """
-    grid = np.linspace(0, min(curve[-1][0] for curve in curves), POINTS)
-    lines = []
-    for curve in curves:
-        xs, values = zip(*curve, strict=True)
-        lines.append(np.interp(grid, xs, values))
-    return _mean_and_ends(grid.tolist(), np.array(lines))
-
-
-def at_the_end(
-    arms: Arms, xs: Sequence[float], value: Callable[[Measured, Any], float]
-) -> dict[str, Curve]:
-    """Return a curve for every arm: a value of its last measurement that depends on x."""
-    return {
-        name: _mean_and_ends(xs, np.array([[value(run["final"], x) for x in xs] for run in runs]))
-        for name, runs in arms.items()
-    }
-
-
-def right_within(measured: Measured, limit: int) -> float:
-    """Return the greedy accuracy within `limit` tokens: the share right that had ended by then."""
-    right, _ = ratio_of(measured, "greedy accuracy")
-    tokens, _ = ratio_of(measured, "mean tokens")  # of one attempt a problem
-    return float(np.mean([r > 0 and t <= limit for r, t in zip(right, tokens, strict=True)]))
-
-
-def _samples(measured: Measured) -> int:
-    """Return how many attempts were sampled at a problem: the largest k of pass@k."""
-    names = [name for name in measured["sampled"] if name.startswith("pass@")]
-    return max(int(name.removeprefix("pass@")) for name in names)
-
-
 def _mean_over_seeds(metric: str, runs: list[Measured]) -> Ratio:
     """Return a metric's numerators and denominators, each the mean over seeds, by problem."""
     pairs = [ratio_of(run, metric) for run in runs]
     above = np.mean([numerators for numerators, _ in pairs], axis=0).tolist()
     below = np.mean([denominators for _, denominators in pairs], axis=0).tolist()
     return above, below
-
-
-def _mean_and_ends(xs: Sequence[float], lines: np.ndarray) -> Curve:
-    """Return (x, mean, smallest, largest) of lines, one a seed, at each x."""
-    ends = zip(xs, lines.mean(axis=0), lines.min(axis=0), lines.max(axis=0), strict=True)
-    return [(float(x), float(mean), float(low), float(high)) for x, mean, low, high in ends]
-
-
-def _training_panel(arms: Arms, title: str, y_label: str, metric: str) -> Panel:
-    return _unit_panel(title, "sampled tokens, thousands", y_label, over_training(arms, metric))
-
-
-def _unit_panel(title: str, x_label: str, y_label: str, curves: dict[str, Curve]) -> Panel:
-    """Return a panel of shares, whose axis goes from 0 to 1."""
-    return Panel(title, x_label, y_label, curves, y_range=(0.0, 1.02))
 
 
 def _seeds_cell(metric: str, found: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """An experiment as it was asked for: read, checked, its folder and its problems laid out.
 
-Nothing here trains or measures; compare.py does, with what this file returns.
+Nothing here trains or measures; compare.py does, with what this file returns. Which runs it then
+makes is in parts/arms.py.
 """
 
 import math

@@ -137,4 +137,4 @@ def idle_machine(monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "PASSIVE")  # so that it is put back as it was afterwards
         monkeypatch.delenv(name)
-    monkeypatch.setattr("parts.commands._machine_is_idle", lambda: True)
+    monkeypatch.setattr("parts.program._machine_is_idle", lambda: True)

@@ -1,7 +1,5 @@
 """parts/commands.py: the command lines answer at once, and say in one line what is wrong."""
 
-import errno
-import io
 import os
 import subprocess
 import sys
@@ -9,9 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-import typer
 from conftest import ROOT
-from rich.console import Console
 from typer.testing import CliRunner
 
 import compare
@@ -19,7 +15,7 @@ import eval as evaluator
 import methods
 import show
 from parts import commands, evaluations
-from parts.files import CannotWrite, write_json
+from parts.files import write_json
 from parts.prompts import languages
 from parts.recipe import CompareConfig, Config, EvalConfig
 
@@ -207,19 +203,6 @@ def test_broken_weights_and_broken_json_are_bad_input(tmp_path):
         assert result.stderr.count("\n") == 1
 
 
-def test_an_error_of_several_lines_becomes_one(capsys):
-    with pytest.raises(typer.Exit) as end, commands.bad_input():
-        raise ValueError("first\n   second\tthird")
-    assert end.value.exit_code == 2
-    assert capsys.readouterr().err == "error: first second third\n"
-
-
-@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), FloatingPointError("x")])
-def test_what_is_no_bad_input_is_not_turned_into_a_line(error):
-    with pytest.raises(type(error)), commands.bad_input():
-        raise error
-
-
 def a_bug(*arguments: Any, **options: Any):
     raise ValueError("a bug")
 
@@ -260,16 +243,6 @@ def test_a_report_that_cannot_be_written_is_bad_input(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("idle", "policy"), [(True, None), (False, "PASSIVE")])
-def test_threads_sleep_while_they_wait_where_another_process_is_busy(monkeypatch, idle, policy):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    monkeypatch.setenv("GOMP_SPINCOUNT", "1000000000")
-    monkeypatch.setattr(commands, "_machine_is_idle", lambda: idle)
-    commands.start()
-    assert os.environ.get("OMP_WAIT_POLICY") == policy
-    assert "GOMP_SPINCOUNT" not in os.environ
-
-
 def test_paths_of_the_user_are_not_read_as_markup(tmp_path):
     folder = tmp_path / "[red]x"
     folder.mkdir()
@@ -291,130 +264,3 @@ def test_what_the_user_named_is_printed_as_it_was_typed(tmp_path, monkeypatch, n
     result = run_cli("copsd train", *SMALL, "--out", f"run {name}")
     assert result.exit_code == 0, result.output
     assert f"into run {name}\n" in result.stdout
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1:strict"])
-def test_a_terminal_without_the_letters_shows_marks_and_nothing_stops(encoding):
-    result = subprocess.run(
-        [sys.executable, "copsd.py", "languages"],
-        cwd=ROOT,
-        capture_output=True,
-        env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "300"},
-    )
-    assert result.returncode == 0 and result.stderr == b""
-    lines = result.stdout.splitlines()
-    assert len(lines) == 1 + len(languages()) and b"Amharic" in lines[1] and b"????" in lines[1]
-
-
-POSIX = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-# Trains, evaluates, reports and shows in one process, which loads torch once.
-POSIX_DAY = """
-import sys
-from parts import commands
-small = ["--max-new-tokens", "8"]
-train = ["--eval-problems", "1", "--eval-samples", "1", "--steps", "1", "--batch-size", "2"]
-for app, typed in (
-    (commands.copsd, ["train", *small, *train, "--show-rollout", "--out", "run"]),
-    (commands.evaluation, [*small, "--limit", "2", "--adapter", "run", "--out", "one"]),
-    (commands.evaluation, ["report", "one", "--out", "report"]),
-    (commands.copsd, ["show", *small, "--html", "walk.html"]),
-    (commands.copsd, ["languages"]),
-    (commands.comparison, ["--help"]),
-):
-    try:
-        app(typed)
-    except SystemExit as end:
-        assert not end.code, (typed, end.code)
-"""
-
-
-def test_a_posix_locale_writes_the_same_letters(tmp_path):
-    env = {**os.environ, **POSIX, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", POSIX_DAY]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, env=env)
-    assert result.returncode == 0 and result.stderr == b"", result.stderr
-    letters = ["run/completions.jsonl", "one/problems.jsonl", "report/report.html", "walk.html"]
-    for name in letters:
-        assert "ƙ" in (tmp_path / name).read_text(encoding="utf-8"), name
-    for path in tmp_path.rglob("*"):
-        if path.suffix in (".json", ".jsonl", ".md", ".tex", ".csv", ".html"):
-            path.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    "command", ["copsd.py train --out", "eval.py --out", "eval.py report", "compare.py --out"]
-)
-def test_a_name_that_the_locale_cannot_read_is_refused_with_the_remedy(tmp_path, command):
-    name = str(tmp_path).encode() + "/ɓulà".encode()
-    result = subprocess.run(
-        [sys.executable.encode(), *command.encode().split(), name],
-        cwd=ROOT,
-        capture_output=True,
-        env={**os.environ, **POSIX},
-    )
-    assert result.returncode == 2 and result.stderr.count(b"\n") == 1
-    assert b"not all of it is letters in this locale (ascii); set PYTHONUTF8=1" in result.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_the_detector_of_languages_one_line_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("parts.measure.language_detector", lambda: None)
-    commands.start()
-    assert capsys.readouterr().out.count("pycld2 is not installed") == 1
-    monkeypatch.undo()
-    commands.start()
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
-def test_output_that_goes_away_ends_no_work(tmp_path, number):
-    class Gone(io.StringIO):
-        failed = 0
-
-        def flush(self):
-            self.failed += 1
-            raise OSError(number, os.strerror(number))
-
-        def fileno(self):
-            return spare.fileno()
-
-    with (tmp_path / "spare").open("w") as spare:
-        stream = Gone()
-        output = commands.Output(stream)
-        for _ in range(3):
-            print("a line", file=output, flush=True)
-    assert stream.failed == 3 and output.failure and output.failure.errno == number
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        (KeyboardInterrupt(), 130, "stopped; all is kept"),
-        (CannotWrite("cannot write x: full; free some"), 2, "error: cannot write x: full; free"),
-        (FloatingPointError("NaN"), 1, "error: NaN"),
-    ],
-)
-def test_work_that_cannot_be_finished_says_why(capsys, error, code, said):
-    with pytest.raises(typer.Exit) as end, commands.working(Console(), lambda: "all is kept"):
-        raise error
-    captured = capsys.readouterr()
-    assert end.value.exit_code == code and said in captured.out + captured.err
-    assert (captured.out + captured.err).count("\n") == 1
-
-
-def test_a_broken_pipe_does_not_cost_the_save(tmp_path):
-    command = (
-        f"{sys.executable} copsd.py train {' '.join(SMALL)} --out {tmp_path / 'run'} | head -1"
-    )
-    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.count("\n") == 1 and result.stderr == ""
-    assert (tmp_path / "run" / "resume" / "step_00001.json").is_file()
-
-
-def test_names_cannot_drive_the_terminal(tmp_path):
-    folder = tmp_path / "\x1b[31mred\x07"
-    folder.mkdir()
-    write_json(folder / "other.json", {})
-    result = run_cli("eval", "--limit", "1", "--out", str(folder))
-    assert result.exit_code == 2 and "\x1b" not in result.stderr and "\x07" not in result.stderr
-    assert r"\x1b[31mred\x07" in result.stderr

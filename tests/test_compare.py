@@ -1,4 +1,4 @@
-"""compare.py: equal budgets, splits that share nothing, arms that are kept, numbers of the arms."""
+"""compare.py: equal budgets, splits that share nothing, runs that are kept, and their numbers."""
 
 import json
 from dataclasses import asdict, replace
@@ -10,18 +10,15 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-import compare
 import methods
-from compare import pick_rate, stages_of
-from parts import commands, measure, outcome
+from parts import arms, commands, measure, outcome
 from parts import plan as plans
 from parts.adapters import load_adapter
 from parts.data import load_problems
-from parts.experiments import ATTRIBUTION, EVIDENCE, GRPO
+from parts.experiments import ATTRIBUTION, EVIDENCE
 from parts.files import read_json, read_rows, write_json
 from parts.metrics import ratios
 from parts.model import load_model, load_tokenizer
-from parts.plan import ablation_arms, parse_seeds
 from parts.recipe import METHODS, Config
 from parts.sampler import SamplingParams
 
@@ -262,127 +259,6 @@ def test_an_arm_whose_gradient_is_lost_ends_the_comparison_with_its_name(tmp_pat
     assert "grpo-" in result.stdout.partition("error: ")[2]
 
 
-def make_plan(tmp_path: Path, *flags: str, **given: Any) -> plans.Plan:
-    """Return the plan of a small experiment, whose folder is made and in which nothing ran."""
-    small = {
-        "lang": "ha",
-        "seeds": "0,4",
-        "sweep": "0.5,1",
-        "batch_size": 8,
-        "group_size": 4,
-        "max_new_tokens": 40,
-        "eval_problems": 6,
-        "dev_problems": 5,
-        "steps": 12,
-        "out": str(tmp_path / "out"),
-    }
-    return plans.make_plan({**small, **given})
-
-
-def measured(right: list[float], tokens: list[float] | None = None) -> dict[str, Any]:
-    """Return results with so many right greedy answers and sampled lengths."""
-    ones = [1.0] * len(right)
-    found = {"greedy": {"pass@1": (right, ones)}}
-    if tokens:
-        found["sampled"] = {"mean tokens": (tokens, ones)}
-    return {"final": found}
-
-
-def walk(plan: plans.Plan, accuracies: dict[str, float]) -> list[compare.Arm]:
-    """Return the arms of a plan, whose sweep's runs get these accuracies by their folder's name."""
-    found: dict[Path, Any] = {}
-    arms = []
-    for stage in stages_of(plan, found):
-        arms += stage
-        for arm in stage:
-            accuracy = accuracies.get(arm.folder.name, 0.0)
-            found[arm.folder] = measured([accuracy, accuracy], [10.0, 20.0])
-    return arms
-
-
-def test_arms_are_the_base_the_sweep_and_the_methods_of_every_seed(tmp_path):
-    plan = make_plan(tmp_path, lang="ha,sw")
-    arms = walk(plan, {"grpo-0.001": 0.5, "copsd-0.0005": 0.75})
-    names = [str(arm.folder.relative_to(plan.out)) for arm in arms]
-    seeds = [f"{method}-{seed}" for method in ("grpo", "copsd") for seed in (0, 4)]
-    sweep = [f"{method}-{rate}" for method in ("grpo", "copsd") for rate in ("0.0005", "0.001")]
-    sweeps = [f"{lang}/sweep/{name}" for lang in ("hau", "swa") for name in sweep]
-    later = [f"{lang}/{name}" for lang in ("hau", "swa") for name in seeds]
-    assert names == ["hau/base", "swa/base", *sweeps, *later]
-    assert [arm.folder.name for arm in arms if not arm.is_trained] == ["base", "base"]
-    assert [arm.folder.name for arm in arms if arm.is_sweep] == 2 * sweep
-    assert sum(arm.size for arm in arms) == pytest.approx(2 * 0.1 + 8 * 0.5 + 8)
-    by_name = dict(zip(names, arms, strict=True))
-    # All languages take one rate.
-    for lang in ("hau", "swa"):
-        assert by_name[f"{lang}/grpo-4"].settings["lr"] == 0.001
-        assert by_name[f"{lang}/copsd-4"].settings["lr"] == 0.0005
-        settings = by_name[f"{lang}/copsd-4"].settings
-        assert (settings["method"], settings["lang"], settings["seed"]) == ("copsd", lang, 4)
-        assert settings["data"] == str(plan.out / lang / "train.jsonl")
-        assert settings["eval_data"] == str(plan.out / lang / "test.jsonl")
-        swept = by_name[f"{lang}/sweep/grpo-0.001"].settings
-        assert swept["lang"] == lang and swept["eval_data"] == str(plan.out / lang / "dev.jsonl")
-
-
-def test_without_a_budget_it_is_what_copsds_steps_sample_at_the_bases_length(tmp_path):
-    plan = make_plan(tmp_path)
-    arms = {arm.folder.name: arm for arm in walk(plan, {})}
-    whole = 12 * 8 * 15  # steps, completions, their mean length: of 10 and 20
-    assert arms["copsd-0"].settings["token_budget"] == whole
-    assert arms["grpo-4"].settings["token_budget"] == whole
-    assert arms["copsd-0.001"].settings["token_budget"] == whole // 2
-    assert arms["copsd-0"].settings["save_every"] == 2  # six checkpoints of twelve steps
-    assert "token_budget" not in arms["base"].settings
-    given = replace(
-        plan, configs={k: replace(c, token_budget=900) for k, c in plan.configs.items()}
-    )
-    assert {a.settings.get("token_budget") for a in walk(given, {})} == {None, 450, 900}
-
-
-def test_the_sweep_picks_the_best_rate_and_the_lowest_of_equals(tmp_path):
-    plan = replace(make_plan(tmp_path, lr=0.1), factors=[8.0, 4.0, 2.0, 1.0])
-    right = {0.1: 1.0, 0.2: 3.0, 0.4: 3.0, 0.8: 2.0}
-    found = {}
-    for rate, count in right.items():
-        some = [1.0] * int(count) + [0.0] * (4 - int(count))
-        found[compare.sweep_folder(plan, "hau", "grpo", rate)] = measured(some)
-    assert pick_rate(plan, GRPO, found) == 0.2
-    accuracies = compare.sweep_accuracies(plan, GRPO, found)
-    assert accuracies == {0.8: 0.5, 0.4: 0.75, 0.2: 0.75, 0.1: 0.25}
-
-
-def test_the_sweep_picks_what_is_best_over_all_languages(tmp_path):
-    plan = replace(make_plan(tmp_path, lang="ha,sw", lr=0.1), factors=[1.0, 2.0])
-    found = {}
-    for lang, rate, right in (("hau", 0.1, 4), ("hau", 0.2, 3), ("swa", 0.1, 1), ("swa", 0.2, 3)):
-        some = [1.0] * right + [0.0] * (4 - right)
-        found[compare.sweep_folder(plan, lang, "grpo", rate)] = measured(some)
-    assert compare.sweep_accuracies(plan, GRPO, found) == {0.1: 0.625, 0.2: 0.75}
-    assert pick_rate(plan, GRPO, found) == 0.2
-
-
-def test_ablations_change_one_setting_at_a_time():
-    variants = ablation_arms(Config(clip_mode="none"))
-    arms = {variant.name: variant.settings for variant in variants}
-    assert all(variant.title == variant.name for variant in variants)
-    assert arms["recipe"] == {}
-    assert all(len(settings) == 1 for name, settings in arms.items() if name != "recipe")
-    assert "clip mode=none" not in arms and arms["clip mode=entry"] == {"clip_mode": "entry"}
-    assert {"swap_solutions": True} in arms.values() and {"english_problem": False} in arms.values()
-    assert len(arms) == 10
-
-
-def test_an_ablations_arms_are_one_method_at_its_recipes_rate(tmp_path):
-    plan = make_plan(tmp_path, ablate=True)
-    arms = walk(plan, {})
-    assert not any(arm.is_sweep for arm in arms) and len(arms) == 1 + 10 * 2
-    trained = [arm for arm in arms if arm.is_trained]
-    assert not any("lr" in arm.settings for arm in trained)
-    changed = {arm.name: arm.settings for arm in trained if arm.settings["seed"] == 4}
-    assert changed["teacher=ema"]["teacher"] == "ema" and "teacher" not in changed["recipe"]
-
-
 def test_an_ablation_is_one_table(tmp_path, monkeypatch):
     monkeypatch.setattr(plans, "ABLATIONS", (("clip_mode", ("none", "entry")),))
     flags = [*SMALL, "--ablate", "--seeds", "1", "--out", str(tmp_path / "out")]
@@ -391,66 +267,6 @@ def test_an_ablation_is_one_table(tmp_path, monkeypatch):
     for title in ("clip mode=entry", "clip mode=entry against recipe"):
         assert f"| Hausa: {title} |" in result.stdout
         assert f"| Hausa: {title} |" in (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
-
-
-def attributed(tmp_path: Path, seconds: dict[str, float]) -> list[compare.Arm]:
-    """Return an attribution's arms, which trained for these seconds by their folder's name."""
-    plan = make_plan(tmp_path, attribute=True)
-    found: dict[Path, Any] = {}
-    arms = []
-    for stage in stages_of(plan, found):
-        arms += stage
-        for arm in stage:
-            results = measured([1.0, 0.0], [10.0, 20.0])
-            results["final"]["train_s"] = seconds.get(arm.folder.name, 100.0)
-            found[arm.folder] = results
-    return arms
-
-
-@pytest.mark.parametrize(
-    ("flags", "steps", "factors"),
-    [
-        ({}, 100, [0.03, 0.1, 0.3, 1, 3, 9]),
-        ({"family": True}, 30, [0.1, 0.3, 1, 3, 9]),
-        ({"attribute": True}, 30, [0.3, 1, 3, 9]),
-        ({"attribute": True, "steps": 7, "sweep": "2"}, 7, [2]),
-    ],
-)
-def test_an_experiment_of_many_arms_has_a_smaller_budget_unless_said(
-    tmp_path, flags, steps, factors
-):
-    plan = plans.make_plan({**flags, "out": str(tmp_path / "out")})
-    assert (plan.main.steps, plan.factors) == (steps, factors)
-
-
-def test_an_attributions_arms_share_a_method_a_sweep_and_a_budget(tmp_path):
-    arms = attributed(tmp_path, {})
-    trained = {arm.folder.name: arm for arm in arms if arm.is_trained and not arm.is_sweep}
-    names = [variant.name for variant in ATTRIBUTION.variants if variant.is_trained]
-    assert list(trained) == [f"{name}-{seed}" for name in names for seed in (0, 4)]
-    assert len({arm.settings["token_budget"] for arm in trained.values()}) == 1
-    sweeps = [arm for arm in arms if arm.is_sweep]
-    for name in names:
-        rates = [arm.settings["lr"] for arm in sweeps if arm.name == name]
-        assert rates == [0.0005, 0.001]
-    assert trained["reference-4"].settings["completion"] == "reference"
-    assert trained["format-0"].settings["swap_solutions"] is True
-    (ceiling,) = [arm for arm in arms if arm.in_english]
-    assert ceiling.folder.name == "translated" and not ceiling.is_trained
-
-
-def test_an_arm_that_trains_quicker_than_copsd_runs_again_as_long_and_one_as_quick_does_not(
-    tmp_path,
-):
-    quick = {"reference-0": 20.0, "reference-4": 30.0, "off-policy-0": 108.0}
-    arms = {arm.folder.name: arm for arm in attributed(tmp_path, quick)}
-    extra = [name for name, arm in arms.items() if arm.is_extra]
-    assert extra == ["reference-seconds-0", "reference-seconds-4"]
-    first = arms["reference-0"].settings
-    again = arms["reference-seconds-0"].settings
-    assert again["token_budget"] == 4 * first["token_budget"]  # 100 seconds instead of 25
-    differ = {name for name in first if first[name] != again[name]}
-    assert differ == {"token_budget", "save_every"}
 
 
 def test_an_attribution_writes_both_tables_and_the_whole_prompts(tmp_path, monkeypatch):
@@ -480,7 +296,7 @@ def test_an_attribution_writes_both_tables_and_the_whole_prompts(tmp_path, monke
 
 
 def test_the_family_is_every_method_each_with_what_its_own_teacher_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "NEARLY", 1e9)  # no second run at equal seconds
+    monkeypatch.setattr(arms, "NEARLY", 1e9)  # no second run at equal seconds
     right = iter(range(10**6))
     monkeypatch.setattr("copsd.is_correct", lambda *_, **__: next(right) % 2 == 0)  # mixed groups
     out = tmp_path / "out"
@@ -508,27 +324,6 @@ def test_the_family_is_every_method_each_with_what_its_own_teacher_reads(tmp_pat
 def test_a_budget_is_enough_for_a_step_of_the_arm_that_samples_most(tmp_path):
     result = run_cli(*SMALL, "--family", "--note-tokens", "99", "--out", str(tmp_path / "out"))
     assert result.exit_code == 2 and "--token-budget is 900; valid: 1112 or more" in result.stderr
-
-
-def test_the_splits_that_are_written_are_kept_as_they_are(tmp_path):
-    plan = make_plan(tmp_path)
-    files = sorted((plan.out / "hau").glob("*.jsonl"))
-    assert [file.name for file in files] == ["dev.jsonl", "test.jsonl", "train.jsonl"]
-    before = {file: file.stat().st_mtime_ns for file in files}
-    assert plans.read_splits(plan, "hau") == {}
-    make_plan(tmp_path)
-    assert {file: file.stat().st_mtime_ns for file in files} == before
-    # A split comes back with every field that training and measuring read.
-    source = {p.id: p for p in load_problems(Path("lab/problems/hau/train.jsonl"), language="hau")}
-    dev = load_problems(plan.out / "hau" / "dev.jsonl", language="hau")
-    assert dev == [source[problem.id] for problem in dev]
-
-
-def test_seeds_are_a_count_or_a_list():
-    assert parse_seeds("3") == [0, 1, 2] and parse_seeds("0,4,7") == [0, 4, 7]
-    for text in ("0", "1,1", "x", "-1", "1000,2"):
-        with pytest.raises(ValueError, match="--seeds"):
-            parse_seeds(text)
 
 
 @pytest.mark.parametrize(

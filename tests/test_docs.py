@@ -70,8 +70,12 @@ PARTS = (
     "figures",
     "report",
     "evaluations",
+    "results",
+    "arms",
+    "curves",
     "outcome",
     "tokens",
+    "program",
     "commands",
 )
 ABOVE = {
@@ -90,7 +94,8 @@ LOOP = 90  # lines of a training loop
 def imported(path: Path) -> set[str]:
     """Return the modules of ours, such as "parts.data", that a file imports, wherever in it.
 
-    Only the command lines import inside functions: each its program, when it runs.
+    What parts/commands.py imports inside functions is left out: each command imports its program
+    when it runs.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = tree.body if path.name == "commands.py" else ast.walk(tree)

@@ -2,85 +2,29 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from test_results import (
+    BASE,
+    BOXED,
+    HALF,
+    RIGHT,
+    WHOLE,
+    WRONG,
+    compared,
+    experiment,
+    graded,
+    in_full,
+    measured,
+    run_of,
+)
 
 from parts import outcome
+from parts.curves import figures_of
 from parts.files import read_json
-from parts.metrics import Attempt, Graded, bootstrap, paired_tests, ratios
-from parts.outcome import (
-    Experiment,
-    Sweep,
-    arms_table,
-    band,
-    compare_arms,
-    over_seeds,
-    pairs_table,
-    ratio_of,
-    right_within,
-    share,
-    write_section,
-)
-
-WRONG = Attempt(
-    completion="",
-    answer=None,
-    canonical=None,
-    lenient=None,
-    correct=False,
-    lenient_correct=False,
-    reason="no box",
-    tokens=8,
-    finish_reason="stop",
-    language="hau",
-    seed="0/0/0",
-)
-RIGHT = replace(WRONG, answer="1", canonical="1", correct=True, reason="right", tokens=4)
-BOXED = replace(WRONG, answer="2", canonical="2", reason="wrong", tokens=6)
-
-
-def graded(*problems: list[Attempt]) -> list[Graded]:
-    return [
-        Graded(str(place), "hau", "?", "1", "abc", None, attempts)
-        for place, attempts in enumerate(problems)
-    ]
-
-
-def measured(
-    greedy: list[Attempt], sampled: list[list[Attempt]] | None = None, kl: float = 0.5
-) -> dict[str, Any]:
-    """Return what compare.py keeps of these attempts, one greedy one a problem."""
-    sampled = sampled or [[attempt, attempt] for attempt in greedy]
-    own = ratios(graded(*([attempt] for attempt in greedy)), [1])
-    return {
-        "greedy": own,
-        "english": own,
-        "sampled": ratios(graded(*sampled), [1, 2]),
-        "kl": ([kl * 10, kl * 30], [10.0, 30.0]),
-    }
-
-
-def run_of(final: dict[str, Any], **costs: float) -> dict[str, Any]:
-    """Return the results of a run with two checkpoints, of which the last is `final`."""
-    cost = {"sampled_tokens": 900, "train_s": 4.0, "updates": 3} | costs
-    half = {name: value / 2 for name, value in cost.items()}
-    return {"points": [{**final, **half}, {**final, **cost}], "final": {**final, **cost}}
-
-
-BASE = {"points": [], "final": measured([WRONG, WRONG])}
-HALF = run_of(measured([RIGHT, WRONG]))
-WHOLE = run_of(measured([RIGHT, RIGHT], kl=0.25))
-
-
-TITLES = {"grpo": "GRPO", "copsd": "COPSD"}
-
-
-def experiment(**arms: list[dict[str, Any]]) -> Experiment:
-    """Return an experiment in Hausa that picked no rate; every arm is tested against the first."""
-    names = list(arms)
-    pairs = [(names[0], name) for name in names[1:]]
-    return Experiment("ablation", {"hau": arms}, pairs, {}, length_limit=16, titles=TITLES)
+from parts.metrics import bootstrap, paired_tests, ratios
+from parts.outcome import arms_table, compare_arms, over_seeds, pairs_table, write_section
+from parts.results import KL_TITLE, Sweep
 
 
 def cells(table: str) -> list[list[str]]:
@@ -89,24 +33,10 @@ def cells(table: str) -> list[list[str]]:
     return [lines[0], *lines[2:]]
 
 
-def test_metrics_are_read_from_the_attempts_they_are_of():
-    found = measured([RIGHT, WRONG], [[RIGHT, BOXED], [WRONG, WRONG]])
-    found["english"] = ratios(graded([RIGHT], [RIGHT]), [1])
-    assert ratio_of(found, "greedy accuracy") == ([1.0, 0.0], [1.0, 1.0])
-    assert ratio_of(found, "pass@1")[0] == [0.5, 0.0]
-    assert ratio_of(found, "pass@2")[0] == [1.0, 0.0]
-    assert share(found, "English greedy accuracy") == 1.0
-    assert share(found, "format rate") == 0.5
-    assert share(found, "mean tokens") == 6.0
-    assert share(found, outcome.KL_TITLE) == 0.5
-    assert outcome.accuracy(found) == 0.5
-
-
 def test_estimates_by_hand():
     found = measured([RIGHT, WRONG])
     assert over_seeds("accuracy given a box", [found])["value"] == 1.0
     assert over_seeds("greedy accuracy", [found, found])["by_seed"] == [0.5, 0.5]
-    assert (right_within(found, 3), right_within(found, 4)) == (0.0, 0.5)
     # Of seeds the numerators and the denominators are averaged, not the ratios: boxes count alike.
     other = measured([BOXED, BOXED])
     both = over_seeds("accuracy given a box", [found, other])
@@ -131,9 +61,9 @@ def test_only_shares_of_right_or_formatted_attempts_are_tested():
     summary = outcome.summarise_language({"base": [BASE], "copsd": [HALF]}, [("base", "copsd")])
     tested = ["greedy accuracy", "pass@1", "pass@2", "format rate", "English greedy accuracy"]
     assert list(summary["pairs"]["copsd - base"]) == tested
-    shown = [*tested[:4], "accuracy given a box", tested[4], "mean tokens", outcome.KL_TITLE]
+    shown = [*tested[:4], "accuracy given a box", tested[4], "mean tokens", KL_TITLE]
     assert list(summary["arms"]["copsd"]) == [*shown, *outcome.COSTS]
-    assert summary["arms"]["copsd"][outcome.KL_TITLE] == {"value": 0.5, "by_seed": [0.5]}
+    assert summary["arms"]["copsd"][KL_TITLE] == {"value": 0.5, "by_seed": [0.5]}
     assert summary["arms"]["base"]["train_s"] == [0]  # it was not trained
 
 
@@ -152,7 +82,7 @@ def test_the_arms_table_has_means_over_seeds_with_the_smallest_and_the_largest()
     row = dict(zip(header, copsd, strict=True))
     assert row["greedy accuracy"] == "0.750 (0.500, 1.000)"
     assert row["mean tokens"] == "5.0 (4.0, 6.0)"
-    assert row[outcome.KL_TITLE] == "0.375 (0.250, 0.500)"
+    assert row[KL_TITLE] == "0.375 (0.250, 0.500)"
     assert row["sampled tokens"] == "900" and row["seconds"] == "4" and row["updates"] == "3"
     assert dict(zip(header, base, strict=True))["greedy accuracy"] == "0.000"  # one run, no ends
 
@@ -237,47 +167,6 @@ def test_a_section_of_a_new_file_is_all_of_it(tmp_path):
     assert file.read_bytes() == first and first.count(b"| a |") == 1
 
 
-def test_a_band_spans_the_seeds_where_all_of_them_have_been():
-    points = band([[(0.0, 0.0), (10.0, 1.0)], [(0.0, 0.0), (20.0, 1.0)]])
-    assert points[-1] == (10.0, 0.75, 0.5, 1.0) and points[0] == (0.0, 0.0, 0.0, 0.0)
-
-
-def test_curves_over_training_begin_at_the_base_and_end_at_the_last_checkpoint():
-    arms = {"base": [BASE], "copsd": [HALF, WHOLE]}
-    arms = {TITLES.get(name, name): runs for name, runs in arms.items()}
-    curves = outcome.over_training(arms, "greedy accuracy")
-    assert list(curves) == ["COPSD"]
-    assert curves["COPSD"][0] == (0.0, 0.0, 0.0, 0.0)
-    assert curves["COPSD"][-1] == (0.9, 0.75, 0.5, 1.0)  # in thousands of tokens
-    seconds = outcome.over_training(arms, "greedy accuracy", x="train_s", unit=1.0)
-    assert seconds["COPSD"][-1][0] == 4.0
-
-
-def compared() -> Experiment:
-    arms = {"base": [BASE], "grpo": [HALF, HALF], "copsd": [HALF, WHOLE]}
-    sweep = {"grpo": Sweep([1.0], {0.1: 0.5}, 0.1), "copsd": Sweep([1.0], {0.1: 0.5}, 0.1)}
-    pairs = [("grpo", "copsd")]
-    return Experiment("comparison", {"hau": arms, "swa": arms}, pairs, sweep, 16, TITLES)
-
-
-def test_a_comparison_has_an_overview_and_a_figure_a_language_and_an_ablation_none():
-    figures = outcome.figures_of(compared())
-    assert list(figures) == ["comparison", "comparison_hau", "comparison_swa"]
-    titles = [panel.title for panel in figures["comparison"]]
-    assert titles == ["Hausa: greedy accuracy", "Swahili: greedy accuracy"]
-    panels = {panel.title: panel for panel in figures["comparison_hau"]}
-    assert panels["pass@k after training"].curves["COPSD"] == [
-        (1.0, 0.75, 0.5, 1.0),
-        (2.0, 0.75, 0.5, 1.0),
-    ]
-    within = panels["Right within a limit"].curves
-    assert list(within) == ["base", "GRPO", "COPSD"]
-    assert within["GRPO"][2] == (3.0, 0.0, 0.0, 0.0)
-    assert within["GRPO"][3] == (4.0, 0.5, 0.5, 0.5)
-    assert "English: greedy accuracy" in panels
-    assert outcome.figures_of(experiment(recipe=[HALF])) == {}
-
-
 def test_the_folder_gets_everything_and_a_results_file_its_section(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -295,7 +184,7 @@ def test_the_folder_gets_everything_and_a_results_file_its_section(tmp_path):
     assert results.read_text(encoding="utf-8") == f"By hand.\n\n{own}"
     for table in outcome.tables(compared()):
         assert table in own
-    pictures = {name: f"{name}.png" for name in outcome.figures_of(compared())}
+    pictures = {name: f"{name}.png" for name in figures_of(compared())}
     for folder in (out, results.parent):
         assert {path.name for path in folder.glob("*.png")} == set(pictures.values())
     assert all(f"({picture})" in own for picture in pictures.values())
@@ -319,23 +208,6 @@ def test_a_pick_at_the_sweeps_edge_is_said_below_the_table_and_one_inside_is_not
     assert outcome.edge_note(replace(found, sweep={"grpo": inside})) == []
 
 
-def in_full() -> Experiment:
-    """Return an experiment of two trained arms of one method and an untrained one, in full."""
-    arms = {"base": [BASE], "copsd": [HALF, WHOLE], "format": [HALF], "translated": [BASE]}
-    longer = run_of(measured([RIGHT, RIGHT]), train_s=8.0)
-    titles = {**TITLES, "format": "right box behind garbage", "translated": "base, in English"}
-    return Experiment(
-        "attribution",
-        {"hau": arms},
-        [("copsd", "format")],
-        {"copsd": Sweep([1.0], {0.1: 0.5}, 0.1)},
-        16,
-        titles,
-        {"copsd": "code", "format": "ours"},
-        {"hau": {**arms, "format": [longer]}},
-    )
-
-
 def test_in_full_an_arm_has_its_interval_language_evidence_and_seconds_in_two_tables():
     found = in_full()
     tokens, seconds, pairs, *_ = [cells(table) for table in outcome.tables(found)]
@@ -353,15 +225,6 @@ def test_in_full_an_arm_has_its_interval_language_evidence_and_seconds_in_two_ta
     assert tokens[0][1:] == seconds[0][1:]
     assert {"format rate", "in the problem's language", "in English", "pass@2"} <= set(tokens[0])
     assert copsd["in the problem's language"] == "1.000 [1.000, 1.000]"
-
-
-def test_an_arm_that_is_not_trained_has_no_curve_over_training():
-    figures = outcome.figures_of(in_full())
-    assert list(figures) == ["attribution", "attribution_hau"]
-    (overview,) = figures["attribution"]
-    assert list(overview.curves) == ["COPSD", "right box behind garbage"]
-    at_the_end = {panel.title: panel for panel in figures["attribution_hau"]}
-    assert "base, in English" in at_the_end["pass@k after training"].curves
 
 
 def test_pass_at_k_is_told_at_the_powers_of_two_up_to_the_samples():

@@ -1,0 +1,76 @@
+"""parts/plan.py: what is asked for becomes an experiment, whose problems are divided once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parts import plan as plans
+from parts.data import load_problems
+from parts.plan import ablation_arms, parse_seeds
+from parts.recipe import Config
+
+
+def small_plan(tmp_path: Path, **given: Any) -> plans.Plan:
+    """Return the plan of a small experiment, whose folder is made and in which nothing ran."""
+    small = {
+        "lang": "ha",
+        "seeds": "0,4",
+        "sweep": "0.5,1",
+        "batch_size": 8,
+        "group_size": 4,
+        "max_new_tokens": 40,
+        "eval_problems": 6,
+        "dev_problems": 5,
+        "steps": 12,
+        "out": str(tmp_path / "out"),
+    }
+    return plans.make_plan({**small, **given})
+
+
+def test_seeds_are_a_count_or_a_list():
+    assert parse_seeds("3") == [0, 1, 2] and parse_seeds("0,4,7") == [0, 4, 7]
+    for text in ("0", "1,1", "x", "-1", "1000,2"):
+        with pytest.raises(ValueError, match="--seeds"):
+            parse_seeds(text)
+
+
+def test_ablations_change_one_setting_at_a_time():
+    variants = ablation_arms(Config(clip_mode="none"))
+    arms = {variant.name: variant.settings for variant in variants}
+    assert all(variant.title == variant.name for variant in variants)
+    assert arms["recipe"] == {}
+    assert all(len(settings) == 1 for name, settings in arms.items() if name != "recipe")
+    assert "clip mode=none" not in arms and arms["clip mode=entry"] == {"clip_mode": "entry"}
+    assert {"swap_solutions": True} in arms.values() and {"english_problem": False} in arms.values()
+    assert len(arms) == 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "factors"),
+    [
+        ({}, 100, [0.03, 0.1, 0.3, 1, 3, 9]),
+        ({"family": True}, 30, [0.1, 0.3, 1, 3, 9]),
+        ({"attribute": True}, 30, [0.3, 1, 3, 9]),
+        ({"attribute": True, "steps": 7, "sweep": "2"}, 7, [2]),
+    ],
+)
+def test_an_experiment_of_many_arms_has_a_smaller_budget_unless_said(
+    tmp_path, flags, steps, factors
+):
+    plan = plans.make_plan({**flags, "out": str(tmp_path / "out")})
+    assert (plan.main.steps, plan.factors) == (steps, factors)
+
+
+def test_the_splits_that_are_written_are_kept_as_they_are(tmp_path):
+    plan = small_plan(tmp_path)
+    files = sorted((plan.out / "hau").glob("*.jsonl"))
+    assert [file.name for file in files] == ["dev.jsonl", "test.jsonl", "train.jsonl"]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert plans.read_splits(plan, "hau") == {}
+    small_plan(tmp_path)
+    assert {file: file.stat().st_mtime_ns for file in files} == before
+    # A split comes back with every field that training and measuring read.
+    source = {p.id: p for p in load_problems(Path("lab/problems/hau/train.jsonl"), language="hau")}
+    dev = load_problems(plan.out / "hau" / "dev.jsonl", language="hau")
+    assert dev == [source[problem.id] for problem in dev]
