@@ -63,9 +63,10 @@ from parts.prompts import (
     languages,
     template_hash,
 )
-from parts.recipe import EvalConfig, check_settings, read_recipe
+from parts.recipe import EvalConfig
 from parts.sampler import SamplingParams
 from parts.selfcheck import check_model
+from parts.settings import check_settings, read_recipe
 from parts.view import SamplingProgress, estimates_table, say
 
 # Shown where several languages share a table, beside pass@k.

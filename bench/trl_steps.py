@@ -26,7 +26,8 @@ from parts.data import load_problems, pick_order
 from parts.grading import is_correct
 from parts.model import load_tokenizer, resolve_model
 from parts.prompts import Problem, build_prompt
-from parts.recipe import Config, fill
+from parts.recipe import Config
+from parts.settings import fill
 
 
 class Clock(TrainerCallback):

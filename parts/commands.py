@@ -17,7 +17,8 @@ from rich.table import Table
 
 from parts.program import bad_input, make_program, other_ranks, start, working
 from parts.prompts import languages
-from parts.recipe import CompareConfig, Config, EvalConfig, range_text, refuse_idle
+from parts.recipe import CompareConfig, Config, EvalConfig
+from parts.settings import range_text, refuse_idle
 
 Given = dict[str, Any]  # the values of the flags that were typed
 

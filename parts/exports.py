@@ -18,7 +18,8 @@ from parts.family import context_length
 from parts.files import json_lines, write_text
 from parts.model import load_config, load_tokenizer, resolve_model
 from parts.prompts import Problem, render_prompt
-from parts.recipe import Config, fill, settle
+from parts.recipe import Config
+from parts.settings import fill, settle
 from parts.setup import fitting_problems
 from parts.view import say
 

@@ -19,7 +19,8 @@ from parts.footprint import Footprint, Lengths, Shape, footprint, read_shape, sa
 from parts.machine import DTYPES
 from parts.microbatch import Limit
 from parts.model import resolve_model
-from parts.recipe import Config, check_run, fill
+from parts.recipe import Config
+from parts.settings import check_run, fill
 from parts.view import say
 
 GIB = 2**30

@@ -18,8 +18,9 @@ from parts.files import read_sealed
 from parts.machine import pick_device, pick_dtype
 from parts.model import resolve_model
 from parts.prompts import Problem, find_language
-from parts.recipe import CompareConfig, Config, check_settings
+from parts.recipe import CompareConfig, Config
 from parts.runs import Run
+from parts.settings import check_settings
 from parts.setup import configure, load_setup
 from parts.view import say
 

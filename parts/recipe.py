@@ -1,9 +1,8 @@
 """Every setting: its default, range, unit and source, and the value that another method takes.
 
 `Config` is a training run, `CompareConfig` a comparison of runs, `EvalConfig` an evaluation. A
-field is written once and is then the default, the check, the flag and the flag's help. What a run
-uses comes, in this order, from the flags that were typed, the model folder's recipe.json, the
-method, the default.
+field holds the default, the valid values and the help; flag and check are made of it. How a run
+comes by its settings is in parts/settings.py.
 
 Sources: "paper" is the released scripts of COPSD (arXiv 2605.09548); "OPSD" those of its parent
 (arXiv 2601.18734), which give GRPO's values, as COPSD released none; TRL is Hugging Face's trainer;
@@ -12,19 +11,15 @@ is this project, also where a neighbour published no value.
 
 A neighbour is COPSD's or GRPO's recipe with other values. What the teacher reads, how a token is
 weighted, which divergence is taken, and when the teacher's weights are refreshed can be set for any
-method with COPSD's loop. A typed setting that would have no effect beside the others is refused.
+method with COPSD's loop.
 """
 
 import math
-import os
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from parts.files import read_object
-from parts.prompts import THINKING, find_language
-from parts.typed import typed
+from parts.prompts import THINKING
 
 # Each method, and the one whose recipe it follows where it has no value of its own.
 PARENTS = {
@@ -550,76 +545,6 @@ class EvalConfig:
     dtype: str = machine("auto", "The weights' type: auto, float32, bfloat16 or float16.")
 
 
-def check_settings(config: Any) -> None:
-    """Raise ValueError for the first setting that is not what its field allows, saying what is."""
-    for f in fields(config):
-        check_value(f, getattr(config, f.name), _flag(f))
-
-
-def check_value(f: Field, value: Any, name: str) -> None:
-    """Raise ValueError for a value that is of another type or range than its setting's.
-
-    name  what the message calls it: the flag, or the file and the field
-    """
-    valid = range_text(f) or "a finite number"
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; valid: {valid}")
-    typed(value, f.type, name)
-    choices = f.metadata["choices"]
-    if choices and value not in choices:
-        place = name.removesuffix(_flag(f)).removesuffix(f.name)
-        called = f.name.replace("_", " ")
-        raise ValueError(f"{place}unknown {called} {value!r}; valid: {', '.join(choices)}")
-    if isinstance(value, str) and not value.strip():
-        raise ValueError(f"{name} is empty; leave it out, or give it a value")
-    if isinstance(value, int | float) and type(value) is not bool and not _is_inside(value, f):
-        raise ValueError(f"{name} is {value}; valid: {valid}")
-
-
-def check_run(config: Config) -> None:
-    """Raise ValueError where single settings, or two that belong together, are out of range."""
-    check_settings(config)
-    if config.method in GROUPED and config.batch_size % config.group_size:
-        valid = f"a multiple of --group-size {config.group_size}"
-        raise ValueError(f"--batch-size is {config.batch_size}; valid: {valid}")
-    if config.completion != "student":
-        check_control(config)
-    if config.answer_only and config.swap_solutions:
-        raise ValueError("--answer-only and --swap-solutions both replace the solution; leave one")
-    if config.answer_only and not config.english_solution:
-        raise ValueError("--answer-only shows the answer where --no-english-solution shows nothing")
-    # Where only the most likely token can be drawn, every completion of a problem is the same.
-    if config.eval_temperature == 0 and config.eval_samples > 1:
-        raise ValueError(
-            f"--eval-temperature is 0, so that --eval-samples {config.eval_samples} would be "
-            "equal; valid: --eval-samples 1, or a temperature above 0"
-        )
-    targets = [target.strip() for target in config.lora_targets.split(",")]
-    if len(set(targets)) < len(targets) or "" in targets:
-        valid = "names of layers, each once, separated by commas"
-        raise ValueError(f"--lora-targets is {config.lora_targets!r}; valid: {valid}")
-    largest = largest_step(config)
-    if config.token_budget is not None and config.token_budget < largest:
-        valid = f"{largest} or more, what a step may sample"
-        raise ValueError(f"--token-budget is {config.token_budget}; valid: {valid}")
-
-
-def check_control(config: Config) -> None:
-    """Raise ValueError where a control of COPSD meets settings that it cannot honour."""
-    control = f"--completion {config.completion}"
-    if config.method != "copsd":
-        raise ValueError(f"{control} is a control of COPSD; valid: student")
-    if config.teacher_reads not in NOTELESS:
-        valid = ", ".join(NOTELESS)
-        said = f"--teacher-reads {config.teacher_reads} is of the student's completions"
-        raise ValueError(f"{said}; valid with {control}: {valid}")
-    is_weighted = config.token_weight != "uniform" or config.loss_prefix < 1
-    if config.completion in LABELS and (is_weighted or config.loss_over != "vocabulary"):
-        raise ValueError(
-            f"{control} has no teacher; --token-weight, --loss-prefix and --loss-over go without it"
-        )
-
-
 def largest_step(config: Config) -> int:
     """Return how many tokens a step may sample at most, for what the teacher reads among them."""
     note = {
@@ -651,36 +576,6 @@ def divergence_options(config: Config) -> dict[str, Any]:
     }
 
 
-def refuse_idle(given: dict[str, Any], config: Config) -> None:
-    """Raise ValueError for a typed setting that does nothing in this run, such as another method's.
-
-    given  what was typed, of which `config` was made
-    """
-    for f in fields(config):
-        for name, values in f.metadata["needs"].items():
-            value = getattr(config, name)
-            if f.name in given and value not in values:
-                other = "--" + name.replace("_", "-")
-                raise ValueError(
-                    f"{_flag(f)} is for {other} {', '.join(values)}; here {other} is {value}"
-                )
-
-
-def collapse_warnings(config: Config) -> list[str]:
-    """Return a line for each choice of settings that collapsed where others tried it."""
-    warnings = []
-    follows = config.teacher != "fixed" and config.method in DISTILLED
-    if follows and config.divergence == "forward_kl" and config.clip_mode == "none":
-        warnings.append(
-            "warning: an unclipped forward KL with a teacher that follows the student collapsed "
-            "in OPSDC's paper (MATH-500 5.7 against 95.7); valid are --divergence reverse_kl, "
-            "a --clip-mode, or --teacher fixed"
-        )
-    if follows and config.teacher == "copy" and config.teacher_every == 1:
-        warnings.append("warning: --teacher-every 1 collapsed in OPSDC's paper; it has 50")
-    return warnings
-
-
 def of_method(values: dict[str, Any], method: str, default: Any) -> Any:
     """Return a method's value: its own, else that of the method it follows, else the default.
 
@@ -688,83 +583,3 @@ def of_method(values: dict[str, Any], method: str, default: Any) -> Any:
     [1.1, 1.2, 1.0, 1.1, 1.2, 1.2]
     """
     return values.get(method, values.get(PARENTS.get(method, method), default))
-
-
-def fill(given: dict[str, Any], model_folder: Path) -> Config:
-    """Return the settings of a run; see the top of the file for what goes first."""
-    method = given.get("method", Config.method)
-    names = {f.name for f in fields(Config)}
-    defaults = {
-        f.name: of_method(f.metadata["by_method"], method, f.default) for f in fields(Config)
-    }
-    recipe = read_recipe(model_folder, method)
-    if unknown := recipe.keys() - names:
-        path = model_folder / "recipe.json"
-        raise ValueError(f"{path} has unknown settings: {', '.join(sorted(unknown))}")
-    if "data" in given:
-        recipe.pop("eval_data", None)  # the recipe's benchmark belongs to the recipe's data
-    return Config(**{**defaults, **recipe, **given})
-
-
-def settle(config: Config) -> Config:
-    """Check the settings of a run; return them with language, files and folder named in full."""
-    check_settings(config)
-    lang = find_language(config.lang).iso3
-    out = config.out or f"runs/{config.method}-{Path(config.model).name}-{lang}-{config.seed}"
-    files = {
-        name: str(value).replace("{lang}", lang)
-        for name in ("data", "eval_data")
-        if (value := getattr(config, name))
-    }
-    config = replace(config, lang=lang, out=out, **files)
-    check_run(config)
-    return config
-
-
-def read_recipe(model_folder: Path, method: str = "copsd") -> dict[str, Any]:
-    """Return the settings that the folder's recipe.json has for this model, {} where there is none.
-
-    Each entry is {"value": ..., "why": ...}, with another value under a method's name where that
-    differs, for the methods that follow it, too. Files in it are relative to the folder; "{lang}"
-    stands for the language.
-    """
-    path = model_folder / "recipe.json"
-    if not path.is_file():
-        return {}
-    known = {f.name: f for f in fields(Config)}
-    recipe = {}
-    for name, entry in read_object(path).items():
-        if not isinstance(entry, dict) or "value" not in entry:
-            raise ValueError(f'{path}: {name} is no object with a "value"')
-        recipe[name] = of_method(entry, method, entry["value"])
-        if name in known:
-            check_value(known[name], recipe[name], f"{path}: {name}")
-    for name in ("data", "eval_data"):
-        if recipe.get(name) is not None:
-            recipe[name] = os.path.normpath(model_folder / recipe[name])
-    return recipe
-
-
-def _flag(f: Field) -> str:
-    return "--" + f.name.replace("_", "-")
-
-
-def _is_inside(value: float, f: Field) -> bool:
-    limits = f.metadata
-    return (
-        math.isfinite(value)
-        and limits["least"] <= value <= limits["most"]
-        and limits["above"] < value < limits["below"]
-    )
-
-
-def range_text(f: Field) -> str:
-    """Return the range in words, "" where every number is valid."""
-    limits = f.metadata
-    bounds = {
-        f"{limits['least']} or more": limits["least"],
-        f"above {limits['above']}": limits["above"],
-        f"up to {limits['most']}": limits["most"],
-        f"below {limits['below']}": limits["below"],
-    }
-    return ", ".join(text for text, bound in bounds.items() if math.isfinite(bound))

@@ -39,8 +39,9 @@ from parts.prompts import (
     pose_in_english,
     template_hash,
 )
-from parts.recipe import DISTILLED, GROUPED, LABELS, Config, collapse_warnings, fill, settle
+from parts.recipe import DISTILLED, GROUPED, LABELS, Config
 from parts.selfcheck import check_model
+from parts.settings import collapse_warnings, fill, settle
 from parts.view import say
 
 

@@ -28,6 +28,7 @@ PARTS = (
     "chat",
     "prompts",
     "recipe",
+    "settings",
     "experiments",
     "readings",
     "rows",

@@ -28,8 +28,8 @@ from parts.files import read_json, read_object, read_rows
 from parts.identity import recorded_fingerprint
 from parts.lora import attach_lora
 from parts.metrics import read_graded, read_summary
-from parts.recipe import fill
 from parts.runs import Run, last_adapter_folder
+from parts.settings import fill
 from parts.setup import configure
 from parts.watch import last_completion
 

@@ -21,8 +21,9 @@ from parts import commands
 from parts.experiments import EVIDENCE
 from parts.lora import teacher_view
 from parts.microbatch import Limit
-from parts.recipe import METHODS, collapse_warnings
+from parts.recipe import METHODS
 from parts.sampler import Rollout
+from parts.settings import collapse_warnings
 from parts.setup import configure, prepare
 from parts.steplog import Tally
 from parts.view import StepView

@@ -1,29 +1,15 @@
-"""parts/recipe.py: what is valid, what goes first, and what a flag's help says."""
+"""parts/recipe.py: the words that are valid, the defaults, and what a flag's help says."""
 
-import json
-import math
 import re
-from dataclasses import FrozenInstanceError, fields, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
 import kernels
 from parts.commands import help_text
 from parts.prompts import THINKING
-from parts.recipe import (
-    METHODS,
-    CompareConfig,
-    Config,
-    EvalConfig,
-    check_run,
-    check_settings,
-    fill,
-    range_text,
-    read_recipe,
-    settle,
-)
+from parts.recipe import METHODS, CompareConfig, Config, EvalConfig
+from parts.settings import check_settings, range_text
 
 CONFIGS = {"run": Config, "comparison": CompareConfig, "evaluation": EvalConfig}
 OWN_FLAGS = [
@@ -32,92 +18,6 @@ OWN_FLAGS = [
     for f in fields(config)
     if config is not CompareConfig or f.name not in {each.name for each in fields(Config)}
 ]
-NUMBERS = [
-    f.name for f in fields(Config) if isinstance(f.default, int | float) and f.type is not bool
-]
-
-
-def write_recipe(folder: Path, **entries: Any) -> Path:
-    (folder / "recipe.json").write_text(json.dumps(entries), encoding="utf-8")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("name", "valid", "others"),
-    [
-        ("steps", [1, 10**6], [0, -1]),
-        ("token_budget", [1, None], [0, -5]),
-        ("beta", [1e-9, 0.5, 0.999], [0.0, 1.0, -0.5, 2.0]),
-        ("clip", [1e-9, 100.0], [0.0, -0.05]),
-        ("ema_decay", [0.0, 1.0], [-0.01, 1.01]),
-        ("group_size", [2, 64], [1, 0]),
-        ("inner_epochs", [1], [0]),
-        ("clip_low", [0.0, 1.0], [-0.1, 1.1]),
-        ("clip_high", [0.0, 5.0], [-0.1]),
-        ("kl_coef", [0.0, 2.0], [-0.1]),
-        ("batch_size", [1], [0]),
-        ("english_share", [0.0, 1.0], [-0.1, 1.1]),
-        ("temperature", [1e-9, 2.0], [0.0, -1.0]),
-        ("top_p", [1e-9, 1.0], [0.0, 1.1]),
-        ("top_k", [0, 50], [-1]),
-        ("max_new_tokens", [1], [0]),
-        ("lr", [0.0, 1.0], [-1e-9]),
-        ("weight_decay", [0.0], [-0.1]),
-        ("max_grad_norm", [1e-9, 10.0], [0.0, -1.0]),
-        ("lora_rank", [1], [0]),
-        ("lora_alpha", [0.5], [0.0, -1.0]),
-        ("micro_batch", [1], [0]),
-        ("chunk_tokens", [1], [0]),
-        ("sample_rows", [1], [0]),
-        ("save_every", [1], [0]),
-        ("eval_problems", [0], [-1]),
-        ("eval_samples", [1], [0]),
-        ("eval_temperature", [0.0], [-0.1]),
-        ("eval_top_p", [1e-9, 1.0], [0.0, 1.1]),
-        ("seed", [0, -3, 10**9], [10**9 + 1, -(10**9) - 1]),
-    ],
-)
-def test_a_setting_is_held_to_its_range_and_the_error_says_what_is_valid(name, valid, others):
-    for value in valid:
-        check_settings(replace(Config(), **{name: value}))
-    (f,) = (f for f in fields(Config) if f.name == name)
-    for value in others:
-        with pytest.raises(ValueError) as error:
-            check_settings(replace(Config(), **{name: value}))
-        flag = "--" + name.replace("_", "-")
-        assert str(error.value) == f"{flag} is {value}; valid: {range_text(f)}"
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", NUMBERS)
-def test_no_number_is_valid_that_is_not_finite(name, value):
-    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')} is {value}; valid: .+$"):
-        check_settings(replace(Config(), **{name: value}))
-
-
-def test_evaluations_and_comparisons_are_held_to_theirs():
-    for config, said in (
-        (EvalConfig(limit=0), "--limit is 0; valid: 1 or more"),
-        (EvalConfig(temperature=math.nan), "--temperature is nan; valid: 0 or more"),
-        (EvalConfig(top_p=0.0), "--top-p is 0.0; valid: above 0, up to 1"),
-        (EvalConfig(thinking="maybe"), "unknown thinking 'maybe'; valid: auto, on, off"),
-        (CompareConfig(dev_problems=0), "--dev-problems is 0; valid: 1 or more"),
-        (CompareConfig(lr=math.inf), "--lr is inf; valid: 0 or more"),
-    ):
-        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
-            check_settings(config)
-    check_settings(EvalConfig())
-    check_settings(CompareConfig())
-
-
-def test_a_range_reads_as_words():
-    found = {f.name: range_text(f) for f in fields(Config)}
-    assert found["lr"] == "0 or more"
-    assert found["top_p"] == "above 0, up to 1"
-    assert found["beta"] == "above 0, below 1"
-    assert found["clip_low"] == "0 or more, up to 1"
-    assert found["seed"] == "-1000000000 or more, up to 1000000000"
-    assert found["model"] == ""
 
 
 def test_choices_are_those_of_the_code_that_takes_them():
@@ -129,100 +29,9 @@ def test_choices_are_those_of_the_code_that_takes_them():
     assert choices["method"] == METHODS
 
 
-@pytest.mark.parametrize("f", [f for f in fields(Config) if f.metadata["choices"]])
-def test_an_unknown_word_is_an_error_that_lists_the_valid_ones(f):
-    for word in f.metadata["choices"]:
-        check_settings(replace(Config(), **{f.name: word}))
-    valid = ", ".join(f.metadata["choices"])
-    said = f"unknown {f.name.replace('_', ' ')} 'other'; valid: {valid}"
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
-        check_settings(replace(Config(), **{f.name: "other"}))
-
-
 def test_the_settings_of_a_run_cannot_be_edited():
     with pytest.raises(FrozenInstanceError):
         Config().lr = 1.0  # type: ignore[misc]
-
-
-def test_typed_flags_go_before_the_recipe_before_the_method_before_the_default(tmp_path):
-    default = fill({}, tmp_path)
-    assert default == Config() and default.temperature == 1.1
-    by_method = fill({"method": "grpo"}, tmp_path)
-    assert (by_method.temperature, by_method.top_k, by_method.steps) == (1.2, 0, 500)
-    assert by_method.lr == Config.lr  # where the method has no value of its own
-    write_recipe(tmp_path, temperature={"value": 0.7, "why": "so"})
-    for method in METHODS:
-        assert fill({"method": method}, tmp_path).temperature == 0.7
-    assert fill({"method": "grpo", "temperature": 0.5}, tmp_path).temperature == 0.5
-    # A flag that was typed counts though it is the default.
-    assert fill({"temperature": 1.1}, tmp_path).temperature == 1.1
-
-
-def test_a_recipe_may_have_another_value_for_a_method(tmp_path):
-    write_recipe(tmp_path, lr={"value": 0.1, "grpo": 0.2, "why": "so"})
-    assert read_recipe(tmp_path)["lr"] == read_recipe(tmp_path, "copsd")["lr"] == 0.1
-    assert read_recipe(tmp_path, "grpo")["lr"] == 0.2
-    assert fill({"method": "grpo"}, tmp_path).lr == 0.2
-
-
-def test_a_recipe_gives_values_and_paths_beside_the_model(tmp_path):
-    assert read_recipe(tmp_path) == {}
-    (tmp_path / "model").mkdir()
-    write_recipe(
-        tmp_path / "model",
-        lr={"value": 0.5, "why": "so"},
-        data={"value": "../problems/{lang}.jsonl", "why": "here"},
-    )
-    assert read_recipe(tmp_path / "model") == {
-        "lr": 0.5,
-        "data": str(tmp_path / "problems" / "{lang}.jsonl"),
-    }
-
-
-def test_a_recipe_of_unknown_settings_is_an_error_that_names_them(tmp_path):
-    write_recipe(tmp_path, lr={"value": 0.1}, speed={"value": 9}, colour={"value": "red"})
-    with pytest.raises(ValueError, match=r"recipe\.json has unknown settings: colour, speed$"):
-        fill({}, tmp_path)
-
-
-def test_the_recipes_benchmark_belongs_to_the_recipes_data(tmp_path):
-    write_recipe(tmp_path, data={"value": "train.jsonl"}, eval_data={"value": "test.jsonl"})
-    found = fill({}, tmp_path)
-    assert found.eval_data == str(tmp_path / "test.jsonl")
-    own = fill({"data": "mine.jsonl"}, tmp_path)
-    assert (own.data, own.eval_data) == ("mine.jsonl", None)
-    both = fill({"data": "mine.jsonl", "eval_data": "other.jsonl"}, tmp_path)
-    assert both.eval_data == "other.jsonl"
-
-
-def test_language_files_and_folder_are_named_in_full():
-    given = Config(lang="HA", model="some/Model-1B", data="d/{lang}.jsonl", seed=7)
-    found = settle(given)
-    assert (found.lang, found.data, found.eval_data) == ("hau", "d/hau.jsonl", None)
-    assert found.out == "runs/copsd-Model-1B-hau-7"
-    assert settle(replace(given, out="mine")).out == "mine"
-    with pytest.raises(ValueError, match="unknown language 'xx'"):
-        settle(replace(given, lang="xx"))
-    with pytest.raises(ValueError, match="--lr is -1"):
-        settle(replace(given, lr=-1.0))
-
-
-def test_two_settings_that_belong_together_are_checked_together():
-    grpo = Config(method="grpo", batch_size=12, group_size=8)
-    with pytest.raises(ValueError, match="--batch-size is 12; valid: a multiple of --group-size 8"):
-        check_run(grpo)
-    check_run(replace(grpo, batch_size=16))
-    check_run(replace(grpo, method="copsd"))  # which has no groups
-    budget = Config(batch_size=4, max_new_tokens=10, token_budget=39)
-    with pytest.raises(ValueError, match="--token-budget is 39; valid: 40 or more"):
-        check_run(budget)
-    check_run(replace(budget, token_budget=40))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_lab_models_recipe_is_valid_for_every_method(lab_folder, method):
-    found = settle(fill({"method": method}, lab_folder))
-    assert Path(str(found.data)).is_file() and Path(str(found.eval_data)).is_file()
 
 
 @pytest.mark.parametrize(("config", "f"), OWN_FLAGS)
@@ -265,9 +74,3 @@ def test_sections_stand_together_in_the_file():
         sections = [f.metadata["section"] for f in fields(config)]
         runs = [name for i, name in enumerate(sections) if i == 0 or sections[i - 1] != name]
         assert len(runs) == len(set(runs))
-
-
-def test_completions_that_would_be_equal_are_refused():
-    with pytest.raises(ValueError, match="--eval-temperature is 0, so that --eval-samples 8"):
-        check_run(Config(eval_temperature=0.0))
-    check_run(Config(eval_temperature=0.0, eval_samples=1))
