@@ -6,13 +6,14 @@
     python compare.py --family --lang hau      every method
     python compare.py --jobs 2                 any of them, with two runs at a time
 
-An experiment is a list of arms (parts/experiments.py), and an arm is a name and settings: a run
-that `copsd.py train` with the settings in its config.json makes again. Which runs there are, and
-with what budget and learning rate, is in parts/arms.py; here they are made and measured. The folder
-of an experiment holds
+An experiment is a list of arms (parts/experiments.py), and an arm is a name and settings. To make
+its run again, give `copsd.py train` the settings in its config.json. Which runs there are, and with
+what budget and learning rate, is in parts/arms.py; here they are made and measured. The folder of
+an experiment holds
 
     config.json                  its settings; another experiment's folder is refused
     LANG/train, dev, test.jsonl  what arms train on, what rates are picked on, what is reported
+    LANG/base/                   the untrained model, whose answers set the token budget
     LANG/sweep/ARM-RATE/         runs of half the budget, from which each arm's learning rate is
                                  picked: one rate for all languages
     LANG/ARM-SEED/               a run; results.json: its checkpoints on the test problems;
@@ -31,7 +32,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 
 import typer
@@ -42,6 +42,8 @@ import methods
 from parts import outcome
 from parts.adapters import put_adapter
 from parts.arms import (
+    SWEEP_SIZE,
+    UNTRAINED_SIZE,
     Arm,
     arm_folder,
     pick_rate,
@@ -55,10 +57,10 @@ from parts.files import read_sealed, write_json, write_sealed
 from parts.measure import Ruler
 from parts.metrics import Graded, ratios
 from parts.plan import Plan
-from parts.program import bad_input, say_error
+from parts.program import bad_input, say_error, working
 from parts.prompts import Problem, pose_in_english
 from parts.recipe import GROUPED, LABELS
-from parts.results import Experiment, Results, Sweep, accuracy
+from parts.results import Experiment, Measured, Results, Sweep, accuracy
 from parts.runs import Run
 from parts.setup import Setup, configure, prepare
 from parts.side_by_side import work_through
@@ -73,10 +75,11 @@ class Stopped(Exception):
     """A signal stopped the arm that was training; its state is saved."""
 
 
-def run(plan: Plan, console: Console) -> int:
-    """Run what is missing of an experiment, write its tables and figures; return the exit code.
+def run(plan: Plan, console: Console) -> None:
+    """Run what is missing of an experiment, then write its tables and figures.
 
-    130 when a signal stopped it: finished arms are kept, and the same command goes on.
+    Raises KeyboardInterrupt when a signal stopped it: finished arms are kept, and the same command
+    goes on.
     """
     trained = len(plan.langs) * len(plan.trained) * len(plan.seeds)
     untrained = len(plan.langs) * (1 + len(plan.design.variants) - len(plan.trained))
@@ -84,21 +87,16 @@ def run(plan: Plan, console: Console) -> int:
     progress = ArmsProgress(
         console,
         arms=trained + untrained + sweeps,
-        units=trained + 0.1 * untrained + 0.5 * sweeps,
+        units=trained + UNTRAINED_SIZE * untrained + SWEEP_SIZE * sweeps,
     )
     found: dict[Path, Results] = {}
     try:
         for arms in stages_of(plan, found):
             for arm, results in finish_arms(plan, arms, progress):
                 found[arm.folder] = results
-    except (Stopped, KeyboardInterrupt):
-        say(console, "stopped; finished arms are kept, and the same command goes on from here")
-        return STOPPED
-    except FloatingPointError as error:
-        say(console, f"error: {error}")
-        return 1
+    except Stopped:
+        raise KeyboardInterrupt from None  # as if the signal had come while an arm was measured
     write_outcome(plan, found, console)
-    return 0
 
 
 def finish_arms(
@@ -108,8 +106,9 @@ def finish_arms(
 
     Those that an earlier call finished come first.
     """
-    for arm in filter(attrgetter("is_extra"), arms):
-        progress.expect(arm.size)
+    for arm in arms:
+        if arm.is_extra:
+            progress.expect(arm.size)
     earlier = [arm for arm in arms if results_file(arm).is_file()]
     missing = [arm for arm in arms if arm not in earlier]
     ended = ((arm, 0) for arm in missing)
@@ -135,13 +134,12 @@ def finish_arms(
 
 def run_apart(plan: Plan, arm: Arm) -> int:
     """Run an arm in a process of its own, which leaves its results; return the exit code."""
+    progress = ArmsProgress(Console(quiet=True), arms=1, units=arm.size)
     try:
-        run_arm(plan, arm, ArmsProgress(Console(quiet=True), arms=1, units=arm.size))
+        with working(Console(quiet=True), lambda: "finished arms are kept"):
+            run_arm(plan, arm, progress)
     except Stopped:
         return STOPPED
-    except FloatingPointError as error:
-        say(Console(), f"error: {error}")
-        return 1
     except typer.Exit as ending:
         return ending.exit_code
     return 0
@@ -170,7 +168,10 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
             setup = ask_in_english(setup)
     write_json(arm.folder / "prompts.json", whole_prompts(setup))
     if not arm.is_trained:
-        results: Results = {"points": [], "final": measure_arm(plan, setup, kl=True, sampled=True)}
+        results: Results = {
+            "points": [],
+            "final": measure_arm(plan, setup, whole=True, sampled=True),
+        }
     else:
         try:
             if not methods.LOOPS[config.method](setup, run, progress):
@@ -185,7 +186,7 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
 
 
 def refuse_missing_problems(arm: Arm, setup: Setup) -> None:
-    """Raise ValueError where an arm left test problems out: arms are compared on the same ones."""
+    """Raise ValueError where an arm left problems out: arms are measured on the same ones."""
     asked = load_problems(Path(str(setup.config.eval_data)), language=setup.config.lang)
     if len(setup.heldout) < len(asked):
         missing = len(asked) - len(setup.heldout)
@@ -198,7 +199,7 @@ def refuse_missing_problems(arm: Arm, setup: Setup) -> None:
 def ask_in_english(setup: Setup) -> Setup:
     """Return the same with its test problems posed in English; ValueError if one lacks that side.
 
-    So a model is asked that solves what a perfect translator has read to it.
+    It measures what the model would solve if a perfect translator had put them into English.
     """
     missing = sum(not problem.problem_en for problem in setup.heldout)
     if missing:
@@ -217,7 +218,6 @@ def whole_prompts(setup: Setup) -> list[dict[str, str | None]]:
     """
     config = setup.config
     decode = setup.tokenizer.decode
-    is_label = config.completion in LABELS
     shown = []
     problems = setup.train[:SHOWN_PROBLEMS]
     prompts = methods.example_prompts(setup, problems)
@@ -227,7 +227,7 @@ def whole_prompts(setup: Setup) -> list[dict[str, str | None]]:
             "student": str(decode(setup.student_prompt(problem))),
             "teacher": str(decode(teacher_prompt)) if teacher_prompt else None,
         }
-        if is_label:
+        if config.completion in LABELS:
             write, _ = copsd.SOURCES[config.completion]
             (label,) = write(setup, [problem], seed=config.seed)
             row["label"] = str(decode(label.completion_ids))
@@ -245,7 +245,7 @@ def read_results(path: Path) -> Results:
     return results
 
 
-def measure_checkpoints(plan: Plan, arm: Arm, setup: Setup, run: Run) -> list[Results]:
+def measure_checkpoints(plan: Plan, arm: Arm, setup: Setup, run: Run) -> list[Measured]:
     """Return what each saved adapter of a run is worth and has cost; of a sweep's run, the last."""
     updates = setup.config.inner_epochs if setup.config.method in GROUPED else 1  # per step
     steps = {row["step"]: row for row in run.metrics()}
@@ -262,7 +262,7 @@ def measure_checkpoints(plan: Plan, arm: Arm, setup: Setup, run: Run) -> list[Re
                 **measure_arm(
                     plan,
                     setup,
-                    kl=not arm.is_sweep,
+                    whole=not arm.is_sweep,
                     sampled=step == saved[-1] and not arm.is_sweep,
                 ),
             }
@@ -270,35 +270,38 @@ def measure_checkpoints(plan: Plan, arm: Arm, setup: Setup, run: Run) -> list[Re
     return points
 
 
-def measure_arm(plan: Plan, setup: Setup, *, kl: bool, sampled: bool) -> Results:
+def measure_arm(plan: Plan, setup: Setup, *, whole: bool, sampled: bool) -> Measured:
     """Return every metric of the model as it is, a ratio per problem, by kind of attempt.
 
-    "greedy" and "sampled" are on the test problems, "english" is greedy on their English side, and
-    "kl" is the distance to the teacher on the student's own rollouts.
+    "greedy" and "sampled" are on the problems held out, "english" is greedy on their English side,
+    and "kl" is the distance to the teacher on the student's own rollouts.
+
+    whole  False: only "greedy", which is all that a sweep asks for
     """
     ruler = Ruler.of(plan.main, seed=0)
 
     def _measure(problems: list[Problem], greedy: bool) -> list[Graded]:
         return ruler.measure(setup.model, setup.tokenizer, problems, greedy=greedy)
 
-    found: Results = {"greedy": ratios(_measure(setup.heldout, True), [1])}
+    found: Measured = {"greedy": ratios(_measure(setup.heldout, True), [1])}
+    if not whole:
+        return found
     if english := pose_in_english([p for p in setup.heldout if p.problem_en], 1.0):
         found["english"] = ratios(_measure(english, True), [1])
     if sampled:
         ks = list(range(1, ruler.samples + 1))
         found["sampled"] = ratios(_measure(setup.heldout, False), ks)
-    if kl:
-        # To the teacher that reads everything, whatever taught this arm, so that arms compare.
-        whole = replace(
-            plan.main,
-            english_problem=True,
-            english_solution=True,
-            teacher_reads="solution",
-            divergence="forward_kl",
-            teacher="fixed",
-        )
-        judge = replace(setup, config=whole)
-        found["kl"] = copsd.heldout_kl(judge, setup.heldout[:KL_PROBLEMS], seed=0)
+    # To the teacher that reads everything, whatever taught this arm, so that arms compare.
+    reads_all = replace(
+        plan.main,
+        english_problem=True,
+        english_solution=True,
+        teacher_reads="solution",
+        divergence="forward_kl",
+        teacher="fixed",
+    )
+    judge = replace(setup, config=reads_all)
+    found["kl"] = copsd.heldout_kl(judge, setup.heldout[:KL_PROBLEMS], seed=0)
     return found
 
 

@@ -20,10 +20,9 @@ initial model, is estimated by Schulman's k3.
     python copsd.py train                  COPSD on the embedded lab model
     python copsd.py train --method grpo    the baseline, with the same sampler, prompts and grader
 
-Read from top to bottom: COPSD whole, GRPO whole, what a step of both shares, the program. Left out
-so that the methods stand alone: settings (parts/recipe.py), prompts (parts/prompts.py), sampling,
-grading, the frame of a step (parts/steps.py), the run folder, measuring, COPSD's neighbours
-(methods.py). README.md lists what departs from the paper.
+Read from top to bottom: COPSD whole, GRPO whole, what a step of both shares, the program. Elsewhere
+are settings (parts/recipe.py), prompts (parts/prompts.py), sampling, grading, the frame of a step
+(parts/steps.py), measuring, COPSD's neighbours (methods.py). README.md lists the departures.
 
 A tensor's name ends in its axes: B rows, T positions, N the completion tokens of all rows, D hidden
 size, V vocabulary, G completions of a group. p is the teacher's distribution, q the student's.
@@ -130,17 +129,18 @@ def copsd_loss(
     # The teacher is the same model, by default with its adapter switched off, as it was before
     # training: what it makes of a prompt then never changes, and is kept for the next epoch. It
     # reads first, so that the copies it multiplies by are gone when the gradient needs room.
-    read = setup.kept_prompts.completion_hidden if keeps_prompts(config) else completion_hidden
+    hidden = setup.kept_prompts.completion_hidden if keeps_prompts(config) else completion_hidden
     with teacher_view(setup.lora, config.teacher), scoring_copies(setup.model):
-        teacher_ND = read(setup.model, teacher_prompts, completions)
+        teacher_ND = hidden(setup.model, teacher_prompts, completions)
     student_ND = completion_hidden(setup.model, [r.prompt_ids for r in rollouts], completions)
     states = (student_ND, teacher_ND, head_weight(setup.model))
     options = divergence_options(config)
     loss_N, stats = chunked_divergence(*states, **options, compile=config.compile)  # Eq. (1), D
-    stats["clipped_N"] = loss_N.detach() < stats["kl_N"]
     if cosine:
         stats |= zip(steplog.CLIP_PRODUCTS, clip_products(*states, **options), strict=True)
-    if config.loss_over != "vocabulary":  # not Eq. (1): over fewer entries
+    if config.loss_over == "vocabulary":
+        stats["clipped_N"] = loss_N.detach() < stats["kl_N"]
+    else:  # not Eq. (1): over fewer entries
         ids_N = torch.tensor([token for ids in completions for token in ids]).to(loss_N.device)
         loss_N = narrow_loss(config, *states, ids_N)
     return loss_N, stats
@@ -202,13 +202,13 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
             sampled_tokens += step_tokens + reading.sampled_tokens
             watch.lap("rollout")
 
-            # The loss and its gradient. Out of memory, they are taken anew in smaller parts.
+            # The loss and its gradient; where memory lacks, again in smaller micro-batches.
             cosine = steplog.asks_for_cosine(config, step)
             attempt = partial(copsd_gradient, setup, rollouts, reading.prompts, watch, cosine)
             tally, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad)
             tally = steplog.merge(ranks.gather([tally]))
 
-            # The update. The learning rate falls linearly to 0; the teacher follows where it is to.
+            # The update. The learning rate falls linearly to 0. A --teacher that follows, follows.
             lr = config.lr * (1 - done)
             grad_norm = take_step(optimizer, setup=setup, lr=lr)
             skipped = count_skipped(skipped, grad_norm, step, setup.loss_scale)
@@ -346,9 +346,9 @@ def completion_logprob(
     the teacher.
     """
     # A group's completions share their prompt, which is computed once where that saves enough.
-    read = packed_hidden if packing_pays(prompts, completions) else completion_hidden
+    hidden = packed_hidden if packing_pays(prompts, completions) else completion_hidden
     return chunked_logprob(
-        read(setup.model, prompts, completions),
+        hidden(setup.model, prompts, completions),
         head_weight(setup.model),
         torch.tensor([token for ids in completions for token in ids], device=setup.model.device),
         temperature=setup.config.temperature,
@@ -394,12 +394,12 @@ def grpo_loss(
     return loss_N, {name: tensor.detach() for name, tensor in stats.items()}
 
 
-def loss_mean(config: Config, tokens: int, rows: int) -> tuple[str, int]:
-    """Return how --loss-norm reduces the loss of a step: the reduction and its denominator.
+def loss_reduction(config: Config, tokens: int, rows: int) -> tuple[str, int]:
+    """Return how --loss-norm reduces the loss of a step: reduce_loss's reduction and step_tokens.
 
     tokens, rows  of the completions that count in the loss
     """
-    if config.loss_norm == "constant":  # Dr. GRPO: a token weighs alike wherever it stands
+    if config.loss_norm == "constant":  # Dr. GRPO: no token's weight depends on any length
         return "token", rows * config.max_new_tokens
     return {"token": "token", "sequence": "trajectory"}[config.loss_norm], tokens
 
@@ -425,24 +425,24 @@ def grpo_gradient(
     tally = Tally()
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     kept_tokens = count_tokens([rollouts[row] for row in kept])
-    reduction, denominator = loss_mean(config, kept_tokens, len(kept))
+    reduction, denominator = loss_reduction(config, kept_tokens, len(kept))
     share = ranks.share(len(groups))  # groups stay whole
     mine = range(len(groups))[share]
     own = [row for row in kept if row // config.group_size in mine]
     # What a teacher reads, of a method that has one.
     prompts = [setup.teacher_prompt(group.problem) for group in groups] if credit else []
     teacher_prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
-    asked = [rollout.prompt_ids for rollout in rollouts]
-    together = packing_pays(asked, [rollout.completion_ids for rollout in rollouts])
+    student_prompts = [rollout.prompt_ids for rollout in rollouts]
+    together = packing_pays(student_prompts, [rollout.completion_ids for rollout in rollouts])
     for rows in micro_batches(rollouts, limit, own, teacher_prompts, together=together):
         batch = [rollouts[row] for row in rows]
         lengths = [len(rollout.completion_ids) for rollout in batch]
         advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
-        # An attempt that ran out of memory at the first update has left some rows' and not others'.
+        # Where an earlier attempt ran out of memory, some rows' old log-probs are known already.
         is_known = all(row in old_logprobs for row in rows)
         old_N = torch.cat([old_logprobs[row] for row in rows]) if is_known else None
-        read = [teacher_prompts[row] for row in rows] if credit else []
-        spread = partial(credit, setup, read, batch, tally) if credit else None
+        teacher_read = [teacher_prompts[row] for row in rows] if credit else []
+        spread = partial(credit, setup, teacher_read, batch, tally) if credit else None
         loss_N, stats = grpo_loss(setup, batch, advantage_N.to(setup.model.device), old_N, spread)
         if not is_known:
             old_logprobs.update(zip(rows, stats["logprob_N"].split(lengths), strict=True))
@@ -501,7 +501,7 @@ def train_grpo(
             advantage_B = advantages(reward_BG, config.scale_rewards).flatten()
             kept = rows_in_the_loss(config, rollouts)
 
-            # Updates on this batch. The log-probs before the first are the old ones for them all.
+            # Updates on this batch. All compare with the log-probs from before the first of them.
             tallies = []
             old_logprobs: dict[int, Tensor] = {}  # by row
             given = (setup, groups, advantage_B, kept, old_logprobs, watch, credit, add_term)
@@ -537,10 +537,10 @@ def train_grpo(
                     updated=updated_tokens + tally.updated,
                 ),
             }
-            asked = [group.problem for group in groups for _ in group.rollouts]
+            problems = [group.problem for group in groups for _ in group.rollouts]
             scores = {"reward": reward_BG.flatten().tolist(), "advantage": advantage_B.tolist()}
             decode = setup.tokenizer.decode
-            written = steplog.completion_rows(step, asked, rollouts, scores, decode)
+            written = steplog.completion_rows(step, problems, rollouts, scores, decode)
             if steps.finish_step(setup, run, view, optimizer, metrics, rollouts, written, stopped):
                 return False
     return True
@@ -571,8 +571,8 @@ def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
     return kl_sums, [float(length) for length in lengths]
 
 
-# Who writes the completions of COPSD's step, and what is learned of them. All but the first are
-# controls (parts/controls.py).
+# By --completion: what writes the completions of COPSD's step, and the loss on them. All but the
+# first are controls (parts/controls.py).
 SOURCES = {
     "student": (roll_out, copsd_loss),
     "teacher": (controls.teacher_writes, copsd_loss),
@@ -594,7 +594,7 @@ def train(
     """Train, show what it changed, and return the exit code. What the folder holds is not redone.
 
     loop  the method's: train_copsd, train_grpo, or another of methods.LOOPS, made of them
-    0: finished; 1: the gradient was not finite too often, or collapse; 130: stopped by a signal.
+    0: finished; 1: numbers were not finite, or --stop-on-collapse; 130: stopped by a signal.
     """
     config = setup.config
     started = time.monotonic()

@@ -1,7 +1,7 @@
 """Try faults on the programs and count what came of them; nothing may be lost, and nothing silent.
 
     python bench/faults.py            every kind of fault, ten minutes at most
-    python bench/faults.py --short    one of each kind, in a minute
+    python bench/faults.py --short    one of each kind, on COPSD's training and on an evaluation
 
 Each trial works in a folder of its own with the lab's model. A fault strikes: the process is killed
 (SIGKILL) at a random moment or at a write; it gets a signal; a write meets a full disk; a file is
@@ -10,7 +10,8 @@ command is given again, as a user would, and its files are compared with those o
 happened to.
 
     same bytes   it went on and ended with the same files
-    clear stop   it ended in one line that names the file and the remedy, and said so by its code
+    clear stop   it ended by itself in one line that says why, without a traceback, and its exit
+                 code is not 0
     lost         anything else: other bytes, a traceback, a hang
 
 The programs run for real, each in a process of its own that was forked from this one.
@@ -46,8 +47,8 @@ from bench.injected import (
     Ended,
     Program,
     full_disk,
+    infinite_gradient,
     killer,
-    nan_gradient,
     nan_loss,
     pauser,
     recorder,
@@ -62,8 +63,8 @@ from parts.view import text_table
 
 RECORDS = ("config.json", "settings.json")
 ROOT = Path(__file__).resolve().parent.parent
-WHEN = ("time_s", "train_s", "memory/", "per_s")  # what differs from run to run, by name
-# What names times, or digests of what does.
+VARYING = ("time_s", "train_s", "memory/", "per_s")  # keys whose values differ from run to run
+# Files that hold times, or digests of files that do: only that they are there is compared.
 UNEQUAL = ("config.json", "settings.json", "digests.json", "compare.json", "RESULTS.md")
 SMALL = ["--device", "cpu", "--max-new-tokens", "8", "--eval-samples", "2"]
 TRAIN = ["train", *SMALL, "--steps", "3", "--save-every", "1", "--keep", "2", "--batch-size", "2"]
@@ -115,7 +116,7 @@ def content(folder: Path) -> dict[str, object]:
 def _timeless(value: object) -> object:
     """Return what JSON held without times, memory, and digests of them."""
     if isinstance(value, dict):
-        kept = {n: each for n, each in value.items() if not any(w in n for w in WHEN)}
+        kept = {n: each for n, each in value.items() if not any(w in n for w in VARYING)}
         digests = ("sha256", "files")
         return {name: _timeless(each) for name, each in kept.items() if name not in digests}
     return [_timeless(each) for each in value] if isinstance(value, list) else value
@@ -130,7 +131,7 @@ class Bench:
     expected: dict[str, dict[str, object]]
     seconds: dict[str, float]
     writes: dict[str, list[Path]]  # by program: what it opened, made or replaced, in order
-    halves: dict[str, Path]  # a folder that was killed about half way
+    interrupted: dict[str, Path]  # a folder whose run was killed at two thirds of its writes
 
     def place(self) -> Path:
         """Return a new folder's name."""
@@ -154,7 +155,7 @@ class Bench:
 
 
 def prepare(folder: Path, programs: list[Program]) -> Bench:
-    """Run each program unharmed, and once killed half way."""
+    """Run each program unharmed, and once killed at two thirds of its writes."""
     bench = Bench(folder, random.Random(0), {}, {}, {}, {})
     for program in programs:
         out = bench.place()
@@ -165,10 +166,10 @@ def prepare(folder: Path, programs: list[Program]) -> Bench:
         bench.seconds[program.name] = time.monotonic() - started
         bench.expected[program.name] = content(out)
         bench.writes[program.name] = [Path(line) for line in events.read_text().splitlines()]
-        half = bench.place()
+        part = bench.place()
         count = len(bench.writes[program.name])
-        run(program, half, hook=killer(half, 2 * count // 3, torn=False))
-        bench.halves[program.name] = half
+        run(program, part, hook=killer(part, 2 * count // 3, torn=False))
+        bench.interrupted[program.name] = part
     return bench
 
 
@@ -189,7 +190,9 @@ def killed_at_write(bench: Bench, program: Program, number: int, torn: bool) -> 
     """Kill it at its n-th write."""
     out = bench.place()
     ended = run(program, out, hook=killer(out, number, torn=torn))
-    return bench.again(program, out) if ended.code == -signal.SIGKILL else "lost"
+    if ended.code != -signal.SIGKILL:
+        return bench.explain(program, out, f"not killed at write {number}: {ended}")
+    return bench.again(program, out)
 
 
 def signalled(bench: Bench, program: Program, number: int, times: int) -> str:
@@ -223,9 +226,9 @@ def full(bench: Bench, program: Program, target: Path) -> str:
 
 
 def changed(bench: Bench, program: Program, name: Path, how: str) -> str:
-    """Change a file of a run that was killed half way."""
+    """Change a file of a run that was killed before its end."""
     # In the place where it was: a comparison's record holds paths.
-    out = bench.halves[program.name]
+    out = bench.interrupted[program.name]
     saved = out.with_name("saved")
     if not saved.exists():
         shutil.copytree(out, saved)
@@ -293,7 +296,7 @@ def not_finite(bench: Bench, where: str) -> str:
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
         data = ["--data", str(ROOT / "lab" / "problems" / "hau" / "train.jsonl")]
         program = Program("", program.app, [*TRAIN, "--model", str(model), *data])
-    patches = {"loss": nan_loss, "gradient": nan_gradient, "logits": unseen_update}
+    patches = {"loss": nan_loss, "gradient": infinite_gradient, "logits": unseen_update}
     patch = patches.get(where)
     if where in ("logits", "update"):
         program = Program("", program.app, [*TRAIN, "--lr", "1e30"])
@@ -340,8 +343,8 @@ def trials(bench: Bench, programs: list[Program]) -> Iterator[list[Trial]]:
             for target in targets
             if target.name != owner.LOCK
         ]
-        half = bench.halves[name]
-        files = sorted(path.relative_to(half) for path in half.rglob("*") if path.is_file())
+        part = bench.interrupted[name]
+        files = sorted(path.relative_to(part) for path in part.rglob("*") if path.is_file())
         for how in ("truncated", "flipped", "emptied", "deleted"):
             yield [
                 (f"{name}: a file {how}", lambda p=program, f=file, h=how: changed(bench, p, f, h))
@@ -374,7 +377,7 @@ def try_in_turn(
     """
     longest = max(map(len, groups))
     for number in range(longest if rounds is None else rounds):
-        for name, trial in (group[-1 - number] for group in groups if number < len(group)):
+        for name, trial in (group[number] for group in groups if number < len(group)):
             if time.monotonic() >= until:
                 return
             counts.setdefault(name, Counter())[trial()] += 1
@@ -390,14 +393,16 @@ def main() -> None:
     until = time.monotonic() + (math.inf if options.short else options.seconds)
     torch.set_num_threads(1)
     programs = [program for program in PROGRAMS if options.program in program.name]
+    if not programs:
+        parser.error(f"--program: valid are {', '.join(each.name for each in PROGRAMS)}")
     if options.short and not options.program:
         programs = [program for program in programs if program.name in ("train copsd", "eval")]
     counts: dict[str, Counter] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        bench = prepare(Path(folder), programs)
-        groups = [bench.random.sample(g, len(g)) for g in trials(bench, programs)]
-        possible = Counter(name for group in groups for name, _ in group)
-        try_in_turn(groups, counts, until, rounds=1 if options.short else None)
+    folder = Path(tempfile.mkdtemp())
+    bench = prepare(folder, programs)
+    groups = [bench.random.sample(g, len(g)) for g in trials(bench, programs)]
+    possible = Counter(name for group in groups for name, _ in group)
+    try_in_turn(groups, counts, until, rounds=1 if options.short else None)
     results = ("same bytes", "clear stop", "lost")
     rows = [
         [name, str(sum(count.values())), str(possible[name]), *(str(count[r]) for r in results)]
@@ -406,6 +411,8 @@ def main() -> None:
     header = ["fault", "tried", "of", *results]
     Console(width=100).print(text_table("What came of faults", header, rows))
     lost = sum(count["lost"] for count in counts.values())
+    if not lost:
+        shutil.rmtree(folder)  # else it stays, for whoever has to mend it
     print(f"{sum(sum(c.values()) for c in counts.values())} faults, {lost} lost")
     sys.exit(1 if lost else 0)
 

@@ -44,7 +44,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code, minus the signal where one killed it, and its words."""
+    """How a process ended: its exit code (-9 where signal 9 killed it), and what it printed."""
 
     code: int
     said: str
@@ -240,7 +240,7 @@ def nan_loss() -> None:
     copsd.reduce_loss = lambda *each, **options: plain(*each, **options) * torch.nan
 
 
-def nan_gradient() -> None:
+def infinite_gradient() -> None:
     """Let one tensor's gradient be infinite at every update."""
     plain = copsd.take_step
 

@@ -1,7 +1,8 @@
 """The arms of an experiment: its runs, in the order of their work, and what each is started with.
 
-Much of that is known only on the way. The base's answers say what budget COPSD's steps would take,
-a sweep says which learning rate an arm gets, and COPSD's seconds say how long the others train.
+Three things are found out while it runs. The base's answers say what budget COPSD's steps would
+take, a sweep says which learning rate an arm gets, and COPSD's seconds say how long the others
+train.
 Nothing here trains, measures or writes; compare.py does, and hands back what it has found.
 
 Read Arm, stages_of (the order, and what each stage waits for), then the functions that it calls.
@@ -18,7 +19,10 @@ from parts.plan import SWEEP_SEED, Plan
 from parts.recipe import largest_step
 from parts.results import Results, accuracy
 
-CHECKPOINTS = 6  # of a run, at which it is measured
+CHECKPOINTS = 6  # about so many, at which a run is measured
+# The work of an arm, in budgets; it is for the time that is said to be left.
+UNTRAINED_SIZE = 0.1
+SWEEP_SIZE = 0.5
 # An arm whose training takes as long as COPSD's but for this share is not run a second time.
 NEARLY = 0.1
 
@@ -41,8 +45,9 @@ class Arm:
 def stages_of(plan: Plan, found: dict[Path, Results]) -> Iterator[list[Arm]]:
     """Yield the arms in the order of their work, in stages; those of one do not wait for another.
 
-    found  by an arm's folder: the results of the stages before, which decide later ones' budget (by
-           the base's length), learning rate (by the sweep), and equal seconds (by COPSD's)
+    found  the results by an arm's folder. The caller adds those of a stage before it asks for the
+           next one: the base's lengths give the budget, the sweep the learning rate, COPSD's
+           seconds the arms at equal seconds
     """
     bases = [base_arm(plan, lang) for lang in plan.langs]
     yield bases
@@ -81,7 +86,7 @@ def base_arm(plan: Plan, lang: str) -> Arm:
         title=f"{lang}, base",
         folder=folder / "base",
         settings={**plan.given, "lang": lang, **data, "seed": 0},
-        size=0.1,
+        size=UNTRAINED_SIZE,
         is_trained=False,
     )
 
@@ -100,7 +105,7 @@ def seed_arms(
             title=f"{lang}, {variant.title}",
             folder=plan.out / lang / variant.name,
             settings={**common, **variant.settings, "seed": 0},
-            size=0.1,
+            size=UNTRAINED_SIZE,
             is_trained=False,
             in_english=variant.in_english,
         )
@@ -121,7 +126,7 @@ def seconds_arms(
 ) -> Iterator[Arm]:
     """Yield the arms once more with budgets that take as many seconds of training as COPSD.
 
-    Where their first run took as many, all but NEARLY, it counts.
+    An arm whose first run took as long as COPSD's, to within NEARLY, is not run again.
     """
     aim = training_seconds(plan, lang, "copsd", found)
     for variant in plan.trained:
@@ -129,9 +134,9 @@ def seconds_arms(
         if abs(ratio - 1) <= NEARLY:
             continue
         budget = max(int(common["token_budget"] * ratio), least_budget(plan))
-        longer = {**common, "token_budget": budget}
-        longer["save_every"] = max(1, int(common["save_every"] * ratio))
-        for arm in seed_arms(plan, lang, variant, longer, rates):
+        rescaled = {**common, "token_budget": budget}
+        rescaled["save_every"] = max(1, int(common["save_every"] * ratio))
+        for arm in seed_arms(plan, lang, variant, rescaled, rates):
             yield replace(
                 arm,
                 title=f"{arm.title}, at equal seconds",
@@ -143,7 +148,7 @@ def seconds_arms(
 def training_seconds(plan: Plan, lang: str, name: str, found: dict[Path, Results]) -> float:
     """Return how long an arm's runs trained, without measuring: the mean over seeds."""
     runs = [found[arm_folder(plan, lang, name, seed)] for seed in plan.seeds]
-    return sum(run["final"]["train_s"] for run in runs) / len(runs)
+    return fmean(run["final"]["train_s"] for run in runs)
 
 
 def sweep_arms(plan: Plan, lang: str, common: dict[str, Any]) -> Iterator[Arm]:
@@ -163,14 +168,13 @@ def sweep_arms(plan: Plan, lang: str, common: dict[str, Any]) -> Iterator[Arm]:
             title = f"{lang}, sweep, {variant.title}, lr {rate:g}"
             settings = {**half, **variant.settings, "lr": rate}
             folder = sweep_folder(plan, lang, variant.name, rate)
-            yield Arm(variant.name, title, folder, settings, size=0.5, is_sweep=True)
+            yield Arm(variant.name, title, folder, settings, SWEEP_SIZE, is_sweep=True)
 
 
 def sweep_rates(plan: Plan, variant: Variant) -> list[float]:
     """Return the learning rates that an arm is tried with: factors of its method's."""
     method = variant.settings.get("method", "copsd")
-    lr = variant.settings.get("lr", plan.configs[method, plan.langs[0]].lr)
-    return [factor * lr for factor in plan.factors]
+    return [factor * plan.configs[method, plan.langs[0]].lr for factor in plan.factors]
 
 
 def arm_folder(plan: Plan, lang: str, name: str, seed: int) -> Path:
@@ -211,7 +215,10 @@ def pick_rate(plan: Plan, variant: Variant, found: dict[Path, Results]) -> float
 
 
 def token_budget(plan: Plan, base: Results) -> int:
-    """Return what every arm may sample: --token-budget, or what --steps of the base would."""
+    """Return what every arm may sample: --token-budget, or else what COPSD's steps would.
+
+    That is of completions as long as the base's are on average.
+    """
     if plan.main.token_budget:
         return plan.main.token_budget
     lengths, problems = base["final"]["sampled"]["mean tokens"]

@@ -1,4 +1,4 @@
-"""Copies of a model's weights for passes without a gradient: one product a layer, and a fast one.
+"""Copies of a model's weights that make passes without a gradient faster.
 
 merged  the adapter is added to W in a copy, so that a layer takes one product and not three
 packed  on a CPU the copy lies in the order in which oneDNN reads it. It multiplies the few rows of
@@ -30,13 +30,13 @@ Kind = Literal["packed", "merged", "none"]
 def sampling_copies(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Within the block, layers multiply by copies of their weights, as choose_copies says.
 
-    The weights stay as they are, and must not change within it.
+    The weights stay as they are, and must not change within the block.
     """
     return _copies(model, merges=True)
 
 
 def scoring_copies(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Do the same for one pass over many rows, for which merging alone would not pay."""
+    """Do the same for one pass over many rows, but only where layers are packed: it pays there."""
     return _copies(model, merges=False)
 
 
@@ -45,8 +45,8 @@ def choose_copies(linear: int, adapted: int, device: torch.device, dtype: torch.
 
     linear, adapted  the bytes of all layers' weights, and of those with an adapter that is on
 
-    Only in fp32, where a sum is rounded as the sum of the products would be; in bf16 it would
-    swallow the adapter: log-probs move by as much as a small adapter moves them.
+    Only in fp32, where a sum is rounded as the sum of the products would be. In bf16 the rounded
+    sum would lose a small adapter: log-probs move by as much as the adapter moves them.
     """
     if can_pack(linear, device, dtype):
         return "packed"

@@ -119,8 +119,9 @@ def check_memory(
 ) -> str:
     """Return the line that a run prints before it loads anything; ValueError where it cannot fit.
 
-    It cannot where not even micro-batches of one row would, to which a step that runs out of memory
-    falls back by itself (copsd.py). Where the device does not say what is free, nothing is refused.
+    It cannot where not even micro-batches of one row would fit. On a GPU a step that runs out of
+    memory falls back to smaller ones by itself (parts/microbatch.py). Where the device does not say
+    what is free, nothing is refused.
     """
     on_cpu = device == "cpu"
     found = footprint(shape, config, dtype, lengths, on_cpu=on_cpu)

@@ -4,7 +4,8 @@ LoRA trains, instead of a layer's weight matrix W, two thin matrices whose produ
 it: some percent of the parameters. The two of all layers together are the adapter.
 
 Student and teacher are one model. The teacher's view of it is the model without dropout or
-gradient, with the adapter off, on, or averaged: see teacher_view.
+gradient, and with the adapter off, as it is now, averaged over steps, or as it was at the last
+refresh: see teacher_view.
 
 The base weights never change: they are frozen, and no adapter is ever merged into them. So the
 "fixed" teacher is the base model with the adapter switched off, bit for bit, at any step and in any
@@ -97,12 +98,12 @@ class Lora:
         if "ema" in self.sets:
             self.update_ema(decay)
         if "copy" in self.sets and step % every == 0:
-            self.copy_current()
+            self.copy_current("copy")
 
     @torch.no_grad()
-    def copy_current(self) -> None:
-        """Let the teacher's own set, a moving average or a copy, be what the current one is."""
-        for kind in self.sets.keys() & {"ema", "copy"}:
+    def copy_current(self, *kinds: str) -> None:
+        """Let the teacher's own sets of these kinds, "ema" or "copy", equal the current one."""
+        for kind in kinds:
             for name, tensor in self.sets[kind].items():
                 tensor.copy_(self.sets["current"][name])
 

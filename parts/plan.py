@@ -1,7 +1,7 @@
 """An experiment as it was asked for: read, checked, its folder and its problems laid out.
 
-Nothing here trains or measures; compare.py does, with what this file returns. Which runs it then
-makes is in parts/arms.py.
+`copsd.py plan`, which is about memory, is in parts/fitting.py. Nothing here trains or measures;
+compare.py does, with what this file returns.
 """
 
 import math
@@ -39,8 +39,8 @@ ABLATIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 OWN_SETTINGS = {  # flags of a run that an experiment sets by itself
     "method": "it trains with several",
     "seed": "--seeds says which",
-    "save_every": "an arm is measured at 6 checkpoints",
-    "eval_every": "an arm is measured at 6 checkpoints",
+    "save_every": "it says by itself when an arm is measured",
+    "eval_every": "it says by itself when an arm is measured",
 }
 Value = TypeVar("Value")
 

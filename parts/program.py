@@ -47,7 +47,7 @@ class _OneLineErrors(TyperGroup):
         typed = list(sys.argv[1:] if args is None else args)
         if self.no_args_is_help and not typed:
             typed = ["--help"]
-        refuse_unread(typed)
+        refuse_undecodable(typed)
         output = Output(sys.stdout)
         try:
             with redirect_stdout(output):
@@ -122,7 +122,7 @@ def say_error(text: str) -> None:
     typer.echo(f"error: {shown(' '.join(text.split()))}", err=True)
 
 
-def refuse_unread(words: Sequence[str]) -> None:
+def refuse_undecodable(words: Sequence[str]) -> None:
     """Exit with code 2, in a line, where a word has bytes that are no letters in this locale.
 
     Python keeps them as half surrogates, which no JSON, no tokenizer and no terminal takes.
@@ -238,6 +238,6 @@ def other_ranks() -> Iterator[None]:
     try:
         yield
     except ConnectionError as error:
-        typer.echo(f"error: {error}; the same command goes on from what is saved", err=True)
+        say_error(f"{error}; the same command goes on from what is saved")
         raise typer.Exit(1) from error
     ranks.leave()

@@ -8,8 +8,8 @@ completion can follow either:
     teacher   [ problem | English problem | English solution | transition | instruction ] opening
 
 The brackets are one user turn in the model's own chat template, the opening is the assistant's
-first sentence. The wordings in languages.json are ours, unreviewed by speakers; Vai's are English
-that names it in its own script.
+first sentence. The wordings in languages.json are ours, unreviewed by speakers; Vai's are in
+English, and give the language's name in Vai's script.
 """
 
 import hashlib
@@ -99,11 +99,11 @@ def read_languages(path: Path) -> dict[str, Language]:
             language = Language(iso3=iso3, **{**record, "benchmarks": (*record["benchmarks"],)})
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: {iso3} is no language: {error}") from error
-        texts = [text for name, text in asdict(language).items() if name != "benchmarks"]
-        texts = [*texts, *language.benchmarks, language.iso1 or "none"]
-        if not isinstance(record["benchmarks"], list) or not all(
-            isinstance(text, str) for text in texts if text is not None
-        ):
+        texts = {**asdict(language), "iso1": language.iso1 or "none"}
+        del texts["benchmarks"]
+        wanted = [*texts.values(), *language.benchmarks]
+        is_list = isinstance(record["benchmarks"], list)
+        if not is_list or not all(isinstance(text, str) for text in wanted):
             raise ValueError(f"{path}: {iso3} has something else where a text is to be")
         found[iso3] = language
     return found
@@ -112,7 +112,7 @@ def read_languages(path: Path) -> dict[str, Language]:
 def find_language(code: str) -> Language:
     """Return the language of an ISO 639-1 or 639-3 code in any case, or raise ValueError.
 
-    What a tag says after the code, a country or a script, makes no other language: sw-KE, swh_Latn.
+    A country or a script after the code is ignored: sw-KE, swh_Latn.
     """
     first = re.split("[-_]", code.lower(), maxsplit=1)[0]
     first = SAME_LANGUAGE.get(first, first)
@@ -224,8 +224,8 @@ def build_prompt(
 ) -> list[int]:
     """Return render_prompt's text, with its options, as token ids.
 
-    The one prompt builder of training, GRPO and evaluation. The text is tokenised here once and
-    never decoded again, for decoding and tokenising again can give other ids.
+    Every student's prompt, in training and in evaluation, is built here. The text is tokenised once
+    and never decoded again, for decoding and tokenising again can give other ids.
     """
     text = render_prompt(problem, language, tokenizer, **options)
     return encode_prompt(text, tokenizer)
@@ -237,9 +237,10 @@ def encode_prompt(text: str, tokenizer: "Tokenizer") -> list[int]:
 
 
 def template_hash(tokenizer: "Tokenizer", language: str | Language, thinking: str = "auto") -> str:
-    """Return 12 hex digits that change with either role's prompt.
+    """Return 12 hex digits that change with the prompt of COPSD's student or teacher.
 
-    So with the chat template, the wordings, the thinking mode, and a date that a template writes.
+    So with the chat template, their wordings, the thinking mode, and a date that a template writes.
+    What other teachers read, parts.readings.wordings_hash covers.
     """
     placeholder = Problem("placeholder", "PROBLEM", "ENGLISH PROBLEM", "SOLUTION", None, "eng")
     texts = [

@@ -15,7 +15,8 @@ How is in methods.py. The wordings are ours and unreviewed by speakers; those of
 English in every language, since the solution that they explain is.
 """
 
-from dataclasses import replace
+import hashlib
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from parts.prompts import (
@@ -42,6 +43,16 @@ NEEDED = {  # of the readings that need other things than the one with the solut
     "voted": "an English problem",
 }
 VOTED = "No solution is known. Most attempts give the answer {note}."
+
+
+def wordings_hash(language: str) -> str:
+    """Return 12 hex digits that change with any wording of this language or of English, or of ours.
+
+    So with all that a teacher reads whose reading is not COPSD's.
+    """
+    records = [asdict(find_language(code)) for code in (language, "eng")]
+    wordings = repr([records, EXPLAIN_REQUEST, EXPLANATION, VOTED])
+    return hashlib.sha256(wordings.encode()).hexdigest()[:12]
 
 
 def can_read(config: Config, problem: Problem) -> bool:

@@ -198,8 +198,4 @@ def _flag(f: Field) -> str:
 
 def _is_inside(value: float, f: Field) -> bool:
     limits = f.metadata
-    return (
-        math.isfinite(value)
-        and limits["least"] <= value <= limits["most"]
-        and limits["above"] < value < limits["below"]
-    )
+    return limits["least"] <= value <= limits["most"] and limits["above"] < value < limits["below"]

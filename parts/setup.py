@@ -39,6 +39,7 @@ from parts.prompts import (
     pose_in_english,
     template_hash,
 )
+from parts.readings import wordings_hash
 from parts.recipe import DISTILLED, GROUPED, LABELS, Config
 from parts.selfcheck import check_model
 from parts.settings import collapse_warnings, fill, settle
@@ -135,6 +136,8 @@ def load_setup(
         "training_data": fingerprint(train),
         "heldout_data": fingerprint(heldout),
     }
+    if config.teacher_reads != "solution" or config.method == "ssopd":
+        identity["wordings"] = wordings_hash(config.lang)
     lora = attach_lora(
         model,
         rank=config.lora_rank,
@@ -211,7 +214,7 @@ def _warm_start(lora: Lora, config: Config, base_weights: str) -> str:
         put_adapter(lora, folder)
     except ValueError as error:
         raise ValueError(f"--warm-start {path}: {error}") from error
-    lora.copy_current()
+    lora.copy_current(*lora.sets.keys() & {"ema", "copy"})
     return weights_fingerprint(lora.sets["current"])
 
 

@@ -10,13 +10,15 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import compare
 import methods
 from parts import arms, commands, measure, outcome
 from parts import plan as plans
 from parts.adapters import load_adapter
+from parts.arms import Arm
 from parts.data import load_problems
 from parts.experiments import ATTRIBUTION, EVIDENCE
-from parts.files import read_json, read_rows, write_json
+from parts.files import CannotWrite, read_json, read_rows, write_json
 from parts.metrics import ratios
 from parts.model import load_model, load_tokenizer
 from parts.recipe import METHODS, Config
@@ -356,6 +358,26 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
     assert result.exit_code == 2, result.output
     assert said in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (CannotWrite("cannot write x: No space left on device"), 2, "error: cannot write x"),
+        (KeyboardInterrupt(), 130, ""),
+        (FloatingPointError("x: no finite gradient"), 1, "error: x: no finite gradient"),
+        (compare.Stopped(), 130, ""),
+    ],
+)
+def test_a_run_in_its_own_process_ends_in_a_line_and_a_code(monkeypatch, capsys, error, code, said):
+    def _fail(*given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(compare, "run_arm", _fail)
+    arm = Arm("copsd", "COPSD", Path("nowhere"), {})
+    assert compare.run_apart(None, arm) == code
+    shown = capsys.readouterr().err
+    assert shown.startswith(said) and shown.count("\n") == bool(said)
 
 
 def test_two_runs_at_a_time_give_what_one_after_the_other_give(finished, tmp_path):

@@ -19,7 +19,7 @@ from copsd import (
     advantages,
     clipped_surrogate,
     grpo_loss,
-    loss_mean,
+    loss_reduction,
     roll_out_groups,
 )
 from kernels import reduce_loss
@@ -84,7 +84,7 @@ def step_gradient(
         torch.tensor([group.rewards for group in groups]), config.scale_rewards
     ).flatten()
     tokens = sum(len(rollouts[row].completion_ids) for row in kept)
-    reduction, denominator = loss_mean(config, tokens, len(kept))
+    reduction, denominator = loss_reduction(config, tokens, len(kept))
     for tensor in setup.lora.parameters():
         tensor.grad = None
     for rows in micro_batches(rollouts, Limit(micro_batch), kept):
@@ -148,7 +148,7 @@ def test_the_corners_of_the_clipped_surrogate(ratio, advantage, loss, gradient):
 )
 def test_what_a_token_weighs_in_the_mean(norm, weights):
     config = Config(method="grpo", loss_norm=norm, max_new_tokens=10)
-    reduction, denominator = loss_mean(config, 4, 2)
+    reduction, denominator = loss_reduction(config, 4, 2)
     loss_N = torch.ones(4, requires_grad=True)
     reduce_loss(
         loss_N, [3, 1], reduction=reduction, step_tokens=denominator, step_rows=2

@@ -195,3 +195,16 @@ def test_state_restores_adapter_and_average_exactly(tiny_model):
     other = attach(tiny_model, ema=True, seed=9)
     other.load_state_dict(lora.state_dict())
     assert all(torch.equal(logits_as(other, kind), logits_as(lora, kind)) for kind in lora.sets)
+
+
+def test_a_copy_that_is_refreshed_leaves_the_moving_average_as_it_is(tiny_model):
+    lora = ours.attach_lora(
+        tiny_model, rank=4, alpha=8, targets=TARGETS, seed=0, ema=True, copy=True
+    )
+    with torch.no_grad():
+        for tensor in lora.parameters():
+            tensor.add_(1)
+    lora.update_teacher(1, decay=1.0, every=1)
+    name = next(iter(lora.sets["current"]))
+    assert torch.equal(lora.sets["copy"][name], lora.sets["current"][name])
+    assert torch.equal(lora.sets["ema"][name], lora.sets["current"][name] - 1)

@@ -119,9 +119,10 @@ def test_a_teacher_that_reads_the_students_prompt_gives_no_loss_and_no_gradient(
     given = {"divergence": kind, "clip_mode": "none", "teacher": "current"}
     setup, _ = make_setup(tmp_path, **given, loss_over=over, loss_top_k=5)
     rollouts = roll_out(setup, setup.train[:3], seed=0)
-    loss_N, _ = copsd_loss(setup, [rollout.prompt_ids for rollout in rollouts], rollouts)
+    loss_N, stats = copsd_loss(setup, [rollout.prompt_ids for rollout in rollouts], rollouts)
     loss_N.sum().backward()
     assert loss_N.abs().max() == 0
+    assert ("clipped_N" in stats) == (over == "vocabulary"), "no other loss is the one that is cut"
     # Exactly 0 in closed form; autograd's p - q of the top-k loss is rounded, over some 70 tokens.
     assert gradient(setup).abs().max() <= (0 if over == "vocabulary" else 1e-5)
 

@@ -1,9 +1,10 @@
 """parts/prompts.py: the languages, and what student and teacher read."""
 
 import doctest
+import json
 import re
 import unicodedata
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from itertools import product
 from typing import Any
 
@@ -20,6 +21,7 @@ from parts.prompts import (
     languages,
     pose_in_english,
     prompt_opens_think,
+    read_languages,
     render_prompt,
     template_hash,
 )
@@ -87,6 +89,18 @@ def make_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
 def test_doctests():
     result = doctest.testmod(prompts)
     assert result.failed == 0 and result.attempted >= 7
+
+
+@pytest.mark.parametrize("name", ["instruction", "opening", "own", "brief"])
+def test_a_language_without_one_of_its_texts_is_refused(tmp_path, name):
+    path = tmp_path / "languages.json"
+    record = {**asdict(languages()["hau"]), name: None}
+    del record["iso3"]
+    path.write_text(json.dumps({"hau": record}), encoding="utf-8")
+    with pytest.raises(ValueError, match="hau has something else where a text is to be"):
+        read_languages(path)
+    path.write_text(json.dumps({"hau": {**record, name: "x", "iso1": None}}), encoding="utf-8")
+    assert read_languages(path)["hau"].iso1 is None
 
 
 def test_the_languages_are_those_of_the_two_benchmarks_and_english_and_all_differ():

@@ -2,10 +2,13 @@
 
 import re
 import unicodedata
+from dataclasses import replace
 
 import pytest
 
+from parts import readings
 from parts.prompts import languages
+from parts.readings import wordings_hash
 
 WORDINGS = (
     "brief",
@@ -55,3 +58,22 @@ def test_a_plan_is_asked_for_in_the_language_it_is_to_be_written_in():
     }
     for code, name in names.items():
         assert name in languages()[code].plan_request
+
+
+def test_the_hash_of_the_wordings_shows_every_change(monkeypatch):
+    base = wordings_hash("hau")
+    assert len(base) == 12 and base == wordings_hash("ha") and int(base, 16)
+    changed = {wordings_hash("yor")}
+    for name in (*WORDINGS, "transition"):
+        reworded = replace(languages()["hau"], **{name: "other"})
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                readings,
+                "find_language",
+                lambda code, other=reworded: languages()[code] if code == "eng" else other,
+            )
+            changed.add(wordings_hash("hau"))
+    with monkeypatch.context() as patch:
+        patch.setattr(readings, "EXPLAIN_REQUEST", "other")
+        changed.add(wordings_hash("hau"))
+    assert len(changed) == 9 and base not in changed
