@@ -17,6 +17,7 @@ if __name__ == "__main__":
     commands.evaluation()
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from parts.adapters import load_adapter
 from parts.benchmarks import BENCHMARKS, default_benchmark, find_files, has_language
 from parts.chat import freeze_date
 from parts.data import keep_fitting, load_aloud
-from parts.evaluations import ids_fingerprint, naming
+from parts.evaluations import check_alike, ids_fingerprint, naming, read_record
 from parts.family import context_length
 from parts.files import (
     read_rows,
@@ -190,9 +191,25 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     if out:
         attempts = settings.samples * sum(len(part.problems) for part in parts)
         require_space(out, attempts * COMPLETION_BYTES, "what is written of the completions")
+    refuse_mixture(out, records)
     for run, record, identity in records:
         run.create(record, identity)
     return Job(settings, model, tokenizer, config.batch_rows, parts, out)
+
+
+def refuse_mixture(
+    out: Path | None, records: list[tuple[runs.Run, dict[str, Any], dict[str, Any]]]
+) -> None:
+    """Raise ValueError where --out holds other languages of an evaluation that is another one."""
+    if out is None or any(run.folder == out for run, _, _ in records):
+        return
+    held = {file.parent.name: read_record(file) for file in sorted(out.glob("*/settings.json"))}
+    asked = {
+        # As a file would have them: JSON knows no tuples.
+        run.folder.name: json.loads(json.dumps({"settings": record, "identity": identity}))
+        for run, record, identity in records
+    }
+    check_alike(out, held | asked)
 
 
 def kept_runs(out: Path | None, chosen: list[Language]) -> dict[str, runs.Run]:
@@ -243,7 +260,7 @@ def sampling_plan(config: EvalConfig) -> tuple[list[int], int, float]:
     """Return the ks of pass@k, 1 among them, the completions per problem, and the temperature."""
     # Where only the most likely token can be drawn, every completion of a problem is the same.
     is_greedy = config.greedy or config.temperature == 0 or config.top_k == 1
-    asked = config.pass_at_k or ("1" if is_greedy else "8")
+    asked = config.pass_at_k or ("1" if is_greedy else str(min(8, config.samples or 8)))
     samples = config.samples
     temperature = config.temperature
     if config.greedy:
@@ -306,6 +323,9 @@ def load_benchmark(
             known = BENCHMARKS[benchmark].rows
             raise ValueError(f"{file} has {len(rows)} problems, {benchmark} has {known}")
         problems += rows
+    ids = [problem.id for problem in problems]
+    if twice := {each for each in ids if ids.count(each) > 1}:
+        raise ValueError(f"{benchmark}: two problems of its files have the id {min(twice)!r}")
     check_answers(problems)
     return problems[:limit], commit
 

@@ -141,8 +141,20 @@ def _known_layouts(folder: Path, names: Mapping[str, str | None]) -> list[list[P
 
 
 def _files_inside(folder: Path, layout: Benchmark, names: Mapping[str, str | None]) -> list[Path]:
-    """Return a language's files anywhere below a folder, in the order of the layout."""
-    return [file for end in layout.files for file in folder.rglob(end.format(**names))]
+    """Return a language's files anywhere below a folder, in the order of the layout.
+
+    FileNotFoundError where one of them is there twice, as under two snapshots of the hub's cache.
+    """
+    found = []
+    for end in layout.files:
+        files = sorted(folder.rglob(end.format(**names)))
+        if len(files) > 1:
+            raise FileNotFoundError(
+                f"{folder} has {len(files)} files for one, such as {files[0]} and {files[1]}; "
+                "name a folder that holds one of them"
+            )
+        found += files
+    return found
 
 
 def _fetch(layout: Benchmark, names: Mapping[str, str | None], revision: str) -> Path:

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from parts import ranks
 from parts.chat import turn_end_ids
 from parts.lora import teacher_view
 from parts.model import eos_ids, valid_ids
@@ -32,25 +33,29 @@ def teacher_writes(setup: Setup, problems: list[Problem], *, seed: int) -> list[
     """Sample a completion of each problem from the teacher, y ~ p(. | x, x_en, s_en).
 
     The rollouts have the student's prompt, for the student learns them there; their log-probs are
-    the teacher's.
+    the teacher's. Each rank samples some problems, all receive all.
     """
     config = setup.config
+    mine = ranks.share(len(problems))
     params = SamplingParams(
         config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed
     )
     with teacher_view(setup.lora, config.teacher):
         groups = sample(
             setup.model,
-            [setup.teacher_prompt(problem) for problem in problems],
+            [setup.teacher_prompt(problem) for problem in problems[mine]],
             params,
+            first_index=mine.start,
             max_rows=config.sample_rows,
             eos_ids=eos_ids(setup.model, setup.tokenizer),
             valid_ids=valid_ids(setup.tokenizer),
         )
-    return [
-        replace(rollout, prompt_ids=setup.student_prompt(problem))
-        for problem, (rollout,) in zip(problems, groups, strict=True)
-    ]
+    return ranks.gather(
+        [
+            replace(rollout, prompt_ids=setup.student_prompt(problem))
+            for problem, (rollout,) in zip(problems[mine], groups, strict=True)
+        ]
+    )
 
 
 def reference_label(setup: Setup, problems: list[Problem], *, seed: int) -> list[Rollout]:

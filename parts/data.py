@@ -101,6 +101,8 @@ def _read_problems(path: Path, language: str | None) -> Loaded:
         if not isinstance(cells, dict):
             raise ValueError(f"{where}: must be an object, not a {type(cells).__name__}")
         row = {name.lower(): value for name, value in cells.items()}
+        if len(row) < len(cells):
+            raise ValueError(f"{where}: two columns differ in case only: {', '.join(cells)}")
         names = (_text(row, column, where) for column in LANGUAGE_COLUMNS)
         named = next((name for name in names if name), None)
         spoken = named_language(named) if named else wanted
@@ -278,22 +280,46 @@ def read_problem_sets(
     heldout: list[Problem] = []
     if config.eval_data:
         heldout = load_aloud(Path(config.eval_data), lang, console)[: config.eval_problems]
+        train = _without(heldout, train, console)
     elif config.eval_problems:
         train, heldout = split_heldout(train, config.eval_problems, config.seed)
     dev: list[Problem] = []
     if config.eval_every:
         train, dev = split_heldout(train, config.dev_problems, DEV_SEED)
     if config.swap_solutions:
-        others = train[1:] + train[:1]
-        train = [
-            replace(problem, solution_en=other.solution_en)
-            for problem, other in zip(train, others, strict=True)
-        ]
+        train = _swap_solutions(train)
     if config.answer_only:
         train = [
             replace(p, solution_en=f"\\boxed{{{p.answer}}}" if p.answer else None) for p in train
         ]
     return train, dev, heldout
+
+
+def _without(
+    heldout: list[Problem], train: list[Problem], console: Console | None
+) -> list[Problem]:
+    """Return the training problems whose text is not held out; the others are counted aloud."""
+    reported = {problem.problem for problem in heldout}
+    kept = [problem for problem in train if problem.problem not in reported]
+    if train and not kept:
+        raise ValueError("every training problem is also in --eval-data: nothing is left to learn")
+    if console and len(kept) < len(train):
+        said = f"skipped {len(train) - len(kept)} of {len(train)} training problems: held out, too"
+        console.print(Text(said), soft_wrap=True)
+    return kept
+
+
+def _swap_solutions(train: list[Problem]) -> list[Problem]:
+    """Return the problems with the next one's solution each, or the next that is another."""
+    swapped = []
+    for place, problem in enumerate(train):
+        following = (*train[place + 1 :], *train[:place])
+        solutions = (other.solution_en for other in following)
+        other = next((each for each in solutions if each != problem.solution_en), None)
+        if other is None:
+            raise ValueError("--swap-solutions needs two training problems of unlike solutions")
+        swapped.append(replace(problem, solution_en=other))
+    return swapped
 
 
 def keep_fitting(

@@ -1,7 +1,7 @@
 """Finished evaluations: read back, checked against their records, and compared in a report."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,9 @@ from parts.metrics import (
 from parts.report import Evaluation, report_tables, write_report
 from parts.typed import typed
 from parts.view import cell, say, text_table
+
+# Of the identity of an evaluation, what its languages have in common.
+SHARED = ("base_weights", "adapter_weights", "dtype")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
     files = [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]
     if not files:
         raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
+    check_alike(folder, {file.parent.name: read_record(file) for file in files})
     for file in files:
         record = read_record(file)
         settings = record["settings"]
@@ -69,6 +73,24 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
             summary = read_summary(read_json(file.parent / "summary.json"))
         curve = pass_at_k_curve(results, settings["samples"])
         yield Finished(record, results, Evaluation(name, settings, rows, summary, curve))
+
+
+def check_alike(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError unless the languages of a folder are of one evaluation.
+
+    records  by the language's folder, as settings.json has them
+    """
+    seen: dict[str, tuple[str, Any]] = {}  # by name: where it was seen first, and what it was
+    for place, record in records.items():
+        own = {name: value for name, value in record["settings"].items() if name != "lang"}
+        own |= {name: record["identity"].get(name) for name in SHARED}
+        for name, value in own.items():
+            first, known = seen.setdefault(name, (place, value))
+            if value != known:
+                raise ValueError(
+                    f"{folder} holds two evaluations: {first} and {place} differ in {name}; "
+                    "give each an --out of its own"
+                )
 
 
 def ids_fingerprint(ids: list[str]) -> str:
@@ -132,9 +154,10 @@ def prepare_report(folders: list[Path], out: Path) -> Comparison:
     tests: list[list[str]] = []
     days: list[list[str]] = []
     firsts: dict[str, Finished] = {}
-    unique = len({folder.name for folder in folders}) == len(folders)
-    for folder in folders:
-        for found in load_evaluations(folder, folder.name if unique else str(folder)):
+    names = [folder.resolve().name for folder in folders]  # "." has a name, too
+    unique = len(set(names)) == len(folders)
+    for folder, name in zip(folders, names, strict=True):
+        for found in load_evaluations(folder, name if unique else str(folder)):
             evaluations.append(found.view)
             language = found.record["settings"]["lang"]
             day = found.record["identity"].get("template_date") or "none"

@@ -97,6 +97,7 @@ def recorded_fingerprint(path: Path) -> str | None:
 
     None where none was recorded.
     """
+    path = path.resolve()  # "step_00005", "." and a link have their run folder elsewhere
     for folder in (path, path.parent.parent):
         if (folder / "config.json").is_file():
             return recorded_identity(folder / "config.json").get("base_weights")

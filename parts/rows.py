@@ -129,4 +129,7 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
 def _table_row(where: str, header: list[str], fields: list[str]) -> Row:
     if len(fields) != len(header):
         raise ValueError(f"{where}: {len(fields)} fields where the header has {len(header)}")
-    return where, dict(zip(header, fields, strict=True))
+    names = [name.strip() for name in header]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two columns are called {min(twice)!r}")
+    return where, dict(zip(names, fields, strict=True))

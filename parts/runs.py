@@ -200,6 +200,16 @@ class Run:
             held[file.relative_to(self.folder).as_posix()] = checkpoints.measured(file)
         write_sealed(path, held)
 
+    def disown(self, file: Path) -> None:
+        """Keep no digest of a file any more that is about to be written anew.
+
+        A kill between its writing and its new digest would else leave it looking damaged.
+        """
+        path = self.folder / DIGESTS
+        held = read_sealed(path) if path.is_file() else {}
+        if held.pop(file.relative_to(self.folder).as_posix(), None) is not None:
+            write_sealed(path, held)
+
     def add_rows(self, file: Path, rows: Sequence[Mapping[str, Any]], *, after: int) -> None:
         """Append rows that will not change to a file of `after` rows, and keep a digest of each.
 
@@ -280,6 +290,7 @@ class Run:
     def write_evaluation(self, when: str, content: Any) -> None:
         """Keep the evaluation "before" or "after" training."""
         path = self.folder / f"{when}.json"
+        self.disown(path)
         write_json(path, content)
         self.vouch(path)
 
@@ -296,8 +307,8 @@ def last_adapter_folder(path: Path) -> Path:
     FileNotFoundError where there is none, ValueError where its files are not those that were saved.
     """
     adapter = _adapter_of(path)
-    run = Run(adapter.absolute().parent.parent)
-    run.check_digests(f"adapters/{adapter.name}/")
+    saved = adapter.resolve()
+    Run(saved.parent.parent).check_digests(f"adapters/{saved.name}/")
     return adapter
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from parts.checkpoints import newest
 from parts.runs import Run
 
 
@@ -38,7 +39,10 @@ class Tracker:
 def _tensorboard(run: Run, settings: dict[str, Any]) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(run.folder / "tensorboard"))
+    # A run that goes on from a saved step writes those after it again.
+    saved, _ = newest(run.folder)
+    purge: Any = saved.step + 1 if saved else None
+    writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge)
     writer.add_text("settings", "\n".join(f"    {n} = {value}" for n, value in settings.items()))
 
     def _log(numbers: dict[str, float], step: int) -> None:

@@ -403,3 +403,28 @@ def test_development_problems_are_set_aside_only_where_a_run_is_watched(numbered
     swapped, same_dev, _ = data.read_problem_sets(replace(watched, swap_solutions=True))
     assert same_dev == dev
     assert {row.solution_en for row in swapped} == {row.solution_en for row in train}
+
+
+def test_what_is_held_out_in_a_file_of_its_own_is_not_trained_on(numbered, capsys):
+    config = Config(data=str(numbered), eval_data=str(numbered), eval_problems=2)
+    train, _, heldout = data.read_problem_sets(config, Console())
+    assert len(heldout) == 2 and len(train) == 4
+    assert not {row.problem for row in train} & {row.problem for row in heldout}
+    assert "skipped 2 of 6 training problems: held out, too" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="every training problem is also in --eval-data"):
+        data.read_problem_sets(replace(config, eval_problems=6))
+
+
+def test_a_swapped_solution_is_never_the_problems_own(tmp_path):
+    solutions = ("A", "A", "B", "A")
+    rows = [
+        TRAINING_ROW | {"problem_translated": f"Nawa {i}?", "solution": text, "language": "hau"}
+        for i, text in enumerate(solutions)
+    ]
+    config = Config(data=str(jsonl(tmp_path, *rows)), eval_problems=0, swap_solutions=True)
+    swapped, _, _ = data.read_problem_sets(config)
+    assert [row.solution_en for row in swapped] == ["B", "B", "A", "B"]
+    for few in (rows[:1], rows[:2]):
+        alike = replace(config, data=str(jsonl(tmp_path, *few)))
+        with pytest.raises(ValueError, match="two training problems of unlike solutions"):
+            data.read_problem_sets(alike)

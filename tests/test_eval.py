@@ -290,3 +290,19 @@ def test_without_a_benchmark_it_is_the_languages_own_and_is_said(tmp_path):
     for lang, said in refused.items():
         with pytest.raises(ValueError, match=said):
             evaluator.read_settings(EvalConfig(lang=lang), tmp_path, Console(quiet=True))
+
+
+def test_an_out_holds_the_languages_of_one_evaluation_only(tmp_path):
+    out = tmp_path / "out"
+    given = ["--limit", "2", "--out", str(out)]
+    assert run_cli("--pass-at-k", "1", "--greedy", "--lang", "hau,swa", *given).exit_code == 0
+    result = run_cli("--pass-at-k", "2", "--lang", "yor,eng", *given)
+    assert result.exit_code == 2 and "holds two evaluations: hau and yor differ in" in result.stderr
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["hau", "swa"]
+    result = run_cli("--pass-at-k", "1", "--greedy", "--lang", "yor,eng", *given)
+    assert result.exit_code == 0, result.output
+
+
+def test_fewer_samples_than_the_default_k_are_as_many_ks():
+    ks, samples, _ = evaluator.sampling_plan(EvalConfig(samples=4))
+    assert (ks, samples) == ([1, 4], 4)

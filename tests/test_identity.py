@@ -1,5 +1,7 @@
 """parts/identity.py: a fingerprint sees every change, and an adapter fits its own base only."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -89,3 +91,16 @@ def test_without_git_the_commit_is_null_and_the_run_goes_on(tmp_path, monkeypatc
     run.create({"lr": 1}, {})
     record = read_json(run.record_file)
     assert record["git_commit"] is None and record["git_uncommitted_changes"] is None
+
+
+def test_an_adapter_is_known_by_its_run_however_its_folder_is_named(tmp_path, monkeypatch):
+    last = tmp_path / "run" / "adapters" / "step_00010"
+    last.mkdir(parents=True)
+    write_json(tmp_path / "run" / "config.json", {"identity": {"base_weights": "abc"}})
+    link = tmp_path / "link"
+    link.symlink_to(last)
+    assert recorded_fingerprint(link) == "abc"
+    monkeypatch.chdir(last.parent)
+    assert recorded_fingerprint(Path("step_00010")) == "abc"
+    monkeypatch.chdir(last)
+    assert recorded_fingerprint(Path(".")) == "abc"

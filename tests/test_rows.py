@@ -120,3 +120,23 @@ def test_fields_of_any_length_load_and_the_limit_of_others_stays(tmp_path):
         path = write_file(tmp_path, name, "\n".join(lines) + "\n")
         assert [row.answer for row in load_problems(path, language="ha")] == ["1"]
     assert csv.field_size_limit() == limit
+
+
+def test_blanks_around_a_column_of_a_table_are_not_part_of_its_name(tmp_path):
+    path = write_file(tmp_path, "rows.csv", "question, answer, language\nNini?,4,sw\n")
+    (problem,) = load_problems(path)
+    assert (problem.problem, problem.answer, problem.language) == ("Nini?", "4", "swa")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("rows.csv", "question,answer,answer\nNini?,4,5\n", "two columns are called 'answer'"),
+        ("rows.tsv", "question\tanswer\tanswer \nNini?\t4\t5\n", "are called 'answer'"),
+        ("rows.csv", "question,answer,Answer\nNini?,4,5\n", "differ in case only"),
+        ("rows.jsonl", '{"question": "Nini?", "answer": 4, "Answer": 5}\n', "in case only"),
+    ],
+)
+def test_a_column_that_is_there_twice_is_an_error(tmp_path, name, text, said):
+    with pytest.raises(ValueError, match=said):
+        load_problems(write_file(tmp_path, name, text), language="sw")

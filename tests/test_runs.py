@@ -264,3 +264,23 @@ def test_any_file_of_a_finished_run_is_watched_and_old_adapters_and_states_may_g
 def make_parent(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def test_a_kill_while_an_evaluation_is_written_anew_leaves_nothing_damaged(tmp_path, monkeypatch):
+    run = Run(tmp_path / "run")
+    run.create({"lr": 1}, {})
+    run.write_evaluation("best", {"step": 1})
+
+    def _die(*files: Path) -> None:
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "vouch", _die)
+        with pytest.raises(SystemExit):
+            run.write_evaluation("best", {"step": 2})
+    run.check_digests()
+    assert run.read_evaluation("best") == {"step": 2}
+    run.write_evaluation("best", {"step": 3})
+    (run.folder / "best.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"best\.json is damaged"):
+        run.check_digests()

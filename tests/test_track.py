@@ -78,6 +78,15 @@ def test_a_tracker_is_told_the_numbers_of_the_log_and_the_run_is_the_same(
     assert run_cli("--out", str(tmp_path / "tracked")).exit_code == 0
 
 
+def test_tensorboard_drops_the_steps_that_a_killed_run_writes_again(tmp_path, stand_ins):
+    saved = tmp_path / "run"
+    assert run_cli("--out", str(saved)).exit_code == 0
+    for folder in (saved, tmp_path / "new"):
+        track.open_tracker("tensorboard", Run(folder), {})
+    begun = [options["purge_step"] for name, _, options in stand_ins if name == "init"]
+    assert begun == [3, None]
+
+
 def test_wandb_is_offline_and_all_name_the_run_by_its_folder(tmp_path, stand_ins):
     run = Run(tmp_path / "mine")
     for name in track.TRACKERS:
