@@ -30,7 +30,7 @@ from parts.grading import grade
 from parts.identity import folder_fingerprint, refuse_foreign_adapter
 from parts.lora import attach_lora, teacher_view
 from parts.machine import pick_device, pick_dtype
-from parts.model import eos_ids, head_weight, load_model, load_tokenizer
+from parts.model import check_vocabulary, eos_ids, head_weight, load_model, load_tokenizer
 from parts.prompts import Problem, template_hash
 from parts.readings import longest_prompts
 from parts.recipe import DISTILLED, GROUPED, Config, divergence_options
@@ -78,6 +78,7 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
     day = runs.Run(adapter).recorded_day() if adapter else None  # the day it was trained with
     tokenizer, _ = freeze_date(load_tokenizer(folder), day)
     source = Path(config.data) if config.data else hub_training_file(config.lang)
+    check_vocabulary(model, tokenizer, f"model {config.model}")
     problem = load_problems(source, language=config.lang)[0]
     if adapter is None:
         targets = tuple(config.lora_targets.split(","))

@@ -29,7 +29,13 @@ from parts.lora import Lora, attach_lora
 from parts.lossscale import LossScale
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
-from parts.model import load_config, load_model, load_tokenizer, resolve_model
+from parts.model import (
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
 from parts.prefixes import KeptPrompts
 from parts.prompts import (
     Problem,
@@ -122,6 +128,7 @@ def load_setup(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
     )
     check_model(model, f"model {config.model}")
+    check_vocabulary(model, tokenizer, f"model {config.model}")
     if config.completion in LABELS and prompt_opens_think(tokenizer, config.thinking):
         raise ValueError(
             f"--completion {config.completion} would be a thought without an answer, as prompts "
