@@ -18,6 +18,7 @@ from parts.family import context_length
 from parts.files import require_space
 from parts.fitting import check_memory
 from parts.footprint import Lengths, read_shape
+from parts.grading import is_gradable
 from parts.identity import (
     files_fingerprints,
     fingerprint,
@@ -297,7 +298,10 @@ def fitting_problems(
 ) -> tuple[list[Problem], list[Problem], list[Problem]]:
     """Return read_problem_sets' three, without the problems too long to fit."""
     train, dev, heldout = read_problem_sets(config, console)
-    check_answers([*heldout, *dev, *(train if needs_answers(config) else [])])
+    graded = train if needs_answers(config) else []
+    if config.teacher_reads == "voted":  # its votes are graded in the log, where they can be
+        graded = graded or [problem for problem in train if is_gradable(problem.answer)]
+    check_answers([*heldout, *dev, *graded])
 
     def _fitting(problems: list[Problem], must_teach: bool) -> list[Problem]:
         return keep_fitting(
