@@ -611,7 +611,7 @@ def train(
     except FloatingPointError as error:
         say(console, f"error: {error}; {run.folder} keeps the last save")
         return 1
-    for line in view.summary():
+    for line in view.summary(finished):
         say(console, line)
     if not finished:
         say(console, f"stopped and saved; the same command goes on in {run.folder}")

@@ -55,7 +55,7 @@ from parts.metrics import (
     summarise,
 )
 from parts.metrics import pass_at_k as pass_at_k  # stays importable from here
-from parts.model import load_model, load_tokenizer, resolve_model
+from parts.model import check_vocabulary, load_model, load_tokenizer, resolve_model
 from parts.prompts import (
     Language,
     Problem,
@@ -159,7 +159,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     days = [run.recorded_day() for run in kept.values()]
     day = ranks.decide(next(filter(None, days), None))
     tokenizer, day = freeze_date(load_tokenizer(folder), day)
-    model, weights = load_weights(settings, folder, device=config.device, dtype=config.dtype)
+    model, weights = load_weights(settings, folder, tokenizer, config.device, config.dtype)
     context = context_length(model.config)
     parts = []
     records = []
@@ -331,15 +331,21 @@ def load_benchmark(
 
 
 def load_weights(
-    settings: Settings, folder: Path, *, device: str, dtype: str
+    settings: Settings,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str,
+    dtype: str,
 ) -> tuple[PreTrainedModel, dict[str, str | None]]:
     """Return the model with its adapter, and the fingerprints of both.
 
+    tokenizer  the one that the model is to be used with
     An adapter that is missing or is not this model's is an error, never the model without it.
     """
     where = ranks.own_device(pick_device(device))
     model = load_model(folder, device=where, dtype=pick_dtype(dtype, where))
     check_model(model, f"model {settings.model}")
+    check_vocabulary(model, tokenizer, f"model {settings.model}")
     base = folder_fingerprint(folder)
     adapter = None
     if settings.adapter is not None:

@@ -43,7 +43,7 @@ from copsd import (
 from kernels import reduce_loss
 from parts.chat import CLOSE, completion_text, prompt_opens_think
 from parts.family import context_length
-from parts.grading import extract_answer, normalise
+from parts.grading import extract_answer, is_correct, is_gradable, normalise
 from parts.lora import teacher_view
 from parts.microbatch import Limit, micro_batches
 from parts.model import eos_ids, valid_ids
@@ -79,56 +79,75 @@ def read_notes(setup: Setup, problems: list[Problem], step: int) -> Reading:
             written = ask(setup, requests, step=step, limit=config.note_tokens)
     else:
         written = ask(setup, requests, step=step, limit=config.note_tokens)
-    limit = context_length(setup.model.config) - config.max_new_tokens
+    notes = [usable_text(setup, rollout) for (rollout,) in written]
+    prompts, noted = _prompts_with_notes(setup, problems, notes)
+    sampled = count_tokens([rollout for (rollout,) in written])
+    return Reading(prompts, sampled, {**noted, "note/tokens_mean": sampled / len(written)})
+
+
+def _prompts_with_notes(
+    setup: Setup, problems: list[Problem], notes: list[str]
+) -> tuple[list[list[int]], Metrics]:
+    """Return what the teacher reads of each problem with its note, and the share without one.
+
+    The plain prompt, the student's own, is in the place of one whose note is empty, spells a
+    control token, or makes it too long for the context.
+    """
+    limit = context_length(setup.model.config) - setup.config.max_new_tokens
     prompts = []
     plain = 0
-    for problem, (rollout,) in zip(problems, written, strict=True):
-        note = usable_text(setup, rollout)
-        prompt = setup.teacher_prompt(problem, note) if note else []
+    for problem, note in zip(problems, notes, strict=True):
+        is_readable = note and not spelled_control(note, setup.tokenizer)
+        prompt = setup.teacher_prompt(problem, note) if is_readable else []
         if not prompt or len(prompt) > limit:
             prompt = setup.student_prompt(problem)
             plain += 1
         prompts.append(prompt)
-    sampled = count_tokens([rollout for (rollout,) in written])
-    noted: Metrics = {
-        "note/plain_frac": plain / len(problems),
-        "note/tokens_mean": sampled / len(written),
-    }
-    return Reading(prompts, sampled, noted)
+    return prompts, {"note/plain_frac": plain / len(problems)}
 
 
 def read_votes(setup: Setup, problems: list[Problem], step: int) -> Reading:
     """Return what the teacher reads where no solution is known: the answer most attempts agree on.
 
     The student as it is now attempts the English problem --vote-samples times. A problem without
-    a single answer leaves the plain prompt, the student's own, in its place.
+    any answer leaves the plain prompt, the student's own, in its place, and so does an answer that
+    read_notes would not show; the log counts them. It also says how many winners are right, of the
+    problems whose answer is known and can be graded.
     """
     config = setup.config
     prompts = [setup.student_prompt(problem) for problem in pose_in_english(problems, 1.0)]
     attempts = ask(
         setup, prompts, step=step, limit=config.max_new_tokens, samples=config.vote_samples
     )
-    found = []
+    winners = []
     right = []
     for problem, rollouts in zip(problems, attempts, strict=True):
         texts = [usable_text(setup, rollout) for rollout in rollouts]
-        votes = Counter(answer for text in texts if (answer := voted_answer(text)))
+        votes = [voted_answer(text) for text in texts]
         # Of answers with as many votes, the one that came first.
-        winner = votes.most_common(1)[0][0] if votes else None
-        if problem.answer:
-            right.append(winner is not None and winner == normalise(problem.answer))
-        found.append(
-            setup.teacher_prompt(problem, winner) if winner else setup.student_prompt(problem)
-        )
+        ranked = Counter(vote for vote in votes if vote).most_common(1)
+        winner = ranked[0][0] if ranked else ""
+        winners.append(winner)
+        if is_gradable(problem.answer):
+            # The text of the first vote for it: what the grader reads is a completion.
+            text = texts[votes.index(winner)] if winner else ""
+            right.append(is_correct(text, str(problem.answer)))
+    prompts, noted = _prompts_with_notes(setup, problems, winners)
     sampled = sum(count_tokens(rollouts) for rollouts in attempts)
-    noted: Metrics = {"vote/right_frac": sum(right) / len(right) if right else None}
-    return Reading(found, sampled, noted)
+    right_frac = sum(right) / len(right) if right else None
+    return Reading(prompts, sampled, {**noted, "vote/right_frac": right_frac})
 
 
 def voted_answer(text: str) -> str | None:
-    """Return the normal form of a text's answer, by which votes are counted; None: it has none."""
+    r"""Return the normal form of a text's answer, by which votes are counted; None: it has none.
+
+    Several numbers, which are no number, are one answer as a text:
+
+    >>> voted_answer(r"so \boxed{1,000}"), voted_answer(r"so \boxed{1, 2}"), voted_answer("so 2")
+    ('1000', '1, 2', None)
+    """
     answer = extract_answer(text)
-    return None if answer is None else normalise(answer)
+    return None if answer is None else normalise(answer) or normalise(answer, as_text=True)
 
 
 def ask(

@@ -26,16 +26,16 @@ from parts.adapters import load_adapter
 from parts.chat import completion_text, freeze_date, prompt_opens_think
 from parts.data import hub_training_file, keep_fitting, load_problems
 from parts.family import context_length
-from parts.grading import grade
+from parts.grading import grade, is_gradable
 from parts.identity import folder_fingerprint, refuse_foreign_adapter
 from parts.lora import attach_lora, teacher_view
 from parts.machine import pick_device, pick_dtype
-from parts.model import eos_ids, head_weight, load_model, load_tokenizer
+from parts.measure import check_answers
+from parts.model import check_vocabulary, eos_ids, head_weight, load_model, load_tokenizer
 from parts.prompts import Problem, template_hash
-from parts.readings import longest_prompts
 from parts.recipe import DISTILLED, GROUPED, Config, divergence_options
 from parts.sampler import Rollout
-from parts.setup import Setup
+from parts.setup import Setup, longest_prompt, needs_answers, needs_teacher
 from parts.tokens import TokenRow, explain_tokens, tokens_table, write_tokens_page
 from parts.view import say
 from parts.weights import credit, token_weights
@@ -78,7 +78,10 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
     day = runs.Run(adapter).recorded_day() if adapter else None  # the day it was trained with
     tokenizer, _ = freeze_date(load_tokenizer(folder), day)
     source = Path(config.data) if config.data else hub_training_file(config.lang)
+    check_vocabulary(model, tokenizer, f"model {config.model}")
     problem = load_problems(source, language=config.lang)[0]
+    if needs_answers(config) or is_gradable(problem.answer):
+        check_answers([problem])
     if adapter is None:
         targets = tuple(config.lora_targets.split(","))
         lora = attach_lora(
@@ -97,13 +100,7 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
     setup = Setup(config, model, tokenizer, lora, train=[problem], heldout=[])
     keep_fitting(
         [problem],
-        [
-            max(
-                setup.student_prompt(problem),
-                *longest_prompts(config, problem, tokenizer),
-                key=len,
-            )
-        ],
+        [longest_prompt(config, problem, tokenizer, must_teach=needs_teacher(config))],
         console,
         context=context_length(model.config),
         max_new_tokens=config.max_new_tokens,
@@ -229,7 +226,12 @@ def _lessons(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Le
         longest = max(rollouts, key=lambda rollout: len(rollout.completion_ids))
         return [Lesson(longest, longest.prompt_ids, weight=0.0, notes=(said,))]
     found = advantages(torch.tensor([rewards]), config.scale_rewards)[0].tolist()
-    prompt = setup.teacher_prompt(problem)
+    if setup.can_teach(problem):
+        prompt = setup.teacher_prompt(problem)
+    else:  # only GRPO takes such problems
+        prompt = setup.student_prompt(problem)
+        shown = f"shown: the first of {len(rollouts)} completions; the problem has no English side"
+        shown += ", so the base model reads in the teacher's place what the student reads"
     lessons = []
     for rollout, advantage in zip(rollouts, found, strict=True):
         said = f"each token's advantage is {advantage:.3f}"
@@ -293,8 +295,10 @@ def _is_right(setup: Setup, problem: Problem, rollout: Rollout) -> bool:
 
 def _reward_note(setup: Setup, problem: Problem, rollout: Rollout, what: str) -> str:
     """Say the reward of a rollout, as GRPO gets it, and why."""
-    if problem.answer is None:
+    if not problem.answer:
         return f"{what}: nothing, for the problem has no answer"
+    if not is_gradable(problem.answer):
+        return f"{what}: nothing, for the problem's answer cannot be graded"
     think_open = prompt_opens_think(setup.tokenizer, setup.config.thinking)
     verdict = grade(_text(setup, rollout), problem.answer, think_open=think_open)
     return f"{what}: {int(verdict.correct)} ({verdict.reason}; the answer is {problem.answer})"

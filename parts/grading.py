@@ -20,6 +20,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from subprocess import DEVNULL, PIPE, Popen
 
@@ -81,6 +82,27 @@ def grade(
     lenient, verdict = _judge(lenient_answer, gold, expected, limit_s)
     reason = "think block not closed" if text is None else "no box"
     return Grade(None, None, lenient, False, verdict == "right", reason)
+
+
+def is_gradable(gold: str | None) -> bool:
+    """Say whether `grade` takes the gold: it is there, and has a canonical form."""
+    return normalise(gold or "", as_text=True) is not None
+
+
+def check_math_verify(golds: Iterable[str]) -> None:
+    """Raise OSError where a gold is no plain number and math-verify, which it needs, does not run.
+
+    It is asked a question whose answer is known. Without this, a program that is at work would
+    find out, at the first completion that is no equal text.
+    """
+    canonical = [normalise(gold, as_text=True) for gold in golds]
+    if all(each is None or is_number(each) for each in canonical):
+        return
+    if not _is_same_mathematics(r"\sqrt{4}", "2", MATH_LIMIT_S):
+        raise OSError(
+            "math-verify does not work: it does not find \\sqrt{4} equal to 2; "
+            "pip install -r requirements.txt"
+        )
 
 
 def is_correct(completion: str, gold: str, *, think_open: bool = False) -> bool:

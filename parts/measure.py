@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parts import ranks
 from parts.chat import completion_text, prompt_opens_think
-from parts.grading import grade
+from parts.grading import check_math_verify, grade
 from parts.metrics import LEVEL_WEIGHTS, Attempt, Estimate, Graded, read_summary, summarise
 from parts.model import eos_ids, valid_ids
 from parts.prompts import (
@@ -164,7 +164,10 @@ def _graded(problem: Problem, prompt_ids: list[int], attempts: list[Attempt]) ->
 
 
 def check_answers(problems: list[Problem]) -> None:
-    """Raise ValueError for a problem whose gold answer is missing or cannot be graded."""
+    """Raise ValueError for a problem whose gold answer is missing or cannot be graded.
+
+    OSError: an answer needs math-verify, which does not run.
+    """
     for problem in problems:
         try:
             grade("", problem.answer or "")
@@ -172,6 +175,7 @@ def check_answers(problems: list[Problem]) -> None:
             raise ValueError(
                 f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded: {error}"
             ) from error
+    check_math_verify(str(problem.answer) for problem in problems)
 
 
 def text_language(text: str) -> str:

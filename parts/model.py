@@ -228,11 +228,16 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     Qwen's models list several. The template's id closes an assistant's turn: a base model names it
     nowhere else, and would go on to write the user's next turn.
     """
-    ids = turn_end_ids(tokenizer)
+    return turn_end_ids(tokenizer) | set(_named_ends(model, tokenizer))
+
+
+def _named_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Return what the files name as ids that end a completion, whether they are ids or not."""
+    named = []
     for source in (tokenizer, model.config, model.generation_config):
         eos: Any = source.eos_token_id  # an id, a list of ids, or None
-        ids |= set(eos if isinstance(eos, list) else [eos]) - {None}
-    return ids
+        named += eos if isinstance(eos, list) else [eos]
+    return [end for end in named if end is not None]
 
 
 def valid_ids(tokenizer: PreTrainedTokenizerBase) -> int | set[int]:
@@ -243,6 +248,31 @@ def valid_ids(tokenizer: PreTrainedTokenizerBase) -> int | set[int]:
     """
     ids = set(tokenizer.get_vocab().values())
     return len(ids) if max(ids) == len(ids) - 1 else ids
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ValueError where the tokenizer's tokens, or the ids that end a completion, do not fit.
+
+    name  what the message calls the model
+
+    Each token needs a row in the head, to be sampled, and one in the embedding, to be read. Each
+    end must be a token, or no completion would ever end with it.
+    """
+    rows = min(len(head_weight(model)), token_count(model))
+    tokens = tokenizer.get_vocab()
+    last = max(tokens, key=lambda token: tokens[token])
+    if tokens[last] >= rows:
+        raise ValueError(
+            f"{name} has ids 0 to {rows - 1}, and its tokenizer goes up to id {tokens[last]}, "
+            f"{last!r}: they do not belong together"
+        )
+    ids = set(tokens.values())
+    for end in _named_ends(model, tokenizer):
+        if type(end) is not int or end not in ids:
+            raise ValueError(
+                f"{name} has the eos_token_id {end!r}, which is no id of its tokenizer; see "
+                "config.json and generation_config.json"
+            )
 
 
 def final_hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:

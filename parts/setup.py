@@ -18,6 +18,7 @@ from parts.family import context_length
 from parts.files import require_space
 from parts.fitting import check_memory
 from parts.footprint import Lengths, read_shape
+from parts.grading import is_gradable
 from parts.identity import (
     files_fingerprints,
     fingerprint,
@@ -29,7 +30,13 @@ from parts.lora import Lora, attach_lora
 from parts.lossscale import LossScale
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
-from parts.model import load_config, load_model, load_tokenizer, resolve_model
+from parts.model import (
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
 from parts.prefixes import KeptPrompts
 from parts.prompts import (
     Problem,
@@ -122,6 +129,7 @@ def load_setup(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
     )
     check_model(model, f"model {config.model}")
+    check_vocabulary(model, tokenizer, f"model {config.model}")
     if config.completion in LABELS and prompt_opens_think(tokenizer, config.thinking):
         raise ValueError(
             f"--completion {config.completion} would be a thought without an answer, as prompts "
@@ -250,31 +258,58 @@ def _can_teach(config: Config, problem: Problem) -> bool:
     )
 
 
+def needs_answers(config: Config) -> bool:
+    """Say whether training takes the answers of its problems, which must then be gradable.
+
+    GRPO's reward is the grader's verdict. The controls that show the answer to the teacher, or
+    teach it as a label, need it, too.
+    """
+    return config.method in GROUPED or config.answer_only or config.completion == "garbage"
+
+
+def needs_teacher(config: Config) -> bool:
+    """Say whether training takes what the teacher is to read from each of its problems.
+
+    GRPO has no teacher, and SSOPD's reads a completion of the student's.
+    """
+    return config.method in (*DISTILLED, "egrsd")
+
+
+def longest_prompt(
+    config: Config, problem: Problem, tokenizer: PreTrainedTokenizerBase, *, must_teach: bool
+) -> list[int]:
+    """Return the longest prompt that may have to fit of a problem, as it is and posed in English.
+
+    must_teach  the teacher reads it, whatever it lacks: ValueError where it lacks something. Else
+                its prompt counts where it can be built
+    """
+    prompts = []
+    for posed in (problem, *pose_in_english([problem], 1.0)):
+        prompts.append(student_prompt(config, posed, tokenizer))
+        if must_teach:
+            prompts += readings.longest_prompts(config, posed, tokenizer)
+        elif _can_teach(config, posed):
+            prompts.append(readings.reading(config, posed, tokenizer))
+    return max(prompts, key=len)
+
+
 def fitting_problems(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, console: Console
 ) -> tuple[list[Problem], list[Problem], list[Problem]]:
     """Return read_problem_sets' three, without the problems too long to fit."""
     train, dev, heldout = read_problem_sets(config, console)
-    # GRPO's reward is the grader's verdict, so it needs answers to train, too.
-    # So do the controls that show the answer to the teacher, or teach it as a label.
-    is_needed = config.method in GROUPED or config.answer_only or config.completion == "garbage"
-    check_answers([*heldout, *dev, *(train if is_needed else [])])
-    must_teach = config.method in (*DISTILLED, "egrsd")
+    graded = train if needs_answers(config) else []
+    if config.teacher_reads == "voted":  # its votes are graded in the log, where they can be
+        graded = graded or [problem for problem in train if is_gradable(problem.answer)]
+    check_answers([*heldout, *dev, *graded])
 
-    def _longest(problem: Problem, needs_teacher: bool) -> list[int]:
-        prompts = []
-        for posed in (problem, *pose_in_english([problem], 1.0)):
-            prompts.append(student_prompt(config, posed, tokenizer))
-            if needs_teacher:
-                prompts += readings.longest_prompts(config, posed, tokenizer)
-            elif _can_teach(config, posed):
-                prompts.append(readings.reading(config, posed, tokenizer))
-        return max(prompts, key=len)
-
-    def _fitting(problems: list[Problem], needs_teacher: bool) -> list[Problem]:
+    def _fitting(problems: list[Problem], must_teach: bool) -> list[Problem]:
         return keep_fitting(
             problems,
-            [_longest(problem, needs_teacher) for problem in problems],
+            [
+                longest_prompt(config, problem, tokenizer, must_teach=must_teach)
+                for problem in problems
+            ],
             console,
             context=context,
             max_new_tokens=config.max_new_tokens,
@@ -285,4 +320,4 @@ def fitting_problems(
     if without:
         said = "lack what the teacher is to read: the KL to the teacher is of the others"
         say(console, f"{without} of {len(heldout)} held-out problems {said}")
-    return _fitting(train, must_teach), _fitting(dev, False), heldout
+    return _fitting(train, needs_teacher(config)), _fitting(dev, False), heldout

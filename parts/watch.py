@@ -226,11 +226,15 @@ class Watch:
             self.collapsed = f"collapse at step {metrics['step']}: {said}"
         return bool(self.collapsed)
 
-    def summary(self) -> list[str]:
-        """Return what is to be said when the loop has ended, and name the best adapter."""
+    def summary(self, finished: bool) -> list[str]:
+        """Return what is to be said when the loop has ended, and name the best adapter.
+
+        finished  the run has taken its last step, perhaps the one that the alarm was at
+        """
         said = []
         if self.collapsed:
-            said.append(f"{self.collapsed} (without --stop-on-collapse the run would go on)")
+            rest = "" if finished else " (without --stop-on-collapse the run would go on)"
+            said.append(f"{self.collapsed}{rest}")
         if ranks.is_first() and (best := write_best(self.run)):
             said.append(best)
         return said

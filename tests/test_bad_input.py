@@ -58,6 +58,12 @@ def recipe_with(name: str, value: Any) -> Maker:
     return json_with("recipe.json", **{name: {"value": value, "why": "broken"}})
 
 
+def token_beyond_the_head(model: Path) -> None:
+    content = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 9999, "content": "<x>"})
+    (model / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
 def nan_weights(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][0] = torch.nan
@@ -134,6 +140,11 @@ MODELS = {
     "tokenizer settings that are broken": text_in("tokenizer_config.json", "{"),
     "no chat template": model_with(lambda model: (model / "chat_template.jinja").unlink()),
     "generation settings that are broken": text_in("generation_config.json", "{"),
+    "an end outside the vocabulary": json_with("generation_config.json", eos_token_id=9999),
+    "an end that is text": json_with("generation_config.json", eos_token_id=[2, "end"]),
+    "an end that is a list of lists": json_with("generation_config.json", eos_token_id=[[2]]),
+    "an end below 0": json_with("generation_config.json", eos_token_id=-1),
+    "a tokenizer with a token beyond the head": model_with(token_beyond_the_head),
     "a recipe that is broken": text_in("recipe.json", "{"),
     "a recipe that is a list": text_in("recipe.json", "[1]"),
     "a recipe that is nested deeply": text_in("recipe.json", DEEP),

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from rich.console import Console
 
-from parts import measure
+from parts import grading, measure
 from parts.data import load_problems
 from parts.files import read_json, write_json
 from parts.grading import grade
@@ -57,6 +57,25 @@ def test_doctests():
 def test_a_gold_that_cannot_be_graded_is_an_error_naming_the_problem(answer):
     with pytest.raises(ValueError, match=r"'p7'.*cannot be graded"):
         check_answers([Problem("p7", "?", None, None, answer, "hau")])
+
+
+@pytest.mark.parametrize("broken", ["raise ImportError", "parse = verify = print"])
+def test_math_verify_is_tried_before_work_begins_where_an_answer_needs_it(
+    tmp_path, monkeypatch, broken
+):
+    """It was missed in the middle of a run, with a traceback."""
+    monkeypatch.setattr(grading, "_idle_workers", [])
+    text = Problem("p7", "?", None, None, r"2\sqrt{3}", "hau")
+    check_answers([text])
+    (worker,) = grading._idle_workers
+    worker.kill()
+    worker.communicate()
+    monkeypatch.setattr(grading, "_idle_workers", [])
+    (tmp_path / "math_verify.py").write_text(f"LatexExtractionConfig = dict\n{broken}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    check_answers([replace(text, answer="18")])
+    with pytest.raises(OSError, match=r"math-verify does not .*pip install"):
+        check_answers([text])
 
 
 @pytest.mark.parametrize(

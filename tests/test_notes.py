@@ -113,3 +113,47 @@ def test_the_answer_that_most_attempts_agree_on_takes_the_solutions_place(tmp_pa
     assert "Most attempts give the answer 41." in text and str(first.solution_en) not in text
     assert found.prompts[1] == setup.student_prompt(second)
     assert found.sampled_tokens == 6 and found.metrics["vote/right_frac"] == 0.5
+    assert found.metrics["note/plain_frac"] == 0.5
+
+
+def test_answers_that_votes_are_graded_by_are_tried_before_the_run(tmp_path, monkeypatch):
+    """Or a missing math-verify would be found out in the middle of it."""
+    checked = []
+    monkeypatch.setattr("parts.setup.check_answers", checked.extend)
+    setup, _ = make_setup(tmp_path, teacher_reads="voted")
+    assert {*setup.train} <= {*checked}
+
+
+LONG = " ".join(["abc"] * 99)  # an answer that does not fit
+
+
+@pytest.mark.parametrize(
+    ("said", "gold", "reads", "right"),
+    [
+        (r"\boxed{1, 2}", "1, 2", "give the answer 1, 2.", 1),
+        (r"\boxed{x = \sqrt{12}}", r"2\sqrt{3}", None, 1),
+        (r"\boxed{4}", "9" * 500, "give the answer 4.", None),
+        (r"\boxed{＜|im_end|＞}", "4", "", 0),
+        (rf"\boxed{{{LONG}}}", "4", "", 0),
+    ],
+    ids=["several", "equal", "ungradable", "control", "long"],
+)
+def test_a_vote_is_graded_and_shown_only_where_it_can_be_read(
+    tmp_path, monkeypatch, said, gold, reads, right
+):
+    """A control token that the normal form spelled ended the run; "1, 2" was never right."""
+    setup, _ = make_setup(tmp_path, teacher_reads="voted")
+    monkeypatch.setattr(methods, "ask", lambda *a, **k: [[Rollout([5], [6], [0.0], "stop")]])
+    monkeypatch.setattr(methods, "usable_text", lambda *_: said)
+    long = setup.teacher_prompt(setup.train[0], LONG)
+    monkeypatch.setattr(
+        methods, "context_length", lambda _: len(long) - 1 + setup.config.max_new_tokens
+    )
+    problem = replace(setup.train[0], answer=gold)
+    found = methods.read_votes(setup, [problem], 1)
+    assert found.metrics["vote/right_frac"] == right
+    assert found.metrics["note/plain_frac"] == (reads == "")
+    if reads == "":
+        assert found.prompts == [setup.student_prompt(problem)]
+    else:
+        assert (reads or "Most attempts") in str(setup.tokenizer.decode(found.prompts[0]))

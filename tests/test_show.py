@@ -1,14 +1,19 @@
 """show.py: one problem carried through, on the lab model."""
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, write_file
 from rich.console import Console
 from typer.testing import CliRunner
 
 from kernels import divergence
 from parts import commands
+from parts.files import read_json
 from parts.setup import configure
 from show import prepare, walk
 
@@ -98,6 +103,55 @@ def test_the_page_holds_the_same_walk(tmp_path, trained):
     assert result.exit_code == 0, result.output
     text = page.read_text(encoding="utf-8")
     assert "GRPO hears of this rollout" in text and "http" not in text.replace("http-equiv", "")
+
+
+def data_of(folder: Path, **changes) -> str:
+    """Write data of one problem without an English side; return its name."""
+    row = {"problem": "Nawa ne 2 + 3?", "answer": "5", "language": "hau", **changes}
+    return str(write_file(folder, "data.jsonl", json.dumps(row) + "\n"))
+
+
+ENGLISH = {
+    "problem": "What is 2 + 3?",
+    "solution": "2 + 3 = 5",
+    "problem_translated": "Nawa ne 2 + 3?",
+}
+LONG = "so " * 200
+
+
+@pytest.mark.parametrize("method", ["grpo", "ssopd"])
+def test_methods_that_train_without_an_english_side_are_shown_without_one(tmp_path, method):
+    """Both were refused: the first has no teacher, and that of the second reads a completion."""
+    result = run_cli("show", "--method", method, "--data", data_of(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "GRPO hears of this rollout: " in result.stdout
+    assert ("the problem has no English side" in result.stdout) is (method == "grpo")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [(LONG, "the problem's answer cannot be graded"), ("", "the problem has no answer")],
+)
+def test_an_answer_that_cannot_be_graded_is_said_or_refused(tmp_path, answer, said):
+    """The first ended in a traceback; a missing one was graded against the text "None"."""
+    data = ["--data", data_of(tmp_path, **ENGLISH, answer=answer)]
+    result = run_cli("show", *data)
+    assert result.exit_code == 0, result.output
+    assert f"GRPO hears of this rollout: nothing, for {said}" in result.stdout
+    for method in ("grpo", "egrsd", "ssopd"):
+        refused = run_cli("show", "--method", method, *data)
+        assert refused.exit_code == 2 and "cannot be graded" in refused.stderr, refused.output
+        assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_one_line(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "lab" / "tiny", model)
+    settings = read_json(model / "generation_config.json")
+    write_file(model, "generation_config.json", json.dumps({**settings, "eos_token_id": 9999}))
+    result = run_cli("show", "--model", str(model), "--data", data_of(tmp_path, **ENGLISH))
+    assert result.exit_code == 2, result.output
+    assert "eos_token_id 9999" in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -282,4 +282,8 @@ def test_the_watch_asks_for_an_end_only_where_it_was_told_to():
     assert guard.show({**metrics, "alarms": {}}) is False and guard.show(metrics) is True
     assert guard.collapsed == "collapse at step 9: KL 3, at the start 0.1"
     assert stream.getvalue() == "step 9/9\nalarm: KL 3, at the start 0.1\n"
+    # At the last step the run was said to be one that would go on.
+    assert guard.summary(finished=True) == [guard.collapsed]
+    (said,) = guard.summary(finished=False)
+    assert said == f"{guard.collapsed} (without --stop-on-collapse the run would go on)"
     assert Watching() == Watching(track=None, show_rollout=False, stop_on_collapse=False)
