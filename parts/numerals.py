@@ -23,6 +23,7 @@ No text raises. Functions stand in order of use, and each is preceded by the pat
 comment "x -> y" says what becomes of an example.
 """
 
+import itertools
 import re
 import unicodedata
 from fractions import Fraction
@@ -116,16 +117,33 @@ def last_number(text: str) -> str | None:
     """Return the last number among the text's last MAX_ANSWER_CHARS characters, canonically.
 
     Whatever stands around it does not count. None where there is no number, and where the last one
-    cannot be read: an earlier number is never taken in its place.
+    cannot be read or is cut: an earlier number, or a part of one, is never taken in its place.
 
     >>> last_number("9 x 2 = 18 birr."), last_number("18 or 1/0")
     ('18', None)
     """
     # A box is a wrapper of style to plain_text, and \boxed{18} 17 is not the number "18 17".
-    apart = text.strip()[-MAX_ANSWER_CHARS:].replace(r"\boxed", "; ")
+    apart = _end_of(text.strip()).replace(r"\boxed", "; ")
     numbers, _ = _find_numbers(plain_text(apart))
     number = numbers[-1] if numbers else None
     return None if number is None else str(number)
+
+
+def _end_of(text: str) -> str:
+    r"""Return the text's last MAX_ANSWER_CHARS characters without what may be the end of a number.
+
+    Where the text is cut, an ASCII word is dropped, of which 5 of "1245" or ac{12}{5} of
+    "\frac{12}{5}" may be left, and so are the figures and marks behind it, up to the next letter.
+    """
+    if len(text) <= MAX_ANSWER_CHARS:
+        return text
+    end = re.sub(r"^[!-~]+", "", text[-MAX_ANSWER_CHARS:])
+    return "".join(itertools.dropwhile(_may_be_of_number, end))
+
+
+def _may_be_of_number(character: str) -> bool:
+    """Return whether a character is a numeral of any script, or a mark and no letter."""
+    return not character.isalpha() or unicodedata.numeric(character, None) is not None
 
 
 # A relation whose sides must not be taken apart as those of an "=": the ≥ of "x ≥ 3", the \leq of
