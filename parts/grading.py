@@ -179,10 +179,26 @@ def _closing_brace(text: str, start: int, end: int) -> int | None:
 
 # ---- Right or wrong
 
+# A letter of a list of choices that stands alone: the B of "A. or B" and of "A) 5 or (B)". The
+# franc, gram and hour of "C) 18 g" are none, nor is a variable, as in "C) a + b". Nor is the
+# article or pronoun of "C) a dog", if no comma and no "or" or "and" stands before it.
+_NO_OR_BEFORE = (
+    r"(?<![,/&;] )(?<!\bor )(?<!\band )(?<!\boder )(?<!\bund )"
+    r"(?<!\bau )(?<!\bna )(?<!\bko )(?<!\bda )(?<!\bou )(?<!\bet )"
+)
+_LONE_LETTER = (
+    r"(?<![\w'])(?!(?<=\d )[fgh])"
+    r"(?<![=+*^<>≤≥×])(?<![=+*^<>≤≥×] )(?![a-j]\s?[-=+*^<>≤≥×(])"
+    rf"(?!{_NO_OR_BEFORE}[aei] [a-zà-ɏḀ-ỿ]{{2}})"
+    r"[a-j](?![\w'])"
+)
+
 # A letter of a list of choices, with its mark or with what it stands for: C, (C), C) 18. Not one of
-# two: C) or D)
+# two: C) or D), C. and D, C) D
 _CHOICE = re.compile(
-    r"(?:(?:answer|choice|option):? )?\(?([a-z])(?:[).:](?: (?!.*\b[a-z][).:]).*)?)?"
+    r"(?:(?:answer|choice|option):? )?\(?([a-z])"
+    r"(?:[).:](?: (?!.*\b[a-z][).:])(?!(?:.*\b(?:or|and) )?\W*[a-z]\W*$)"
+    rf"(?!.*{_LONE_LETTER}).*)?)?"
 )
 
 

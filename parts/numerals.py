@@ -23,6 +23,7 @@ No text raises. Functions stand in order of use, and each is preceded by the pat
 comment "x -> y" says what becomes of an example.
 """
 
+import itertools
 import re
 import unicodedata
 from fractions import Fraction
@@ -116,16 +117,33 @@ def last_number(text: str) -> str | None:
     """Return the last number among the text's last MAX_ANSWER_CHARS characters, canonically.
 
     Whatever stands around it does not count. None where there is no number, and where the last one
-    cannot be read: an earlier number is never taken in its place.
+    cannot be read or is cut: an earlier number, or a part of one, is never taken in its place.
 
     >>> last_number("9 x 2 = 18 birr."), last_number("18 or 1/0")
     ('18', None)
     """
     # A box is a wrapper of style to plain_text, and \boxed{18} 17 is not the number "18 17".
-    apart = text.strip()[-MAX_ANSWER_CHARS:].replace(r"\boxed", "; ")
+    apart = _end_of(text.strip()).replace(r"\boxed", "; ")
     numbers, _ = _find_numbers(plain_text(apart))
     number = numbers[-1] if numbers else None
     return None if number is None else str(number)
+
+
+def _end_of(text: str) -> str:
+    r"""Return the text's last MAX_ANSWER_CHARS characters without what may be the end of a number.
+
+    Where the text is cut, an ASCII word is dropped, of which 5 of "1245" or ac{12}{5} of
+    "\frac{12}{5}" may be left, and so are the figures and marks behind it, up to the next letter.
+    """
+    if len(text) <= MAX_ANSWER_CHARS:
+        return text
+    end = re.sub(r"^[!-~]+", "", text[-MAX_ANSWER_CHARS:])
+    return "".join(itertools.dropwhile(_may_be_of_number, end))
+
+
+def _may_be_of_number(character: str) -> bool:
+    """Return whether a character is a numeral of any script, or a mark and no letter."""
+    return not character.isalpha() or unicodedata.numeric(character, None) is not None
 
 
 # A relation whose sides must not be taken apart as those of an "=": the ≥ of "x ≥ 3", the \leq of
@@ -163,6 +181,15 @@ _PROSE = re.compile(
     r"|(?<!\0):|:(?!\0)"  # a colon, but not one between two numbers, a ratio's: 1:2
 )
 
+# The letter of "18 a day", which is no variable: a word follows, and not one that could be said of
+# a variable, as in "18 a squared".
+_FOR_EACH = (
+    r"(?<=\s)a (?!(?:squared|cubed|plus|minus|times|over|by|divided|multiplied|raised|factorial"
+    r"|prime|squares?|equals?|to|of|and|or|is|are|where|when|while|if|for|with|from|in|not|but"
+    r"|since|as|than|then|so|ko|da|ne|ce|au|na|ou|et|und|oder|m[aá]s|por|plus|fois|mal|hoch|kwa)\b)"
+    r"[a-zà-ɏḀ-ỿ]{3,}(?![^\W\d_])(?!.*\b[a-z]\b)"
+)
+
 # Letters that belong to a number and make it something else.
 _VARIABLE = re.compile(
     # A letter with upper and lower case right before a figure poses as one: the l of "l8", the
@@ -170,8 +197,8 @@ _VARIABLE = re.compile(
     r"[a-zß-ʯͰ-ԯ]\0"
     # A single letter after it is a variable: 2x, 2 π, 2/x. Metre, gram, litre, hour, second and
     # franc are none (m g l h s f). Neither is the letter of d'accord or of x-axis, nor the Spanish
-    # "and" of "18 y medio".
-    r"|\0\s?/?\s?(?![mglhsf](?!\w)|y (?:medi[oa]|(?:un |tres )?cuartos?)(?!\w))"
+    # "and" of "18 y medio", nor the "for each" of "18 a day", which in Hausa is "18 a rana".
+    rf"|\0\s?/?\s?(?![mglhsf](?!\w)|y (?:medi[oa]|(?:un |tres )?cuartos?)(?!\w)|{_FOR_EACH})"
     r"[a-zα-ω](?!'|-?[^\W\d_])"
     # A product of usual ones is, too: 2xy, 3ab
     r"|\0\s?/?\s?(?:[xyz]{2,3}|abc?|bc)(?![^\W\d_])"
@@ -219,11 +246,17 @@ _NUMBER = re.compile(
 )
 
 # The exponent of a unit, whose figure is no number: 18 cm^2 -> 18 cm, 3 m3 -> 3 m. With a "^" the
-# unit may be any word, 18 units^2, but not a product of variables: 18 xy^2.
+# unit may be any word, 18 units^2, but not a product of variables, 18 xy^2, also in the Cyrillic
+# letters that look like these, and not a numeral, 一百^2. Of single letters only metre, gram and
+# second are units, the Cyrillic second and hour only below a "/". A figure may touch what cannot be
+# a product of variables: a metre, a word of katakana, one with a vowel sign.
 _UNIT_POWER = re.compile(
-    r"(?<![^\W\d_])(?:"
-    r"([cdkm]?m|ft|in)(?:\s?\^)?[23]"
-    r"|(?<!\d)([mgs]|(?![abcxyz]+\b)[^\W\d_]{2,})\s?\^-?[1-4]"
+    r"(?<![^\W\d_])(?<![\u0900-\u0eff])(?:"
+    r"([cdkm]?m|[сдкм]?м|ft|in)(?:\s?\^)?[23]"
+    r"|((?<!\d)(?:[mgs]|(?![abcxyzасху]+\b)[^\W\d_]{2,})|(?:(?<=/)|(?<=/ ))[сч]"
+    r"|[\u4e00-\u9fff]*[米尺寸]|[ሜมم]|[ァ-ヿ]{2,}"
+    r"|(?=[\u0900-\u0eff]*(?:(?!\w)[\u0900-\u0eff]|[เแโใไ]))[\u0900-\u0eff]{2,})"
+    rf"(?<!{_HAN})(?<![፩-፼])\s?\^-?[1-4]"
     r")(?!\w)"
 )
 
@@ -242,6 +275,7 @@ def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
     only one.
     """
     numbers: list[Fraction | None] = []
+    text = _UNIT_POWER.sub(r"\1\2", text)
     has_figures = re.search(r"\d", text)
 
     def _fill_slot(match: re.Match[str]) -> str:
@@ -251,7 +285,7 @@ def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
         numbers.append(_read_number(match))
         return NUMBER
 
-    skeleton = _NUMBER.sub(_fill_slot, _UNIT_POWER.sub(r"\1\2", text))
+    skeleton = _NUMBER.sub(_fill_slot, text)
     if len(numbers) == 1 and "," not in text:  # (1,2) is a pair
         skeleton = _BRACKETS.sub(r" \1\2\3 ", skeleton)
     return numbers, skeleton

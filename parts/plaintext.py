@@ -69,6 +69,43 @@ _ARGUMENT = r"\s*(?:\{\s*(-?[\w.,' ]+?)\s*\}|(\d))"
 # A unit of a quotient: {m}, {s^2}
 _UNIT = r"\s*\{\s*([^\W\d_]{1,9}(?:\s?\^\d)?)\s*\}"
 
+# A letter, or a vowel sign or tone mark of an Indic, Thai or Lao word, which Python takes for no
+# letter.
+_PART_OF_WORD = r"(?:[^\W\d]|[\u0900-\u0eff])"
+_NOT_INSIDE_A_WORD = f"(?<!{_PART_OF_WORD})"
+_WORD_ENDS = f"(?!{_PART_OF_WORD})"
+
+# What makes a bound of a French or Spanish minus, "au moins 18" and "al menos 18", or an "about":
+# plus ou moins 18, más o menos 18.
+_BOUND_BEFORE = r"(?<!\bau )(?<!\bou )(?<!\bal )(?<!\blo )(?<!\bdo )(?<!\bo )"
+
+# Words that say minus or negative and nothing else beside a number. Those of doubt stand under
+# `changes` in scales.json: the Bengali ঋণ, which is also a loan, and the Italian meno, which is
+# teeth in Sotho. A word that does not touch a number leaves its dash in the text, so that this is
+# no positive number either.
+_MINUS_WORDS = "|".join(
+    (
+        "minus|m[ií]nusz?|miinus|n[eé]gati(?:v(?:e[mnrs]?|[oa]s?)?|fs?)",  # in many languages
+        r"(?:moins|menos)(?!\s+(?:de|que)\b)",  # French, Spanish, Portuguese; but not "less than"
+        "hasi|negaatiivii|eksi|âm",  # Swahili, Oromo, Turkish, Vietnamese
+        r"минус|минусов\w*|отрицательн\w*|мінус|від'ємн\w*",  # Russian, Ukrainian
+        "μείον|מינוס|მინუს|մինուս",  # Greek, Hebrew, Georgian, Armenian
+        "(?:ال)?سالب|ناقص|منفي|منفی|مائنس",  # Arabic, Persian, Urdu
+        "አሉታዊ|ማይነስ|ነጋቲቭ|ኔጋቲቭ|ኔጌቲቭ",  # Amharic
+        "মাইনাস|ঋণাত্মক|নেগেটিভ",  # Bengali
+        "माइनस|ऋणात्मक|ऋण|नकारात्मक|उणे",  # Hindi, Marathi
+        "మైనస్|ఋణాత్మక|రుణాత్మక|నెగటివ్|నెగెటివ్",  # Telugu
+        "மைனஸ்|ಮೈನಸ್|ಋಣಾತ್ಮಕ|മൈനസ്|માઇનસ|ਮਾਈਨਸ",  # Tamil, Kannada, Malayalam, Gujarati, Punjabi
+        "마이너스|영하|음수",  # Korean
+    )
+)
+
+# Likewise in scripts that write no spaces between words: Chinese, Japanese, Thai. 〇下 is "below
+# zero". The Thai ลบ stands inside of a few verbs, too, and in ลบ.ม., which is a cubic metre.
+_MINUS_WITHOUT_SPACES = (
+    r"(?:[负負][数的の]?|〇下|氷点下|マイナス|(?:ติด|ค่า)?(?<![กตสห])ลบ(?!\.(?!\d)|ม))\s*"
+)
+
 # Patterns and what replaces them. They are applied in this order, since some need what an earlier
 # one wrote.
 _REWRITES = [
@@ -126,14 +163,9 @@ _REWRITES = [
         (r"(?<=\d)/[=-](?!\s*\d)", " "),
         # Currency against its number: KSh500 -> 500
         (rf"(?<!\w){_CURRENCY_PREFIX}(?=\d)", ""),
-        # A sign in words, of English, French, Spanish, Swahili, Chinese, Japanese: minus 18 -> -18.
-        # "au moins 18" and "moins de 18" are bounds.
-        (
-            r"(?<!\w)(?<!\bau )(?<!\bal )(?<!\blo )(?<!\bdo )(?<!\bo )"
-            r"(?:minus|negative|(?:moins|menos)(?!\s+(?:de|que)\b)|hasi)(?!\w)\s*"
-            r"|[负負]|マイナス",
-            " -",
-        ),
+        # A sign in words: minus 18, 18 минус -> -18, 18 -
+        (rf"{_NOT_INSIDE_A_WORD}{_BOUND_BEFORE}(?:{_MINUS_WORDS}){_WORD_ENDS}\s*", " -"),
+        (_MINUS_WITHOUT_SPACES, " -"),
         # A space after a leading sign: - 18 -> -18. The dash of "answer - 18" is no sign.
         (r"((?:^|[:=])\s*[-+])\s+(?=[\d.])", r"\1"),
     )

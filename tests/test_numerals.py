@@ -182,6 +182,41 @@ def test_the_last_number_is_taken_or_none(text, number):
     assert number is None or is_number(number)
 
 
+@pytest.mark.parametrize(
+    "number",
+    [
+        "1245",
+        "1,245",
+        "12 345",
+        "1'245",
+        "3.25",
+        "7/2",
+        "1e25",
+        "10^25",
+        "10²⁵",
+        "١٢٤٥",
+        "፲፰",
+        "三百五",
+        r"\frac{12}{5}",
+        r"1.2\times10^3",
+        "-5",
+        "1 1/2",
+    ],
+)
+def test_a_number_is_never_read_from_the_part_that_a_cut_leaves(number):
+    for cut in range(1, len(number)):
+        text = f"total {number}" + " " * 3 + "n" * (MAX_ANSWER_CHARS - 3 - len(number) + cut)
+        assert last_number(text) is None, text[-MAX_ANSWER_CHARS:]
+        assert last_number(text[:-9] + " is 18 nn") == "18"
+
+
+def test_a_number_behind_the_cut_is_read_in_every_script():
+    assert last_number("这" * MAX_ANSWER_CHARS + "一共18元") == "18"
+    assert last_number("na " * MAX_ANSWER_CHARS + "18 birr") == "18"
+    assert last_number("total 1245" + " na" * 130) == "1245"
+    assert last_number("total 1245" + " na" * 133) is None  # the last 400 characters begin with 5
+
+
 # ---- Hostile input
 
 PIECES = (
