@@ -102,12 +102,12 @@ def test_a_named_benchmark_that_lacks_rows_is_refused(hub, benchmark):
 
 def test_a_folder_with_a_file_twice_is_refused_and_not_measured_twice(hub, tmp_path):
     hub("afrimgsm", "swa", 250)
-    (file,) = tmp_path.rglob("*.tsv")
-    other = tmp_path / "backup" / file.relative_to(tmp_path)
+    (file,) = (tmp_path / "hub").rglob("swa/test.tsv")
+    other = tmp_path / "hub" / "backup" / "swa" / "test.tsv"
     other.parent.mkdir(parents=True)
     other.write_bytes(file.read_bytes())
     with pytest.raises(FileNotFoundError, match="has 2 files for one"):
-        load_benchmark(str(tmp_path), find_language("swa"), "main", None)
+        load_benchmark(str(tmp_path / "hub"), find_language("swa"), "main", None)
 
 
 def test_a_level_that_is_missing_is_an_error(hub, tmp_path):

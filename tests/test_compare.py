@@ -257,8 +257,8 @@ def test_an_arm_whose_gradient_is_lost_ends_the_comparison_with_its_name(tmp_pat
     monkeypatch.setitem(methods.LOOPS, "grpo", diverged)
     result = run_cli(*SMALL, "--out", str(tmp_path / "out"))
     assert result.exit_code == 1
-    assert "error: " in result.stdout and "no finite gradient" in result.stdout
-    assert "grpo-" in result.stdout.partition("error: ")[2]
+    assert result.stderr.startswith("error: ") and "no finite gradient" in result.stderr
+    assert "grpo-" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_an_ablation_is_one_table(tmp_path, monkeypatch):
