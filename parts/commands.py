@@ -311,7 +311,7 @@ def run_comparison(given: Given) -> None:
         plan = make_plan(given, console)
     kept = f"finished arms are kept in {plan.out}, and the same command goes on from there"
     with working(console, lambda: kept):
-        raise typer.Exit(compare.run(plan, console))
+        compare.run(plan, console)
 
 
 @evaluation.callback(invoke_without_command=True)
