@@ -16,8 +16,8 @@ if __name__ == "__main__":
     # Read before torch is loaded: `--help` and a mistyped flag answer at once. See copsd.py.
     commands.evaluation()
 
-import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from parts.files import (
 )
 from parts.identity import (
     files_fingerprints,
+    fingerprint,
     folder_fingerprint,
     refuse_foreign_adapter,
     weights_fingerprint,
@@ -176,7 +177,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             **weights,
             "prompt_template": template_hash(tokenizer, language, one.thinking),
             "template_date": day,
-            "data": hashlib.sha256(repr(problems).encode()).hexdigest()[:16],
+            "data": fingerprint(problems),
             "data_revision": commit,
             "problems": len(problems),
             "problem_ids": ids_fingerprint([problem.id for problem in problems]),
@@ -323,8 +324,8 @@ def load_benchmark(
             known = BENCHMARKS[benchmark].rows
             raise ValueError(f"{file} has {len(rows)} problems, {benchmark} has {known}")
         problems += rows
-    ids = [problem.id for problem in problems]
-    if twice := {each for each in ids if ids.count(each) > 1}:
+    ids = Counter(problem.id for problem in problems)
+    if twice := [each for each, count in ids.items() if count > 1]:
         raise ValueError(f"{benchmark}: two problems of its files have the id {min(twice)!r}")
     check_answers(problems)
     return problems[:limit], commit

@@ -313,7 +313,7 @@ def _swap_solutions(train: list[Problem]) -> list[Problem]:
     """Return the problems with the next one's solution each, or the next that is another."""
     swapped = []
     for place, problem in enumerate(train):
-        following = (*train[place + 1 :], *train[:place])
+        following = (train[(place + step) % len(train)] for step in range(1, len(train)))
         solutions = (other.solution_en for other in following)
         other = next((each for each in solutions if each != problem.solution_en), None)
         if other is None:

@@ -54,9 +54,9 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
     files = [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]
     if not files:
         raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
-    check_alike(folder, {file.parent.name: read_record(file) for file in files})
-    for file in files:
-        record = read_record(file)
+    records = {file: read_record(file) for file in files}
+    check_alike(folder, {file.parent.name: record for file, record in records.items()})
+    for file, record in records.items():
         settings = record["settings"]
         if not (file.parent / "summary.json").is_file():
             raise ValueError(

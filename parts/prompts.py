@@ -240,7 +240,7 @@ def template_hash(tokenizer: "Tokenizer", language: str | Language, thinking: st
     """Return 12 hex digits that change with the prompt of COPSD's student or teacher.
 
     So with the chat template, their wordings, the thinking mode, and a date that a template writes.
-    What other teachers read, parts.readings.wordings_hash covers.
+    What other teachers read is in parts.readings.wordings.
     """
     placeholder = Problem("placeholder", "PROBLEM", "ENGLISH PROBLEM", "SOLUTION", None, "eng")
     texts = [

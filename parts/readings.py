@@ -15,8 +15,7 @@ How is in methods.py. The wordings are ours and unreviewed by speakers; those of
 English in every language, since the solution that they explain is.
 """
 
-import hashlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from parts.prompts import (
@@ -45,14 +44,15 @@ NEEDED = {  # of the readings that need other things than the one with the solut
 VOTED = "No solution is known. Most attempts give the answer {note}."
 
 
-def wordings_hash(language: str) -> str:
-    """Return 12 hex digits that change with any wording of this language or of English, or of ours.
+def wordings(language: str) -> list[object]:
+    """Return all that a teacher reads whose reading is not COPSD's, beside the problem.
 
-    So with all that a teacher reads whose reading is not COPSD's.
+    That is the wordings of this language, those of English, and ours of this file.
     """
-    records = [asdict(find_language(code)) for code in (language, "eng")]
-    wordings = repr([records, EXPLAIN_REQUEST, EXPLANATION, VOTED])
-    return hashlib.sha256(wordings.encode()).hexdigest()[:12]
+    return [
+        *(find_language(code) for code in (language, "eng")),
+        *(EXPLAIN_REQUEST, EXPLANATION, VOTED),
+    ]
 
 
 def can_read(config: Config, problem: Problem) -> bool:

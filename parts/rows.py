@@ -7,6 +7,7 @@ hub have. What the columns mean is not known here: parts.data makes problems of 
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def _escape_advice(error: json.JSONDecodeError) -> str:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     (_, header), *lines = _table_lines(path) or [(0, [])]
+    header = _columns(header)
     for number, fields in lines:
         if fields:
             yield _table_row(f"line {number}", header, fields)
@@ -116,6 +118,7 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
         header = ["question", "answer"]
     else:
         table = table[1:]
+    header = _columns(header)
     lines = iter(table)
     for number, fields in lines:
         if not fields:
@@ -126,10 +129,15 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
         yield _table_row(f"line {number}", header, fields)
 
 
+def _columns(header: list[str]) -> list[str]:
+    """Return the names of a table's columns; ValueError where one is there twice."""
+    names = [name.strip() for name in header]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"two columns are called {min(twice)!r}")
+    return names
+
+
 def _table_row(where: str, header: list[str], fields: list[str]) -> Row:
     if len(fields) != len(header):
         raise ValueError(f"{where}: {len(fields)} fields where the header has {len(header)}")
-    names = [name.strip() for name in header]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"two columns are called {min(twice)!r}")
-    return where, dict(zip(names, fields, strict=True))
+    return where, dict(zip(header, fields, strict=True))

@@ -46,7 +46,6 @@ from parts.prompts import (
     pose_in_english,
     template_hash,
 )
-from parts.readings import wordings_hash
 from parts.recipe import DISTILLED, GROUPED, LABELS, Config
 from parts.selfcheck import check_model
 from parts.settings import collapse_warnings, fill, settle
@@ -145,7 +144,7 @@ def load_setup(
         "heldout_data": fingerprint(heldout),
     }
     if config.teacher_reads != "solution" or config.method == "ssopd":
-        identity["wordings"] = wordings_hash(config.lang)
+        identity["wordings"] = fingerprint(readings.wordings(config.lang))
     lora = attach_lora(
         model,
         rank=config.lora_rank,

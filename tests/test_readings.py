@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from parts import readings
+from parts.identity import fingerprint
 from parts.prompts import languages
-from parts.readings import wordings_hash
+from parts.readings import wordings
 
 WORDINGS = (
     "brief",
@@ -60,9 +61,14 @@ def test_a_plan_is_asked_for_in_the_language_it_is_to_be_written_in():
         assert name in languages()[code].plan_request
 
 
+def wordings_hash(language: str) -> str:
+    """Return what stands in a run's identity."""
+    return fingerprint(wordings(language))
+
+
 def test_the_hash_of_the_wordings_shows_every_change(monkeypatch):
     base = wordings_hash("hau")
-    assert len(base) == 12 and base == wordings_hash("ha") and int(base, 16)
+    assert len(base) == 16 and base == wordings_hash("ha") and int(base, 16)
     changed = {wordings_hash("yor")}
     for name in (*WORDINGS, "transition"):
         reworded = replace(languages()["hau"], **{name: "other"})
