@@ -456,7 +456,7 @@ class CompareConfig(Config):
         None,
         "Learning rates tried for each arm on development problems, as factors of its --lr. "
         "Without it: 0.03,0.1,0.3,1,3,9,27; for --family 0.1,0.3,1,3,9; for --attribute "
-        "0.3,1,3,9.",
+        "0.3,1,3,9,27.",
     )
     dev_problems: int = comparison(
         100, "Training problems of each language set aside for that choice.", least=1
