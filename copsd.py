@@ -10,7 +10,7 @@ English solution s_en. Training pulls the student towards the teacher on the stu
 over the N completion tokens of a step. GRPO, the baseline, has no teacher. It samples G completions
 of each problem and learns from which of them are right:
 
-    Eq. (4)  A_i = (r_i - mean r) / (std r + eps)        r_i = 1 where the grader says so, else 0
+    Eq. (4)  A_i = (r_i - mean r) / (std r + eps)        r_i = 1 where the grader says right, else 0
     Eq. (5)  L = (1/N) sum_t [ -min(ratio_t A_i, clamp(ratio_t) A_i) + coef KL_t ]
 
 where i is the completion that token t stands in; ratio_t = q / q_old is how much more likely the
@@ -25,7 +25,8 @@ are settings (parts/recipe.py), prompts (parts/prompts.py), sampling, grading, t
 (parts/steps.py), measuring, COPSD's neighbours (methods.py). README.md lists the departures.
 
 A tensor's name ends in its axes: B rows, T positions, N the completion tokens of all rows, D hidden
-size, V vocabulary, G completions of a group. p is the teacher's distribution, q the student's.
+size, V vocabulary, G completions of a group, C the tokens of one completion. p is the teacher's
+distribution, q the student's.
 """
 
 from parts import commands
@@ -126,9 +127,9 @@ def copsd_loss(
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
-    # The teacher is the same model, by default with its adapter switched off, as it was before
-    # training: what it makes of a prompt then never changes, and is kept for the next epoch. It
-    # reads first, so that the copies it multiplies by are gone when the gradient needs room.
+    # The teacher is the same model, by default with its adapter off, as it was before training.
+    # What it makes of a prompt then never changes, and is kept for the next epoch. It goes first,
+    # as it works with a copy of the weights, which is freed before activations need the room.
     hidden = setup.kept_prompts.completion_hidden if keeps_prompts(config) else completion_hidden
     with teacher_view(setup.lora, config.teacher), scoring_copies(setup.model):
         teacher_ND = hidden(setup.model, teacher_prompts, completions)
@@ -137,7 +138,8 @@ def copsd_loss(
     options = divergence_options(config)
     loss_N, stats = chunked_divergence(*states, **options, compile=config.compile)  # Eq. (1), D
     if cosine:
-        stats |= zip(steplog.CLIP_PRODUCTS, clip_products(*states, **options), strict=True)
+        products_3N = clip_products(*states, **options)
+        stats |= dict(zip(steplog.CLIP_PRODUCTS, products_3N, strict=True))
     if config.loss_over == "vocabulary":
         stats["clipped_N"] = loss_N.detach() < stats["kl_N"]
     else:  # not Eq. (1): over fewer entries
@@ -202,13 +204,13 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
             sampled_tokens += step_tokens + reading.sampled_tokens
             watch.lap("rollout")
 
-            # The loss and its gradient; where memory lacks, again in smaller micro-batches.
+            # The loss and its gradient; where memory runs out, again in smaller micro-batches.
             cosine = steplog.asks_for_cosine(config, step)
             attempt = partial(copsd_gradient, setup, rollouts, reading.prompts, watch, cosine)
             tally, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad)
             tally = steplog.merge(ranks.gather([tally]))
 
-            # The update. The learning rate falls linearly to 0. A --teacher that follows, follows.
+            # The update. The learning rate falls linearly to 0. A --teacher that moves is renewed.
             lr = config.lr * (1 - done)
             grad_norm = take_step(optimizer, setup=setup, lr=lr)
             skipped = count_skipped(skipped, grad_norm, step, setup.loss_scale)
@@ -220,10 +222,9 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
             teacher_tokens = step_tokens + sum(map(len, reading.prompts))
             if config.completion in LABELS:
                 teacher_tokens = 0  # a label has no teacher but itself
-            done = share_done(config, step, sampled_tokens)
             metrics = {
                 "step": step,
-                "progress": done,
+                "progress": share_done(config, step, sampled_tokens),
                 "sampled_tokens": sampled_tokens,
                 **steplog.copsd_metrics(tally),
                 **reading.metrics,
@@ -237,9 +238,8 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
                 ),
             }
             scores = {"kl_nats_per_token": tally.row_means("kl_N")}
-            decode = setup.tokenizer.decode
-            written = steplog.completion_rows(step, problems, rollouts, scores, decode)
-            if steps.finish_step(setup, run, view, optimizer, metrics, rollouts, written, stopped):
+            logged = (problems, rollouts, scores)
+            if steps.finish_step(setup, run, view, optimizer, metrics, *logged, stopped):
                 return False
     return True
 
@@ -303,7 +303,7 @@ def replace_dead(setup: Setup, groups: list[Group], *, step: int, seed: int) -> 
 def advantages(reward_BG: Tensor, scale: str) -> Tensor:
     """Return Eq. (4)'s advantage_BG: how much better a completion is than its group.
 
-    scale  "group" divides by the group's standard deviation, with G - 1 below the line;
+    scale  "group" divides by the group's standard deviation, over G - 1 as torch has it;
            "none" does not (Dr. GRPO)
     Exactly 0 where all rewards of a group agree.
 
@@ -361,7 +361,7 @@ def grpo_loss(
     rollouts: list[Rollout],
     advantage_N: Tensor,
     old_logprob_N: Tensor | None,
-    credit: Credit | None = None,
+    spread: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return Eq. (5)'s summand at every completion token, and what to log of each, by name.
 
@@ -369,7 +369,7 @@ def grpo_loss(
     old_logprob_N  the tokens' log-probabilities before the step's first update, which a former call
                    returned as "logprob_N"; None: this is that call, and the ratio is 1. They come
                    from this same forward pass, never from the sampler, whose rounding differs
-    credit         spreads the advantage over a completion's tokens, by their old log-probs
+    spread         spreads the advantage over a completion's tokens, given their old log-probs
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
@@ -379,8 +379,8 @@ def grpo_loss(
         old_logprob_N = logprob_N.detach()
     ratio_N = (logprob_N - old_logprob_N).exp()
     stats = {"logprob_N": logprob_N, "ratio_N": ratio_N, "entropy_N": entropy_N}
-    if credit is not None:
-        advantage_N, credited = credit(advantage_N, old_logprob_N)
+    if spread is not None:
+        advantage_N, credited = spread(advantage_N, old_logprob_N)
         stats |= credited
     loss_N = clipped_surrogate(ratio_N, advantage_N, low=config.clip_low, high=config.clip_high)
     if config.kl_coef:
@@ -429,9 +429,10 @@ def grpo_gradient(
     share = ranks.share(len(groups))  # groups stay whole
     mine = range(len(groups))[share]
     own = [row for row in kept if row // config.group_size in mine]
-    # What a teacher reads, of a method that has one.
-    prompts = [setup.teacher_prompt(group.problem) for group in groups] if credit else []
-    teacher_prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
+    teacher_prompts: list[list[int]] = []  # of a method that has a teacher
+    if credit:
+        for group in groups:
+            teacher_prompts += [setup.teacher_prompt(group.problem)] * config.group_size
     student_prompts = [rollout.prompt_ids for rollout in rollouts]
     together = packing_pays(student_prompts, [rollout.completion_ids for rollout in rollouts])
     for rows in micro_batches(rollouts, limit, own, teacher_prompts, together=together):
@@ -441,8 +442,10 @@ def grpo_gradient(
         # Where an earlier attempt ran out of memory, some rows' old log-probs are known already.
         is_known = all(row in old_logprobs for row in rows)
         old_N = torch.cat([old_logprobs[row] for row in rows]) if is_known else None
-        teacher_read = [teacher_prompts[row] for row in rows] if credit else []
-        spread = partial(credit, setup, teacher_read, batch, tally) if credit else None
+        spread = None
+        if credit:
+            teacher_read = [teacher_prompts[row] for row in rows]
+            spread = partial(credit, setup, teacher_read, batch, tally)
         loss_N, stats = grpo_loss(setup, batch, advantage_N.to(setup.model.device), old_N, spread)
         if not is_known:
             old_logprobs.update(zip(rows, stats["logprob_N"].split(lengths), strict=True))
@@ -496,7 +499,7 @@ def train_grpo(
             watch.lap("rollout")
 
             # What each completion gains on its group, for all of its tokens. Rows that are masked
-            # count nowhere in the loss, neither above nor below the fraction line.
+            # count nowhere in the loss: not in the sum, and not in what it is divided by.
             reward_BG = torch.tensor([group.rewards for group in groups])
             advantage_B = advantages(reward_BG, config.scale_rewards).flatten()
             kept = rows_in_the_loss(config, rollouts)
@@ -522,10 +525,9 @@ def train_grpo(
             student_tokens = count_tokens([rollouts[row] for row in kept], prompts=True)
             updated_tokens = config.inner_epochs * student_tokens
             drawn_rewards = [group.rewards for group in drawn]
-            done = share_done(config, step, sampled_tokens)
             metrics = {
                 "step": step,
-                "progress": done,
+                "progress": share_done(config, step, sampled_tokens),
                 "sampled_tokens": sampled_tokens,
                 **steplog.grpo_metrics(tally, drawn_rewards, config.inner_epochs),
                 **steplog.update_metrics(grad_norm, lr, skipped, setup.loss_scale),
@@ -539,9 +541,8 @@ def train_grpo(
             }
             problems = [group.problem for group in groups for _ in group.rollouts]
             scores = {"reward": reward_BG.flatten().tolist(), "advantage": advantage_B.tolist()}
-            decode = setup.tokenizer.decode
-            written = steplog.completion_rows(step, problems, rollouts, scores, decode)
-            if steps.finish_step(setup, run, view, optimizer, metrics, rollouts, written, stopped):
+            logged = (problems, rollouts, scores)
+            if steps.finish_step(setup, run, view, optimizer, metrics, *logged, stopped):
                 return False
     return True
 

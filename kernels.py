@@ -61,10 +61,11 @@ def divergence(
     Logits of +-1e4 are safe; an infinite one gives NaN. Raises ValueError for an unknown name or an
     unusable number.
 
-    The entry clip changes more than the size of the loss. With U the unclipped entries and p(U)
-    the teacher's mass on them, the gradient of forward_kl on the student's logits (T = 1) is
-    p(U) (q - p restricted to U and renormalised). An entry that the teacher wants clearly more
-    than the student does is clipped away, and the rest pushes it DOWN:
+    The entry clip changes more than the size of the loss. Let U be the entries that are not
+    clipped, p(U) the teacher's mass on them, and p_U the teacher restricted to U and renormalised.
+    The gradient of forward_kl on the student's logits (T = 1) is p(U) (q - p_U). So an entry that
+    the teacher wants clearly more than the student does is clipped away, and the others push it
+    DOWN:
 
     >>> q = torch.tensor([[0.3, 0.6, 0.1]]).log().requires_grad_()
     >>> p = torch.tensor([[0.6, 0.3, 0.1]]).log()
@@ -330,9 +331,9 @@ def _walk_chunks(
     last overwrites student_CV. Compiled as a whole they would keep three, and take twice as long on
     a CPU.
     """
-    normalise = _prepare(_normalise, compile)
-    score = _prepare(_score, compile)
-    gradient_ = _prepare(_gradient_, compile)
+    normalise = _compiled_if(_normalise, compile)
+    score = _compiled_if(_score, compile)
+    gradient_ = _compiled_if(_gradient_, compile)
     with_gradient = student_ND.requires_grad and torch.is_grad_enabled()
     student_ND = student_ND.detach()
     teacher_ND = teacher_ND.detach()
@@ -464,7 +465,7 @@ def _logprob_chunk(
 
 
 @functools.cache
-def _prepare(function: Callable, compile: bool) -> Callable:
+def _compiled_if(function: Callable, compile: bool) -> Callable:
     """Return the function, compiled if asked.
 
     The cache makes it one object for all calls; else each call would compile again.

@@ -1,9 +1,9 @@
 """Copies of a model's weights that make passes without a gradient faster.
 
 merged  the adapter is added to W in a copy, so that a layer takes one product and not three
-packed  on a CPU the copy lies in the order in which oneDNN reads it. It multiplies the few rows of
-        a decode step about twice as fast as what torch calls for a plain matrix, and thousands of
-        rows a fifth faster
+packed  the same, and on a CPU the copy lies in the order in which oneDNN reads it. It multiplies
+        the few rows of a decode step about twice as fast as what torch calls for a plain matrix,
+        and thousands of rows a fifth faster
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """LoRA, and the teacher as a view of the same model.
 
 LoRA trains, instead of a layer's weight matrix W, two thin matrices whose product B A is added to
-it: some percent of the parameters. The two of all layers together are the adapter.
+it: a few percent of the parameters. The two of all layers together are the adapter.
 
 Student and teacher are one model. The teacher's view of it is the model without dropout or
 gradient, and with the adapter off, as it is now, averaged over steps, or as it was at the last
@@ -222,8 +222,9 @@ def attach_lora(
             current[f"{path}.lora_B"] = layers[path].lora_B
             model.set_submodule(path, layers[path])
     sets: dict[str, dict[str, Tensor]] = {"fixed": {}, "current": current}
-    for kind in [name for name, kept in (("ema", ema), ("copy", copy)) if kept]:
-        sets[kind] = {name: tensor.detach().clone() for name, tensor in current.items()}
+    for kind, wanted in (("ema", ema), ("copy", copy)):
+        if wanted:
+            sets[kind] = {name: tensor.detach().clone() for name, tensor in current.items()}
     return Lora(model, layers, rank, alpha, targets, sets)
 
 

@@ -8,9 +8,9 @@ they stand behind it in one row, and each sees the prompt and itself:
     b1 sees   p0 p1       b0 b1
 
 So every state is, to rounding, that of the completion alone, and the gradient through the prompt's
-keys and values is the sum of what each completion sends back. Attention is asked for all of the
-row, what nobody sees included: of long completions that costs more than the prompt saves. Whether
-a model honours the mask is checked before a run, on the sampler, which needs it, too.
+keys and values is the sum of what each completion sends back. Attention is computed over all of
+the row, what nobody sees included: of long completions that costs more than the prompt saves. The
+check before a run (parts/selfcheck.py) tries whether a model honours such masks.
 """
 
 import torch

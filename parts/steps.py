@@ -1,6 +1,7 @@
 """What a step of either method has around its method: drawing, updating, logging, saving."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from parts.prompts import Problem, pose_in_english
 from parts.recipe import Config
 from parts.sampler import Rollout
 from parts.setup import Setup
+from parts.steplog import completion_rows
 from parts.view import Watcher
 from parts.watch import is_look_due, look
 
@@ -125,19 +127,23 @@ def finish_step(
     view: Watcher,
     optimizer: torch.optim.Optimizer,
     metrics: dict[str, Any],
+    problems: list[Problem],
     rollouts: list[Rollout],
-    completions: list[dict[str, Any]],
+    scores: Mapping[str, Any],
     stopped: list[int],
 ) -> bool:
     """Log a step, show it, and save where it is due; say whether the run ends here before its end.
 
     A signal ends it, or the view, such as at an alarm.
+
+    problems, scores  of each rollout: they stand beside it in completions.jsonl
     """
     step = metrics["step"]
     done = metrics["progress"]
     metrics = ranks.decide(look(setup, run, rollouts, metrics))
     if ranks.is_first():
-        run.log(metrics, completions)
+        decode = setup.tokenizer.decode
+        run.log(metrics, completion_rows(step, problems, rollouts, scores, decode))
     ending = view.show(metrics) or bool(stopped)
     stop = any(ranks.gather([ending]))  # whichever rank it reached
     if is_due(setup.config, step, done) or stop:
