@@ -281,9 +281,15 @@ def test_the_list_of_rooms_says_of_a_part_what_its_first_sentence_says(name):
 
 
 def test_the_pictures_of_the_documents_are_there():
-    for document in (ROOT / "README.md", ROOT / "lab" / "RESULTS.md", ROOT / "lab" / "README.md"):
+    for document in [ROOT / "README.md", *ROOT.glob("*/README.md"), ROOT / "lab" / "RESULTS.md"]:
         for name in re.findall(r"\]\((\S+\.png)\)", document.read_text(encoding="utf-8")):
             assert (document.parent / name).is_file(), name
+
+
+def test_each_script_of_the_bench_is_in_its_list():
+    listed = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in (ROOT / "bench").glob("*.py")}
+    assert scripts - {name for name in scripts if f" {name}" in listed} == {"process.py", "records.py"}
 
 
 def test_the_lab_recipe_gives_a_reason_for_each_difference():
