@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import copsd
 import kernels
-from parts import footprint
+from parts import footprint, ranks
 from parts.files import json_text
 from parts.machine import pick_device, pick_dtype
 from parts.sampler import SamplingParams, sample
@@ -363,7 +363,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file of JSON lines; results are appended")
     given = parser.parse_args()
     size = SIZES[given.size]
-    device = pick_device(given.device)
+    device = ranks.own_device(pick_device(given.device))
     dtype = pick_dtype("auto", device)
     visit = Visit(given.out, given.minutes, device)
     card = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor()
