@@ -199,15 +199,15 @@ def addresses(rows: batch.Batch) -> list[int]:
     return [tensor.data_ptr() for tensor in [*tensors, *rows.decoder.parameters()]]
 
 
-def let_it_record(monkeypatch) -> None:
-    """Let steps on a CPU be recorded, by a Recorder.record that the test puts in place."""
-    start = batch.Recorder.__init__
+def let_it_record(monkeypatch) -> list[str]:
+    """Let steps on a CPU be recorded, by a Recorder.record that the test puts in place.
 
-    def records(recorder, device):
-        start(recorder, device)
-        recorder.records = True
-
-    monkeypatch.setattr(batch.Recorder, "__init__", records)
+    Returns what CUDA is told to do where a step waits for it, one after the other.
+    """
+    told: list[str] = []
+    monkeypatch.setattr(batch, "RECORDED", ("cpu",))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", told.append)
+    return told
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -256,8 +256,56 @@ def test_a_step_that_cannot_be_recorded_is_run_and_said_once(tiny_model, monkeyp
 
     monkeypatch.setattr(batch.Recorder, "record", record)
     with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted") as said:
+        for _ in range(2):
+            assert ids_of(ragged(tiny_model)) == expected
+    assert len(said) == 1, "every rollout has a batch of its own, and the model is the same"
+
+
+def test_a_step_that_waits_for_the_device_is_never_recorded(tiny_model, monkeypatch):
+    expected = ids_of(ragged(tiny_model))
+    told = let_it_record(monkeypatch)
+
+    def wait(module, inputs):  # at the end of a step, when all of its columns are written
+        if told and told[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    tiny_model.model.norm.register_forward_pre_hook(wait)
+    with pytest.warns(UserWarning, match="without CUDA graphs: called a synchronizing") as said:
+        for _ in range(2):
+            assert ids_of(ragged(tiny_model)) == expected
+    assert len(said) == 1 and told == ["error", "default"]
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(tiny_model, monkeypatch):
+    """torch's own context stays on its side stream where the end of a recording raises."""
+    expected = ids_of(ragged(tiny_model))
+    let_it_record(monkeypatch)
+    current = ["the stream of the program"]
+
+    class Graph:
+        def __init__(self, graph, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+
+        def __enter__(self):
+            current.append("the stream of the recording")
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    append = batch.Batch._append
+
+    def append_or_record(rows):  # recording runs nothing
+        return append(rows) if current[-1] == "the stream of the program" else None
+
+    monkeypatch.setattr(batch.Batch, "_append", append_or_record)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    with pytest.warns(UserWarning, match="without CUDA graphs: operation failed"):
         assert ids_of(ragged(tiny_model)) == expected
-    assert len(said) == 1
+    program, recording = "the stream of the program", "the stream of the recording"
+    assert current == [program, recording, program]
 
 
 def test_what_is_sampled_after_an_update_is_of_the_new_weights(tiny_model):
