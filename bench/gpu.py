@@ -336,7 +336,6 @@ def measure_step(visit: Visit, size: Size, dtype: torch.dtype) -> None:
         given |= {"dtype": str(dtype).removeprefix("torch.")}
         if visit.device.startswith("cuda"):
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         config, model_folder = configure(given)
         setup, run = prepare(config, model_folder, Console(quiet=True))
         with patch.object(copsd, "eos_ids", lambda *_: set()):

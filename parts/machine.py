@@ -124,6 +124,12 @@ class Stopwatch:
         self.last = now
 
 
+def forget_peak(device: str) -> None:
+    """Let peak_memory_gib count from here on, where it can: a process has one peak for good."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_gib(device: str) -> float:
     """Return the peak memory so far in GiB: of the GPU's tensors, or on a CPU of the process."""
     if device.startswith("cuda"):

@@ -11,7 +11,7 @@ from test_grpo import train as train_grpo
 from typer.testing import CliRunner
 
 import copsd
-from parts import commands, fitting
+from parts import commands, fitting, machine
 from parts.fitting import GIB, changes_that_fit, flags_text
 from parts.footprint import read_shape
 from parts.microbatch import Limit, halve_until_it_fits
@@ -82,6 +82,30 @@ def test_training_says_its_memory_first_and_refuses_what_cannot_fit(tmp_path, mo
     lines = result.output.splitlines()
     said = next(line for line in lines if "GiB at most" in line)
     assert lines.index(said) < lines.index(next(line for line in lines if "COPSD on" in line))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_memory_that_an_earlier_arm_has_freed_is_free(monkeypatch, device):
+    """A comparison refused its own later arms: what is freed stays with torch and malloc."""
+    left = iter([80 * GIB, 3 * GIB])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(left), 80 * GIB))
+    monkeypatch.setattr(fitting, "_free_on_the_host", lambda: iter([next(left)]))
+    fitting.free_bytes.cache_clear()
+    try:
+        assert [fitting.free_bytes(device) for _ in range(2)] == [80 * GIB] * 2
+    finally:
+        fitting.free_bytes.cache_clear()
+
+
+def test_the_peak_is_a_runs_own(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", told.append)
+    machine.forget_peak("cpu")
+    machine.forget_peak("cuda:1")
+    assert told == ["cuda:1"]
+    monkeypatch.setattr("parts.setup.forget_peak", told.append)
+    train_copsd(tmp_path / "run")
+    assert told == ["cuda:1", "cpu"]
 
 
 # Out of memory in a step
