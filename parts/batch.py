@@ -13,8 +13,9 @@ wherever they stand.
 
 The memory is allocated before it is needed, a step writes into it in place, and attention sees a
 whole bucket of columns, of which those to come are masked. So the shapes and addresses of one step
-are those of the next, and a GPU can replay a step as one recorded graph. Launching its thousand
-small kernels one by one takes several times as long as running them.
+are those of the next, and a GPU can replay the decoder's part of it as one recorded graph. Launching
+its thousand small kernels one by one takes several times as long as running them. The head, and the
+choice of a token, are a few dozen more, which parts.sampler launches as they are.
 
 Read Batch (its exchange brings rows in and takes them out, its step appends a token to each), then
 WrittenLayer (where the columns lie in memory), then Recorder (what a GPU replays). What is
@@ -33,6 +34,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from parts.family import context_length
 
 # A cache has room for at most so many columns to come. When they are full, it is copied once.
 GROWTH_COLUMNS = 256
@@ -135,6 +138,7 @@ class Batch:
         self.head: Any = model.get_output_embeddings()
         self.max_new_tokens = max_new_tokens
         self.model_layers = model.config.get_text_config().num_hidden_layers
+        self.last_position = context_length(model.config) - 1
         self.layers: list[Any] = []  # of WrittenLayer, once rows are there
         self.cache = Cache(layers=[])
         self.rows: list[Row] = []
@@ -250,7 +254,7 @@ class Batch:
         cursor.filled += 1
 
     def _append(self) -> Tensor:
-        """Be the step on the device: no shape, address or number of it changes within a bucket."""
+        """Be the decoder's step: no shape, address or number of it changes within a bucket."""
         cursor = self.cursor
         self.mask_B11T.index_fill_(3, cursor.column_C, 0.0)
         output = self.decoder(
@@ -260,7 +264,8 @@ class Batch:
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.position_B1 += 1
+        # A finished row that stays goes on past its end, but not past the positions that there are.
+        self.position_B1.add_(1).clamp_(max=self.last_position)
         cursor.column_C += 1
         return output.last_hidden_state[:, 0]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_sampler import HEADS, PLAIN, SIZES, full_logprobs, ids_of, random_prompts, watch
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from parts import batch, sampler
 from parts.lora import attach_lora
@@ -146,6 +146,23 @@ def test_parts_end_at_one_column_with_zeros_around_them():
     one, two = torch.ones(1, 1, 1, 1), torch.full((2, 1, 3, 1), 2.0)
     aligned = batch.right_aligned([one, two], room=1)
     assert aligned[:, 0, :, 0].tolist() == [[0, 0, 1, 0], [2, 2, 2, 0], [2, 2, 2, 0]]
+
+
+def test_a_finished_row_that_stays_does_not_run_past_the_context():
+    """Learned positions end with the context, and a finished row counted on beside living ones.
+
+    Rows that end make room for others, which are younger than a row that ends at the limit only.
+    """
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32}
+    heads = {"num_attention_heads": 4, "max_position_embeddings": 64, "init_std": 0.3}
+    model = OPTForCausalLM(OPTConfig(**sizes, **heads, num_hidden_layers=2)).eval()
+    prompts = random_prompts(*[52] * 18)
+    eos_ids = set(range(0, 290, 10))
+    groups = sample(model, prompts, PLAIN, eos_ids=eos_ids, max_rows=9)
+    assert {rollout.finish_reason for (rollout,) in groups} == {"stop", "length"}
+    for (rollout,) in groups:
+        assert rollout.logprobs == pytest.approx(full_logprobs(model, rollout, 1.1), abs=1e-4)
 
 
 EOS = set(range(0, 290, 20))
