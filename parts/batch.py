@@ -13,9 +13,9 @@ wherever they stand.
 
 The memory is allocated before it is needed, a step writes into it in place, and attention sees a
 whole bucket of columns, of which those to come are masked. So the shapes and addresses of one step
-are those of the next, and a GPU can replay the decoder's part of it as one recorded graph. Launching
-its thousand small kernels one by one takes several times as long as running them. The head, and the
-choice of a token, are a few dozen more, which parts.sampler launches as they are.
+are those of the next, and a GPU can replay the decoder's part of it as one recorded graph: to
+launch its thousand small kernels one by one takes several times as long as to run them. The head
+and the choice of a token are a few dozen more, which parts.sampler launches as they are.
 
 Read Batch (its exchange brings rows in and takes them out, its step appends a token to each), then
 WrittenLayer (where the columns lie in memory), then Recorder (what a GPU replays). What is
