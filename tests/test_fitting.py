@@ -148,11 +148,35 @@ def test_a_step_out_of_memory_goes_on_with_half_the_rows(
             assert value == other[name] or value == pytest.approx(other[name], rel=2e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("copsd.sample", "--sample-rows"),
+        ("copsd.copsd_gradient", "--gradient-checkpointing"),
+        ("parts.measure.sample", "--batch-rows"),
+        ("parts.setup.load_model", "--dtype bfloat16"),
+    ],
+)
+def test_out_of_memory_for_good_is_a_line_that_names_what_takes_less(
+    tmp_path, monkeypatch, place, said
+):
+    def _never(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+
+    monkeypatch.setattr(place, _never)
+    flags = ["train", "--steps", "1", "--batch-size", "2", "--eval-problems", "1"]
+    small = ["--max-new-tokens", "4", "--eval-samples", "1", "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(commands.copsd, [*flags, *small])
+    assert result.exit_code == 1 and said in result.stderr and "kept" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: out of memory")
+    assert "Traceback" not in result.output and not isinstance(result.exception, RuntimeError)
+
+
 def test_without_memory_for_one_row_the_error_is_the_errors():
     def _never(size):
         raise torch.OutOfMemoryError("too little")
 
     tried = []
     with pytest.raises(torch.OutOfMemoryError):
-        halve_until_it_fits(_never, Limit(4), lambda: tried.append(1))
+        halve_until_it_fits(_never, Limit(4), lambda: tried.append(1), 4)
     assert len(tried) == 2  # 2 and 1
