@@ -33,7 +33,7 @@ import copsd
 import kernels
 from parts import footprint, ranks
 from parts.files import json_text
-from parts.machine import pick_device, pick_dtype
+from parts.machine import pick_device, pick_dtype, wait_for
 from parts.sampler import SamplingParams, sample
 from parts.setup import configure, longest_prompts, prepare
 
@@ -111,16 +111,11 @@ class Visit:
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Return how long something takes, waiting for the GPU before and after."""
-        self.wait()
+        wait_for(self.device)
         started = time.perf_counter()
         work()
-        self.wait()
+        wait_for(self.device)
         return time.perf_counter() - started
-
-    def wait(self) -> None:
-        """Wait for the GPU's work."""
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
 
 
 def build_model(settings: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
