@@ -148,19 +148,27 @@ def test_parts_end_at_one_column_with_zeros_around_them():
     assert aligned[:, 0, :, 0].tolist() == [[0, 0, 1, 0], [2, 2, 2, 0], [2, 2, 2, 0]]
 
 
-def test_a_finished_row_that_stays_does_not_run_past_the_context():
+def test_a_finished_row_that_stays_does_not_run_past_the_context(monkeypatch):
     """Learned positions end with the context, and a finished row counted on beside living ones.
 
-    Rows that end make room for others, which are younger than a row that ends at the limit only.
+    Of nine rows eight end after 6 tokens and make room for others. The ninth ends at the context's
+    limit, where the others are 6 tokens old, and stays until one of them ends.
     """
     torch.manual_seed(3)
     sizes = {"vocab_size": 300, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32}
     heads = {"num_attention_heads": 4, "max_position_embeddings": 64, "init_std": 0.3}
     model = OPTForCausalLM(OPTConfig(**sizes, **heads, num_hidden_layers=2)).eval()
     prompts = random_prompts(*[52] * 18)
-    eos_ids = set(range(0, 290, 10))
-    groups = sample(model, prompts, PLAIN, eos_ids=eos_ids, max_rows=9)
-    assert {rollout.finish_reason for (rollout,) in groups} == {"stop", "length"}
+    early = [tuple(ids) for ids in sorted(prompts)[1:9]]
+    extend = batch.Row.extend
+
+    def end_early(row, ids, logprobs, eos_ids, max_new_tokens):
+        limit = 6 if row.prompt_ids in early else max_new_tokens
+        return extend(row, ids, logprobs, eos_ids, limit)
+
+    monkeypatch.setattr(batch.Row, "extend", end_early)
+    groups = sample(model, prompts, PLAIN, eos_ids=set(), max_rows=9)
+    assert sorted(len(rollout.completion_ids) for (rollout,) in groups) == [6] * 8 + [12] * 10
     for (rollout,) in groups:
         assert rollout.logprobs == pytest.approx(full_logprobs(model, rollout, 1.1), abs=1e-4)
 
