@@ -28,6 +28,7 @@ if __name__ == "__main__":
     # Read before torch is loaded: `--help` and a mistyped flag answer at once. See copsd.py.
     commands.comparison()
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -159,6 +160,8 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
     with bad_input():
         if path.is_file():
             return read_results(path)
+        # The last arm's model is a cycle of references, and would stand beside this one's.
+        gc.collect()
         config, model_folder = configure({**arm.settings, "out": str(arm.folder)})
         # The first arm decides what day a template writes, or arms of two days would differ in it.
         day = Run(plan.out / plan.langs[0] / "base").recorded_day()

@@ -207,7 +207,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
             # The loss and its gradient; where memory runs out, again in smaller micro-batches.
             cosine = steplog.asks_for_cosine(config, step)
             attempt = partial(copsd_gradient, setup, rollouts, reading.prompts, watch, cosine)
-            tally, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad)
+            tally, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad, len(rollouts))
             tally = steplog.merge(ranks.gather([tally]))
 
             # The update. The learning rate falls linearly to 0. A --teacher that moves is renewed.
@@ -510,7 +510,7 @@ def train_grpo(
             given = (setup, groups, advantage_B, kept, old_logprobs, watch, credit, add_term)
             attempt = partial(grpo_gradient, *given)
             for _ in range(config.inner_epochs):
-                part, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad)
+                part, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad, len(kept))
                 tallies += ranks.gather([part])
 
                 # The update. The learning rate falls linearly to 0.

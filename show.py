@@ -21,7 +21,7 @@ from torch import Tensor
 from copsd import Group, advantages, completion_hidden, roll_out
 from kernels import chunked_logprob, clip_products, gradient_cosine
 from methods import reader, witness_pair
-from parts import runs
+from parts import ranks, runs
 from parts.adapters import load_adapter
 from parts.chat import completion_text, freeze_date, prompt_opens_think
 from parts.data import hub_training_file, keep_fitting, load_problems
@@ -73,7 +73,7 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
 
     adapter  a run or adapter folder whose student is to be shown beside the untrained one
     """
-    device = pick_device(config.device)
+    device = ranks.own_device(pick_device(config.device))
     model = load_model(folder, device=device, dtype=pick_dtype(config.dtype, device))
     day = runs.Run(adapter).recorded_day() if adapter else None  # the day it was trained with
     tokenizer, _ = freeze_date(load_tokenizer(folder), day)

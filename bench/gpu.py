@@ -5,8 +5,9 @@
 
 A result is a line of JSON, written as it comes, so that a visit that is cut keeps what it had.
 First what must hold: rows batched are rows alone, greedy ids are those of transformers' generate,
-gradients are as near to fp64 as autograd's, a run that broke off ends as one that did not. Then
-rates, beside limits measured on the same card. Weights are random: no token ends a row.
+recorded steps give what plain ones give, gradients are as near to fp64 as autograd's, a run that
+broke off ends as one that did not. Then rates, beside limits measured on the same card. Weights are
+random: no token ends a row whose time is taken.
 """
 
 import argparse
@@ -31,10 +32,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import copsd
 import kernels
-from parts import footprint
+from parts import batch, footprint, ranks
 from parts.files import json_text
-from parts.machine import pick_device, pick_dtype
-from parts.sampler import SamplingParams, sample
+from parts.lora import attach_lora
+from parts.machine import pick_device, pick_dtype, wait_for
+from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import configure, longest_prompts, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +61,16 @@ LARGE = {
     "tie_word_embeddings": True,
 }
 PROMPT = 64  # tokens
+# What a part of the visit can fail with. A lack of memory is a RuntimeError.
+FAULTS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 LOSS = {"kind": "forward_kl", "temperature": 1.1, "clip_mode": "entry", "clip": 0.05}
 
 
@@ -73,11 +85,12 @@ class Size:
     matrix: int  # side of the matrices whose product gives the rate of products
     copied: int  # bytes that give the bandwidth
     step: tuple[int, int]  # completions of a training step, and their tokens
+    recorded: int  # tokens of a completion whose recorded steps are checked
 
 
 SIZES = {
-    "toy": Size(SMALL, (2, 4), 8, 64, 256, 2**24, (4, 8)),
-    "qwen": Size(LARGE, (32, 256), 1024, 2048, 8192, 2**32, (32, 512)),
+    "toy": Size(SMALL, (2, 4), 8, 64, 256, 2**24, (4, 8), 24),
+    "qwen": Size(LARGE, (32, 256), 1024, 2048, 8192, 2**32, (32, 512), 300),
 }
 
 
@@ -105,22 +118,17 @@ class Visit:
         started = time.monotonic()
         try:
             work()
-        except (RuntimeError, ValueError, OSError, TypeError, AttributeError) as error:
+        except FAULTS as error:
             self.report(what, error=f"{type(error).__name__}: {str(error).splitlines()[:1]}")
         self.report("time", section=what, seconds=round(time.monotonic() - started, 1))
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Return how long something takes, waiting for the GPU before and after."""
-        self.wait()
+        wait_for(self.device)
         started = time.perf_counter()
         work()
-        self.wait()
+        wait_for(self.device)
         return time.perf_counter() - started
-
-    def wait(self) -> None:
-        """Wait for the GPU's work."""
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
 
 
 def build_model(settings: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
@@ -169,12 +177,56 @@ def check_sampling(visit: Visit) -> None:
         batched_equals_single=[r.completion_ids for r in together]
         == [r.completion_ids for r in alone],
         equals_generate=[r.completion_ids for r in together] == theirs,
-        logprob_gap_nats=max(
-            abs(a - b)
-            for one, other in zip(together, alone, strict=True)
-            for a, b in zip(one.logprobs, other.logprobs, strict=True)
-        ),
+        logprob_gap_nats=largest_gap(together, alone),
     )
+
+
+def largest_gap(some: list[Rollout], others: list[Rollout]) -> float:
+    """Return by how many nats the log-probs of two samplings differ, as long as both go on."""
+    return max(
+        abs(a - b)
+        for one, other in zip(some, others, strict=True)
+        for a, b in zip(one.logprobs, other.logprobs, strict=False)
+    )
+
+
+def check_recording(visit: Visit, size: Size, dtype: torch.dtype) -> None:
+    """Compare what is sampled with recorded steps and with plain ones, before and after an update.
+
+    Rows end at different steps and make room for waiting ones, and completions outgrow both a
+    bucket of columns and the cache. The update changes the adapter in place, as an optimiser does.
+    """
+    model = build_model(SMALL, visit.device, dtype)
+    lora = attach_lora(model, rank=4, alpha=8.0, targets=("q_proj", "down_proj"), seed=0)
+    prompts = random_prompts(8, 24, SMALL["vocab_size"])
+    ends = set(range(0, SMALL["vocab_size"], size.recorded))  # about one token of so many is one
+
+    def _sampled() -> list[Rollout]:
+        params = SamplingParams(size.recorded, temperature=1.0)
+        return [group[0] for group in sample(model, prompts, params, eos_ids=ends, max_rows=4)]
+
+    record = batch.Recorder.record
+    for when in ("before", "after"):
+        for tensor in lora.parameters():
+            torch.nn.init.normal_(tensor, std=0.1)
+        with patch.object(batch.Recorder, "record", autospec=True, side_effect=record) as recording:
+            recorded = _sampled()
+        with patch.object(batch, "RECORDED", ()):
+            plain = _sampled()
+        equal = [
+            one.completion_ids == other.completion_ids
+            for one, other in zip(recorded, plain, strict=True)
+        ]
+        visit.report(
+            "recorded steps",
+            dtype=str(dtype),
+            update=when,
+            graphs=recording.call_count,
+            tokens=sum(len(rollout.completion_ids) for rollout in plain),
+            rows=len(equal),
+            rows_equal_to_plain=sum(equal),
+            logprob_gap_nats=largest_gap(recorded, plain),
+        )
 
 
 def check_gradient(visit: Visit) -> None:
@@ -265,21 +317,24 @@ def measure_limits(visit: Visit, size: Size, dtype: torch.dtype) -> tuple[float,
 
 
 def measure_decode(
-    visit: Visit, model: Any, rows: int, size: Size, bandwidth: float, contestant: str
+    visit: Visit, model: Any, rows: int, size: Size, bandwidth: float, contestant: tuple[str, int]
 ) -> None:
-    """Time one sampler, and set it beside the bytes that each token must be read for."""
+    """Time one sampler, and set it beside the bytes that each token must be read for.
+
+    contestant  its name, and its top-k; 0: off, as GRPO and evaluations have it
+    """
+    who, top_k = contestant
     prompts = random_prompts(rows, PROMPT, 1000)
-    params = SamplingParams(size.new_tokens, temperature=1.0, top_p=0.95, top_k=20)
 
     def _ours(new_tokens: int) -> None:
-        given = SamplingParams(new_tokens, params.temperature, params.top_p, params.top_k)
-        sample(model, prompts, given, eos_ids=set())
+        params = SamplingParams(new_tokens, temperature=1.0, top_p=0.95, top_k=top_k)
+        sample(model, prompts, params, eos_ids=set())
 
     def _theirs(new_tokens: int) -> None:
-        how = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 20}
+        how = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": top_k}
         generate(model, prompts, new_tokens, **how)
 
-    work = {"ours": _ours, "generate": _theirs}[contestant]
+    work = {"ours": _ours, "generate": _theirs}[who]
     work(4)  # what is done once: kernels are chosen, graphs captured
     seconds = visit.seconds(lambda: work(size.new_tokens))
     config = model.config
@@ -291,7 +346,8 @@ def measure_decode(
     found = rows * size.new_tokens / seconds
     visit.report(
         "decode",
-        who=contestant,
+        who=who,
+        top_k=top_k,
         rows=rows,
         new_tokens=size.new_tokens,
         tokens_per_s=found,
@@ -336,7 +392,6 @@ def measure_step(visit: Visit, size: Size, dtype: torch.dtype) -> None:
         given |= {"dtype": str(dtype).removeprefix("torch.")}
         if visit.device.startswith("cuda"):
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         config, model_folder = configure(given)
         setup, run = prepare(config, model_folder, Console(quiet=True))
         with patch.object(copsd, "eos_ids", lambda *_: set()):
@@ -363,13 +418,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file of JSON lines; results are appended")
     given = parser.parse_args()
     size = SIZES[given.size]
-    device = pick_device(given.device)
+    device = ranks.own_device(pick_device(given.device))
     dtype = pick_dtype("auto", device)
     visit = Visit(given.out, given.minutes, device)
     card = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     visit.report("place", device=device, card=card, size=given.size, dtype=str(dtype), **versions)
     visit.section("sampling", lambda: check_sampling(visit))
+    for each in dict.fromkeys([torch.float32, dtype]):
+        visit.section("recording", partial(check_recording, visit, size, each))
     visit.section("gradient", lambda: check_gradient(visit))
     visit.section("resume", lambda: check_resume(visit))
     limits: list[float] = []
@@ -379,8 +436,8 @@ def main() -> None:
         visit.section("loss", lambda: measure_divergence(visit, size, dtype, rate))
         model = build_model(size.model, device, dtype)
         for rows in size.rows:
-            for who in ("ours", "generate"):
-                work = partial(measure_decode, visit, model, rows, size, bandwidth, who)
+            for contestant in (("ours", 20), ("ours", 0), ("generate", 20)):
+                work = partial(measure_decode, visit, model, rows, size, bandwidth, contestant)
                 visit.section("decode", work)
         del work
         del model

@@ -13,8 +13,9 @@ wherever they stand.
 
 The memory is allocated before it is needed, a step writes into it in place, and attention sees a
 whole bucket of columns, of which those to come are masked. So the shapes and addresses of one step
-are those of the next, and a GPU can replay a step as one recorded graph. Launching its thousand
-small kernels one by one takes several times as long as running them.
+are those of the next, and a GPU can replay the decoder's part of it as one recorded graph: to
+launch its thousand small kernels one by one takes several times as long as to run them. The head
+and the choice of a token are a few dozen more, which parts.sampler launches as they are.
 
 Read Batch (its exchange brings rows in and takes them out, its step appends a token to each), then
 WrittenLayer (where the columns lie in memory), then Recorder (what a GPU replays). What is
@@ -26,12 +27,15 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from parts.family import context_length
 
 # A cache has room for at most so many columns to come. When they are full, it is copied once.
 GROWTH_COLUMNS = 256
@@ -42,6 +46,8 @@ SMALL_BUCKET = 4
 # Steps of a bucket that run as they are before one is recorded: libraries set themselves up in the
 # first, and a bucket that is left at once is not worth it.
 PLAIN_STEPS = 2
+# Devices whose steps are recorded.
+RECORDED = ("cuda",)
 # Padded prompt tokens in one prefill forward: bounds its memory, and the padding as well.
 PREFILL_TOKENS = 512
 
@@ -132,6 +138,7 @@ class Batch:
         self.head: Any = model.get_output_embeddings()
         self.max_new_tokens = max_new_tokens
         self.model_layers = model.config.get_text_config().num_hidden_layers
+        self.last_position = context_length(model.config) - 1
         self.layers: list[Any] = []  # of WrittenLayer, once rows are there
         self.cache = Cache(layers=[])
         self.rows: list[Row] = []
@@ -142,7 +149,7 @@ class Batch:
         self.position_B1 = torch.empty(0)  # of these ids
         self.mask_B11T = torch.empty(0)  # is added to attention scores
         self.cursor = Cursor(torch.empty(0), 0, 0)
-        self.recorder = Recorder(self.decoder.device)
+        self.recorder = Recorder(self.decoder, self.decoder.device)
         # Prompts that are prefilled, and still needed by a waiting row.
         self.prompts: dict[tuple[int, ...], _Prompt] = {}
 
@@ -247,7 +254,7 @@ class Batch:
         cursor.filled += 1
 
     def _append(self) -> Tensor:
-        """Be the step on the device: no shape, address or number of it changes within a bucket."""
+        """Be the decoder's step: no shape, address or number of it changes within a bucket."""
         cursor = self.cursor
         self.mask_B11T.index_fill_(3, cursor.column_C, 0.0)
         output = self.decoder(
@@ -257,7 +264,8 @@ class Batch:
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.position_B1 += 1
+        # A finished row that stays goes on past its end, but not past the positions that there are.
+        self.position_B1.add_(1).clamp_(max=self.last_position)
         cursor.column_C += 1
         return output.last_hidden_state[:, 0]
 
@@ -302,10 +310,15 @@ class Recorder:
 
     A graph is every kernel of a step with its addresses and numbers, replayed by one launch. It is
     kept while they hold, which is until the next exchange or bucket, so it never sees old weights.
+
+    refused  decoders whose step cannot be recorded: their next rollouts do not try it again
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.records = device.type == "cuda"
+    refused: ClassVar[WeakSet[nn.Module]] = WeakSet()
+
+    def __init__(self, decoder: nn.Module, device: torch.device) -> None:
+        self.decoder = decoder
+        self.can_record = device.type in RECORDED and decoder not in self.refused
         self.forget()
 
     def forget(self) -> None:
@@ -316,21 +329,45 @@ class Recorder:
     def run(self, step: Callable[[], Tensor]) -> Tensor:
         """Return what step() returns; the next run may overwrite it."""
         self.steps += 1
-        if self.records and self.replay is None and self.steps > PLAIN_STEPS:
+        if self.can_record and self.replay is None:
             try:
-                self.replay = self.record(step)
+                if self.steps == PLAIN_STEPS:
+                    return self.rehearse(step)
+                if self.steps > PLAIN_STEPS:
+                    self.replay = self.record(step)
             # Such as a module that asks the device for a number, or too little memory.
             except RuntimeError as error:
-                self.records = False
+                self.can_record = False
+                self.refused.add(self.decoder)
                 reason = str(error).splitlines()[0]
                 warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
         return self.replay() if self.replay else step()
 
+    def rehearse(self, step: Callable[[], Tensor]) -> Tensor:
+        """Run the step before the one that is recorded. RuntimeError where it waits for the device.
+
+        No graph can wait. That is found out here, since a recording that fails leaves torch in
+        disorder. A step that failed here can be run once more: it writes the same columns again,
+        and it moves on only at its end.
+        """
+        with warnings.catch_warnings(action="ignore"):  # it calls itself a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
     def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Return the replay of a step, which is recorded and not run."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = step()
+        stream = torch.cuda.current_stream()
+        try:
+            # What other threads do meanwhile, such as NCCL's, does not concern this recording.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                output = step()
+        finally:
+            # A recording that fails stays on the stream that it was made on.
+            torch.cuda.set_stream(stream)
 
         def _replay() -> Tensor:
             graph.replay()

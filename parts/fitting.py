@@ -8,6 +8,7 @@ settings are looked for that save memory and change no result.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,13 @@ def footprint_line(found: Footprint) -> str:
     )
 
 
+@cache
 def free_bytes(device: str) -> int | None:
-    """Return the memory that is free on a device, None where nothing says it."""
+    """Return what was free on a device when this process first asked, None where nothing says it.
+
+    A comparison asks before each arm. What an arm has freed, torch's allocator and malloc keep for
+    the next: neither CUDA nor Linux counts it as free again.
+    """
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     return min(_free_on_the_host(), default=None) if device == "cpu" else None

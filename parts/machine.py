@@ -101,6 +101,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
+def wait_for(device: str) -> None:
+    """Wait until a GPU has done what it was given; a CPU is never behind."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device.startswith("mps"):  # a model's is called "mps:0"
+        torch.mps.synchronize()
+
+
 @dataclass
 class Stopwatch:
     """Count the seconds of each phase of a step.
@@ -115,13 +123,16 @@ class Stopwatch:
 
     def lap(self, phase: str) -> None:
         """Add the time since the last lap to `phase`."""
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-        elif self.device == "mps":
-            torch.mps.synchronize()
+        wait_for(self.device)
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
         self.last = now
+
+
+def forget_peak(device: str) -> None:
+    """Let peak_memory_gib count from here on, where it can: a process has one peak for good."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_gib(device: str) -> float:

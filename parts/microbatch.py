@@ -114,24 +114,25 @@ def micro_batches(
 
 
 def halve_until_it_fits(
-    attempt: Callable[[Limit], Result], limit: Limit, start_again: Callable[[], None]
+    attempt: Callable[[Limit], Result], limit: Limit, start_again: Callable[[], None], rows: int
 ) -> tuple[Result, Limit]:
     """Return attempt(limit) and the limit with which memory sufficed: the given, or a smaller one.
 
     attempt      takes a step's rows in micro-batches; what it reads stays, so no token is sampled
                  twice
     start_again  undoes what a failed attempt left, such as a part of the gradient
+    rows         of the step: half of a limit above them could be the same attempt again
     """
     while True:
         try:
             return attempt(limit), limit
         except torch.OutOfMemoryError:
-            if limit.rows == 1:
+            if min(limit.rows, rows) <= 1:
                 raise
         # Not in the handler: there the traceback still holds the tensors of the failed attempt.
         start_again()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        limit = limit.halved()
+        limit = Limit(min(limit.rows, rows), limit.tokens).halved()
         said = f"out of memory: micro-batches of {limit} from here on; nothing is sampled again"
         say(Console(stderr=True), said)

@@ -22,6 +22,10 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 UsageError: Any = typer.BadParameter.__base__  # click's, which typer carries inside
+LESS_MEMORY = (
+    "fewer rows at once take less: --batch-rows of eval.py; of a run --sample-rows for sampling, "
+    "--micro-batch, with --gradient-checkpointing, for updates"
+)
 
 
 def make_program(text: str, **options: Any) -> typer.Typer:
@@ -188,12 +192,19 @@ def bad_input() -> Iterator[None]:
     """Turn a wrong value, or a file that is missing, torn or unwritable, into a line and exit 2.
 
     It goes around reading, checking and loading only: an error in what comes after is a bug, and
-    shows its traceback.
+    shows its traceback. A model that the memory does not hold is a line and exit 1.
     """
     from safetensors import SafetensorError
+    from torch import OutOfMemoryError
 
     try:
         yield
+    except (MemoryError, OutOfMemoryError) as error:
+        say_error(
+            "out of memory while loading; --dtype bfloat16 halves the weights, and copsd.py plan "
+            "says what a run takes; what is saved is kept"
+        )
+        raise typer.Exit(1) from error
     except (ValueError, OSError, SafetensorError) as error:
         say_error(str(error))
         raise typer.Exit(2) from error
@@ -206,8 +217,10 @@ def working(console: Console, kept: Callable[[], str]) -> Iterator[None]:
     kept  returns what is kept of it, for a line about a stop
 
     Exit code 130: stopped, by Ctrl-C, SIGTERM or SIGHUP; 2: a file cannot be written, as on a full
-    disk; 1: numbers that are not finite.
+    disk; 1: numbers that are not finite, or too little memory for even one row.
     """
+    from torch import OutOfMemoryError
+
     from parts.files import CannotWrite
     from parts.stops import stops_act, stops_raise
     from parts.view import say
@@ -224,6 +237,9 @@ def working(console: Console, kept: Callable[[], str]) -> Iterator[None]:
         raise typer.Exit(2) from error
     except FloatingPointError as error:
         say_error(str(error))
+        raise typer.Exit(1) from error
+    except (MemoryError, OutOfMemoryError) as error:
+        say_error(f"out of memory; {LESS_MEMORY}; {kept()}")
         raise typer.Exit(1) from error
 
 

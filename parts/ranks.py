@@ -61,9 +61,28 @@ def is_first() -> bool:
 
 
 def own_device(device: str) -> str:
-    """Return the GPU of this rank where the device is "cuda", which is then one for each rank."""
-    if count() > 1 and device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    """Return the device of this process, and let a GPU that has a number be the current one.
+
+    In several ranks "cuda" is one GPU for each. CUDA's graphs are recorded on the current GPU, and
+    what a card can do is asked of it, so it is the one that the model is on.
+    ValueError: a machine with more ranks than GPUs, or one GPU that is named for several ranks.
+    """
+    if count() > 1 and device.startswith("cuda"):
+        beside = int(os.environ["LOCAL_WORLD_SIZE"])  # ranks on this machine, this one among them
+        gpus = torch.cuda.device_count()
+        if beside > gpus:
+            raise ValueError(
+                f"{beside} processes a machine, and GPUs on this one: {gpus}; "
+                f"valid are --nproc-per-node up to {gpus}, or --device cpu"
+            )
+        if beside > 1 and device != "cuda":
+            raise ValueError(
+                f"--device {device} would be one GPU for {beside} processes: leave --device out "
+                "under torchrun, and each has its own"
+            )
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     return device
 

@@ -241,7 +241,8 @@ def _choose(
 ) -> tuple[Tensor, Tensor]:
     """Choose so many ids for every row and append all but the last; return (ids_BS, logprob_BS).
 
-    Nothing is looked at in between, so a GPU is not waited for and always has work ahead of it.
+    With top-k nothing is looked at in between, so a GPU is not waited for and always has work ahead
+    of it. Without, it is asked after every token whether a row needs more ids than were sorted.
     """
     uniforms = [[row.stream.random() for _ in range(steps)] for row in batch.rows]
     device = batch.hidden_BD.device

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from parts.batch import PLAIN_STEPS
 from parts.model import final_hidden, head_weight, token_count
 from parts.prefixes import KeptPrompts
 from parts.sampler import SamplingParams, sample
 
-# Lengths of the two prompts, and tokens after each: enough for padding, and for a cache that grows.
+# Lengths of the two prompts: enough for padding.
 LENGTHS = (9, 4)
-NEW_TOKENS = 3
+# Tokens after each: the prompt's own, those of steps that run as they are, that of a step which a
+# GPU records, and that of its replay.
+NEW_TOKENS = 3 + PLAIN_STEPS
 
 
 @torch.no_grad()

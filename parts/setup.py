@@ -28,7 +28,7 @@ from parts.identity import (
 )
 from parts.lora import Lora, attach_lora
 from parts.lossscale import LossScale
-from parts.machine import pick_device, pick_dtype
+from parts.machine import forget_peak, pick_device, pick_dtype
 from parts.measure import check_answers, check_columns
 from parts.model import (
     check_vocabulary,
@@ -124,6 +124,7 @@ def load_setup(
     lengths = longest_prompts(config, tokenizer, [*train, *dev, *heldout])
     shape = read_shape(folder, config)
     say(console, check_memory(shape, config, dtype, device, lengths))
+    forget_peak(device)  # of an earlier run in this process, such as another arm
     model = load_model(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_sampler import HEADS, PLAIN, SIZES, full_logprobs, ids_of, random_prompts, watch
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from parts import batch, sampler
 from parts.lora import attach_lora
@@ -148,6 +148,31 @@ def test_parts_end_at_one_column_with_zeros_around_them():
     assert aligned[:, 0, :, 0].tolist() == [[0, 0, 1, 0], [2, 2, 2, 0], [2, 2, 2, 0]]
 
 
+def test_a_finished_row_that_stays_does_not_run_past_the_context(monkeypatch):
+    """Learned positions end with the context, and a finished row counted on beside living ones.
+
+    Of nine rows eight end after 6 tokens and make room for others. The ninth ends at the context's
+    limit, where the others are 6 tokens old, and stays until one of them ends.
+    """
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32}
+    heads = {"num_attention_heads": 4, "max_position_embeddings": 64, "init_std": 0.3}
+    model = OPTForCausalLM(OPTConfig(**sizes, **heads, num_hidden_layers=2)).eval()
+    prompts = random_prompts(*[52] * 18)
+    early = [tuple(ids) for ids in sorted(prompts)[1:9]]
+    extend = batch.Row.extend
+
+    def end_early(row, ids, logprobs, eos_ids, max_new_tokens):
+        limit = 6 if row.prompt_ids in early else max_new_tokens
+        return extend(row, ids, logprobs, eos_ids, limit)
+
+    monkeypatch.setattr(batch.Row, "extend", end_early)
+    groups = sample(model, prompts, PLAIN, eos_ids=set(), max_rows=9)
+    assert sorted(len(rollout.completion_ids) for (rollout,) in groups) == [6] * 8 + [12] * 10
+    for (rollout,) in groups:
+        assert rollout.logprobs == pytest.approx(full_logprobs(model, rollout, 1.1), abs=1e-4)
+
+
 EOS = set(range(0, 290, 20))
 
 
@@ -199,15 +224,15 @@ def addresses(rows: batch.Batch) -> list[int]:
     return [tensor.data_ptr() for tensor in [*tensors, *rows.decoder.parameters()]]
 
 
-def let_it_record(monkeypatch) -> None:
-    """Let steps on a CPU be recorded, by a Recorder.record that the test puts in place."""
-    start = batch.Recorder.__init__
+def let_it_record(monkeypatch) -> list[str]:
+    """Let steps on a CPU be recorded, by a Recorder.record that the test puts in place.
 
-    def records(recorder, device):
-        start(recorder, device)
-        recorder.records = True
-
-    monkeypatch.setattr(batch.Recorder, "__init__", records)
+    Returns what CUDA is told to do where a step waits for it, one after the other.
+    """
+    told: list[str] = []
+    monkeypatch.setattr(batch, "RECORDED", ("cpu",))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", told.append)
+    return told
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -256,8 +281,56 @@ def test_a_step_that_cannot_be_recorded_is_run_and_said_once(tiny_model, monkeyp
 
     monkeypatch.setattr(batch.Recorder, "record", record)
     with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted") as said:
+        for _ in range(2):
+            assert ids_of(ragged(tiny_model)) == expected
+    assert len(said) == 1, "every rollout has a batch of its own, and the model is the same"
+
+
+def test_a_step_that_waits_for_the_device_is_never_recorded(tiny_model, monkeypatch):
+    expected = ids_of(ragged(tiny_model))
+    told = let_it_record(monkeypatch)
+
+    def wait(module, inputs):  # at the end of a step, when all of its columns are written
+        if told and told[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    tiny_model.model.norm.register_forward_pre_hook(wait)
+    with pytest.warns(UserWarning, match="without CUDA graphs: called a synchronizing") as said:
+        for _ in range(2):
+            assert ids_of(ragged(tiny_model)) == expected
+    assert len(said) == 1 and told == ["error", "default"]
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(tiny_model, monkeypatch):
+    """torch's own context stays on its side stream where the end of a recording raises."""
+    expected = ids_of(ragged(tiny_model))
+    let_it_record(monkeypatch)
+    current = ["the stream of the program"]
+
+    class Graph:
+        def __init__(self, graph, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+
+        def __enter__(self):
+            current.append("the stream of the recording")
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    append = batch.Batch._append
+
+    def append_or_record(rows):  # recording runs nothing
+        return append(rows) if current[-1] == "the stream of the program" else None
+
+    monkeypatch.setattr(batch.Batch, "_append", append_or_record)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    with pytest.warns(UserWarning, match="without CUDA graphs: operation failed"):
         assert ids_of(ragged(tiny_model)) == expected
-    assert len(said) == 1
+    program, recording = "the stream of the program", "the stream of the recording"
+    assert current == [program, recording, program]
 
 
 def test_what_is_sampled_after_an_update_is_of_the_new_weights(tiny_model):

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import clip, records
-from bench.all import TARGETS, make_quick, make_rows, parse_arguments, run_row
+from bench.all import TARGETS, TARGETS_BY_DTYPE, make_quick, make_rows, parse_arguments, run_row
 from bench.process import own_process
 from bench.records import Record, Target
 from parts import commands
@@ -82,6 +82,7 @@ def test_every_target_is_of_a_row_that_is_measured(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["all.py", "--against", "af3eb05"])
     rows = make_rows(parse_arguments())
     assert make_quick(rows).keys() <= rows.keys()
+    assert [by["COPSD step", "trl"].times for by in TARGETS_BY_DTYPE.values()] == [1.5, 2.5]
     kinds = {row for row, _ in TARGETS if row.startswith("divergence ")}
     assert {f"divergence-{row.split()[1][:-1]}-{row.split()[3]}" for row in kinds} <= rows.keys()
 

@@ -1,6 +1,8 @@
 """compare.py: equal budgets, splits that share nothing, runs that are kept, and their numbers."""
 
+import gc
 import json
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -248,6 +250,28 @@ def test_a_signal_keeps_what_is_finished(tmp_path, monkeypatch):
     assert result.exit_code == 130 and "same command goes on" in result.stdout
     assert len(list(tmp_path.glob("out/hau/sweep/grpo-*/results.json"))) == 2
     assert not list(tmp_path.glob("out/hau/sweep/copsd-*/results.json"))
+
+
+def test_an_arms_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypatch):
+    """A model is a cycle of references: two of them stood side by side until Python looked."""
+    models: list[weakref.ref] = []
+    alive: list[int] = []
+    prepare = compare.prepare
+
+    def watched(*given):
+        alive.append(sum(model() is not None for model in models))
+        setup, run = prepare(*given)
+        models.append(weakref.ref(setup.model))
+        return setup, run
+
+    monkeypatch.setattr(compare, "prepare", watched)
+    monkeypatch.setitem(methods.LOOPS, "grpo", lambda setup, run, view: False)
+    gc.disable()
+    try:
+        result = run_cli(*SMALL, "--out", str(tmp_path / "out"))
+    finally:
+        gc.enable()
+    assert result.exit_code == 130 and alive == [0, 0]
 
 
 def test_an_arm_whose_gradient_is_lost_ends_the_comparison_with_its_name(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from test_grpo import train as train_grpo
 from typer.testing import CliRunner
 
 import copsd
-from parts import commands, fitting
+from parts import commands, fitting, machine
 from parts.fitting import GIB, changes_that_fit, flags_text
 from parts.footprint import read_shape
 from parts.microbatch import Limit, halve_until_it_fits
@@ -84,6 +84,30 @@ def test_training_says_its_memory_first_and_refuses_what_cannot_fit(tmp_path, mo
     assert lines.index(said) < lines.index(next(line for line in lines if "COPSD on" in line))
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_memory_that_an_earlier_arm_has_freed_is_free(monkeypatch, device):
+    """A comparison refused its own later arms: what is freed stays with torch and malloc."""
+    left = iter([80 * GIB, 3 * GIB])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(left), 80 * GIB))
+    monkeypatch.setattr(fitting, "_free_on_the_host", lambda: iter([next(left)]))
+    fitting.free_bytes.cache_clear()
+    try:
+        assert [fitting.free_bytes(device) for _ in range(2)] == [80 * GIB] * 2
+    finally:
+        fitting.free_bytes.cache_clear()
+
+
+def test_the_peak_is_a_runs_own(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", told.append)
+    machine.forget_peak("cpu")
+    machine.forget_peak("cuda:1")
+    assert told == ["cuda:1"]
+    monkeypatch.setattr("parts.setup.forget_peak", told.append)
+    train_copsd(tmp_path / "run")
+    assert told == ["cuda:1", "cpu"]
+
+
 # Out of memory in a step
 
 
@@ -124,11 +148,35 @@ def test_a_step_out_of_memory_goes_on_with_half_the_rows(
             assert value == other[name] or value == pytest.approx(other[name], rel=2e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("place", "flag", "saved"),
+    [
+        ("copsd.sample", "--sample-rows", "keeps nothing but its settings"),
+        ("copsd.copsd_gradient", "--gradient-checkpointing", "keeps the evaluation before"),
+        ("parts.measure.sample", "--batch-rows", "keeps nothing but its settings"),
+        ("parts.setup.load_model", "--dtype bfloat16", "what is saved is kept"),
+    ],
+)
+def test_out_of_memory_for_good_is_a_line_that_names_what_takes_less(
+    tmp_path, monkeypatch, place, flag, saved
+):
+    def _never(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+
+    monkeypatch.setattr(place, _never)
+    flags = ["train", "--steps", "1", "--batch-size", "2", "--eval-problems", "1"]
+    small = ["--max-new-tokens", "4", "--eval-samples", "1", "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(commands.copsd, [*flags, *small])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: out of memory") and flag in last and saved in last
+
+
 def test_without_memory_for_one_row_the_error_is_the_errors():
     def _never(size):
         raise torch.OutOfMemoryError("too little")
 
     tried = []
     with pytest.raises(torch.OutOfMemoryError):
-        halve_until_it_fits(_never, Limit(4), lambda: tried.append(1))
+        halve_until_it_fits(_never, Limit(4), lambda: tried.append(1), 4)
     assert len(tried) == 2  # 2 and 1

@@ -5,6 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from test_batch import let_it_record
+
+from bench import gpu
+from parts import batch
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,8 +38,16 @@ def test_every_part_of_the_visit_runs(tmp_path):
     for line in found:
         if line["what"] == "gradient against fp64":
             assert line["error"] <= 2 * line["naive_error"] + 1e-5
-    decodes = [(line["who"], line["rows"]) for line in found if line["what"] == "decode"]
-    assert decodes == [("ours", 2), ("generate", 2), ("ours", 4), ("generate", 4)]
+    updates = [line for line in found if line["what"] == "recorded steps"]
+    assert [line["update"] for line in updates] == ["before", "after"]
+    assert updates[0]["tokens"] != updates[1]["tokens"], "the update changed what is sampled"
+    for line in updates:
+        assert line["rows_equal_to_plain"] == line["rows"] == 8 and line["logprob_gap_nats"] == 0
+    decodes = [
+        (line["who"], line["top_k"], line["rows"]) for line in found if line["what"] == "decode"
+    ]
+    contestants = [("ours", 20), ("ours", 0), ("generate", 20)]
+    assert decodes == [(*contestant, rows) for rows in (2, 4) for contestant in contestants]
     assert by_name["step"]["rollout/tokens"] == 4 * 8, "no token ends a row"
     assert by_name["memory"]["plan_gib"] > 0 and by_name["divergence"]["share_of_product_rate"] > 0
 
@@ -41,8 +56,36 @@ def test_a_visit_without_time_says_what_it_left_out(tmp_path):
     found = visit(tmp_path, "--minutes", "0")
     assert [line["what"] for line in found if "skipped" in line] == [
         "sampling",
+        "recording",
         "gradient",
         "resume",
         "limits",
         "step",
     ]
+
+
+def test_the_visit_would_see_a_recording_that_does_nothing(monkeypatch, capsys):
+    """As a graph that was recorded on another GPU does: its output stays that of one step."""
+
+    def record(recorder, step):
+        output = step()
+        return lambda: output
+
+    let_it_record(monkeypatch)
+    monkeypatch.setattr(batch.Recorder, "record", record)
+    visit = gpu.Visit(None, 8, "cpu")
+    gpu.check_recording(visit, gpu.SIZES["toy"], torch.float32)
+    for line in map(json.loads, capsys.readouterr().out.splitlines()):
+        assert line["graphs"] > 0 and line["rows_equal_to_plain"] < line["rows"]
+
+
+@pytest.mark.parametrize(
+    "error", [FloatingPointError, KeyError, IndexError, torch.OutOfMemoryError]
+)
+def test_a_part_that_fails_does_not_end_the_visit(capsys, error):
+    def fail():
+        raise error("as if")
+
+    gpu.Visit(None, 8, "cpu").section("a part", fail)
+    failed, took = map(json.loads, capsys.readouterr().out.splitlines())
+    assert error.__name__ in failed["error"] and took["section"] == "a part"

@@ -180,6 +180,19 @@ def test_out_of_memory_halves_rows_and_positions_until_it_fits(capsys):
             raise torch.OutOfMemoryError("as if")
         return "done"
 
-    assert halve_until_it_fits(attempt, Limit(8, 1000), lambda: None) == ("done", Limit(2, 250))
+    assert halve_until_it_fits(attempt, Limit(8, 1000), lambda: None, 8) == ("done", Limit(2, 250))
     assert tried == [Limit(8, 1000), Limit(4, 500), Limit(2, 250)]
     assert "micro-batches of 2 rows and 250 tokens from here on" in capsys.readouterr().err
+
+
+def test_halving_begins_at_the_rows_that_there_are():
+    """64, 32 and 16 rows of a step of 8 were the same attempt, thrice."""
+    tried = []
+
+    def attempt(limit):
+        tried.append(limit.rows)
+        if limit.rows > 4:
+            raise torch.OutOfMemoryError("as if")
+
+    assert halve_until_it_fits(attempt, Limit(64), lambda: None, 8) == (None, Limit(4))
+    assert tried == [64, 4]

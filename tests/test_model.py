@@ -127,6 +127,16 @@ def test_only_devices_that_are_here_are_valid(monkeypatch, count, auto):
             machine.pick_device(device)
 
 
+def test_a_lap_waits_for_the_gpu_whatever_its_number(monkeypatch):
+    """A model on Apple's GPU says that it is on "mps:0"."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    for device in ("cpu", "mps", "mps:0", "cuda:1"):
+        machine.Stopwatch(device).lap("score")
+    assert waited == ["mps", "mps", "cuda:1"]
+
+
 @pytest.mark.parametrize(("works", "picked"), [(True, "mps"), (False, "cpu")])
 def test_auto_is_apples_gpu_only_where_it_computes_as_the_cpu_does(monkeypatch, works, picked):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -36,6 +36,7 @@ def test_what_is_no_bad_input_is_not_turned_into_a_line(error):
         (KeyboardInterrupt(), 130, "stopped; all is kept"),
         (CannotWrite("cannot write x: full; free some"), 2, "error: cannot write x: full; free"),
         (FloatingPointError("NaN"), 1, "error: NaN"),
+        (MemoryError(), 1, "error: out of memory; fewer rows at once take less"),
     ],
 )
 def test_work_that_cannot_be_finished_says_why(capsys, error, code, said):

@@ -164,6 +164,41 @@ def test_without_torchrun_nothing_is_divided_or_changed():
     ranks.refuse("compare.py")
 
 
+@pytest.mark.parametrize(
+    ("processes", "device", "own"),
+    [
+        (1, "cpu", "cpu"),
+        (1, "cuda", "cuda"),
+        (1, "cuda:1", "cuda:1"),
+        (2, "cpu", "cpu"),
+        (2, "cuda", "cuda:1"),
+        (2, "cuda:0", "would be one GPU for 2 processes: leave --device out"),
+        (4, "cuda", "4 processes a machine, and GPUs on this one: 2; valid are"),
+    ],
+)
+def test_each_process_has_one_gpu_which_is_the_current_one(monkeypatch, processes, device, own):
+    """Graphs were recorded on cuda:0 while cuda:1 computed: they were empty, and said nothing."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(ranks, "count", lambda: processes)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if " " in own:
+        with pytest.raises(ValueError, match=own):
+            ranks.own_device(device)
+    else:
+        assert ranks.own_device(device) == own
+    assert current == ([own] if own.startswith("cuda:") else [])
+
+
+@pytest.mark.parametrize("program", ["copsd.py", "eval.py", "show.py", "bench/gpu.py"])
+def test_every_program_that_picks_a_device_makes_it_its_own(program):
+    source = "parts/setup.py" if program == "copsd.py" else program
+    text = (ROOT / source).read_text(encoding="utf-8")
+    assert text.count("pick_device(") == text.count("ranks.own_device(pick_device(") == 1
+
+
 @pytest.mark.parametrize("items", [0, 1, 5, 8])
 def test_shares_are_neighbours_that_add_up(monkeypatch, items):
     monkeypatch.setattr(ranks, "count", lambda: 3)

@@ -4,9 +4,11 @@ from typing import cast
 
 import pytest
 import torch
+from test_batch import let_it_record
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
+from parts import batch
 from parts.selfcheck import check_model
 
 
@@ -19,6 +21,21 @@ def test_a_model_that_is_read_rightly_passes_and_keeps_its_modes(tiny_model):
     assert [module.training for module in tiny_model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     check_model(tiny_model.to(torch.bfloat16), "the model")
+
+
+def test_the_check_asks_a_recorded_step_too(tiny_model, monkeypatch):
+    """On a GPU nearly all tokens come of recorded steps, and the check had seen none of them."""
+    recorded = []
+
+    def record(recorder, step):
+        recorded.append(step)
+        return step
+
+    let_it_record(monkeypatch)
+    monkeypatch.setattr(batch, "BUCKET_COLUMNS", {"cpu": 64})
+    monkeypatch.setattr(batch.Recorder, "record", record)
+    check_model(tiny_model, "the model")
+    assert len(recorded) == 3  # of two rows alone, and of the two beside each other
 
 
 class Scaled(Qwen2ForCausalLM):
