@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from subprocess import DEVNULL, PIPE, Popen
 
 from parts.numerals import MAX_ANSWER_CHARS, is_number, last_number, normalise
-from parts.plaintext import plain_text
+from parts.plaintext import MARK, plain_text
 
 # math-verify takes a tenth of a second for a usual answer, and hours for 9^(9^9).
 MATH_LIMIT_S = 5.0
@@ -187,10 +187,10 @@ _NO_OR_BEFORE = (
     r"(?<!\bau )(?<!\bna )(?<!\bko )(?<!\bda )(?<!\bou )(?<!\bet )"
 )
 _LONE_LETTER = (
-    r"(?<![\w'])(?!(?<=\d )[fgh])"
+    rf"(?<![\w'])(?<!{MARK})(?!(?<=\d )[fgh])"
     r"(?<![=+*^<>≤≥×])(?<![=+*^<>≤≥×] )(?![a-j]\s?[-=+*^<>≤≥×(])"
     rf"(?!{_NO_OR_BEFORE}[aei] [a-zà-ɏḀ-ỿ]{{2}})"
-    r"[a-j](?![\w'])"
+    rf"[a-j](?![\w'])(?!{MARK})"
 )
 
 # A letter of a list of choices, with its mark or with what it stands for: C, (C), C) 18. Not one of

@@ -28,7 +28,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from parts.plaintext import plain_text
+from parts.plaintext import MARK, plain_text
 from parts.scales import NUMBER, apply_words
 
 # A longer answer is an essay or an attack. Python's int() refuses more than 4300 digits, too.
@@ -199,7 +199,7 @@ _VARIABLE = re.compile(
     # franc are none (m g l h s f). Neither is the letter of d'accord or of x-axis, nor the Spanish
     # "and" of "18 y medio", nor the "for each" of "18 a day", which in Hausa is "18 a rana".
     rf"|\0\s?/?\s?(?![mglhsf](?!\w)|y (?:medi[oa]|(?:un |tres )?cuartos?)(?!\w)|{_FOR_EACH})"
-    r"[a-zα-ω](?!'|-?[^\W\d_])"
+    rf"[a-zα-ω](?!'|-?[^\W\d_]|{MARK})"
     # A product of usual ones is, too: 2xy, 3ab
     r"|\0\s?/?\s?(?:[xyz]{2,3}|abc?|bc)(?![^\W\d_])"
 )
@@ -216,7 +216,7 @@ def _is_only_words(skeleton: str) -> bool:
 # ---- Find the numbers
 
 # Figures with separators between them, or with only a decimal point before them: 1,000.50 and .5
-_FIGURE = r"(?:\d+(?:[.,' ]\d+)*|(?<![\w.])\.\d+)"
+_FIGURE = rf"(?:\d+(?:[.,' ]\d+)*|(?<![\w.])(?<!{MARK})\.\d+)"
 
 # Ten, hundred, 10^4, 10^8, thousand. In 千克 (kilogram), 千米 (kilometre), 千瓦 (kilowatt) and 千卡
 # (kilocalorie) it belongs to the unit.
@@ -225,7 +225,7 @@ _HAN = rf"(?:[〇一二三四五六七八九]|{_HAN_UNIT})"
 
 _NUMBER = re.compile(
     rf"""
-    (?P<sign>(?<![\w)])[-+])?  # "3-5" and "T-18" have no negative number
+    (?P<sign>(?<![\w)])(?<!{MARK})[-+])?  # "3-5" and "T-18" have no negative number
     (?:
         # Figures that repeat: 0.1(6)
         (?P<repeating>\d+[.,]\d*\(\d+\))

@@ -34,7 +34,17 @@ _SAME_AS = {
     lookalike: plain for plain, lookalikes in _LOOKALIKES.items() for lookalike in lookalikes
 }
 
-# A run of raised figures, which are an exponent: 10³ -> 10^3
+# A vowel sign, tone mark or accent, which Python takes for no letter: the last of రూ, the dot of ẹ̀.
+# Scripts up to U+1EFFF have them; what lies above is figures, pictures and Han.
+MARK = "[{}]".format(
+    "".join(
+        chr(code)
+        for code in range(0x300, 0x1F000)
+        if unicodedata.category(chr(code)) in ("Mn", "Mc")
+    )
+)
+
+# A run of raised figures, which are an exponent: 10³ -> 10^{3}
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 
 # A run of lowered figures behind a figure, which are a base: 18₁₀ -> 18_10. That of x₁ is a name.
@@ -69,9 +79,8 @@ _ARGUMENT = r"\s*(?:\{\s*(-?[\w.,' ]+?)\s*\}|(\d))"
 # A unit of a quotient: {m}, {s^2}
 _UNIT = r"\s*\{\s*([^\W\d_]{1,9}(?:\s?\^\d)?)\s*\}"
 
-# A letter, or a vowel sign or tone mark of an Indic, Thai or Lao word, which Python takes for no
-# letter.
-_PART_OF_WORD = r"(?:[^\W\d]|[\u0900-\u0eff])"
+# A letter, or a mark of one.
+_PART_OF_WORD = rf"(?:[^\W\d]|{MARK})"
 _NOT_INSIDE_A_WORD = f"(?<!{_PART_OF_WORD})"
 _WORD_ENDS = f"(?!{_PART_OF_WORD})"
 
@@ -162,7 +171,7 @@ _REWRITES = [
         # East African "so many shillings": 500/=, 500/- -> 500
         (r"(?<=\d)/[=-](?!\s*\d)", " "),
         # Currency against its number: KSh500 -> 500
-        (rf"(?<!\w){_CURRENCY_PREFIX}(?=\d)", ""),
+        (rf"(?<!\w)(?<!{MARK}){_CURRENCY_PREFIX}(?=\d)", ""),
         # A sign in words: minus 18, 18 минус -> -18, 18 -
         (rf"{_NOT_INSIDE_A_WORD}{_BOUND_BEFORE}(?:{_MINUS_WORDS}){_WORD_ENDS}\s*", " -"),
         (_MINUS_WITHOUT_SPACES, " -"),
