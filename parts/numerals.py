@@ -97,7 +97,7 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
         return None
     whole = plain_text(answer.strip(), as_text=as_text)
     said = _right_side(whole, as_text=as_text)
-    numbers, skeleton = _find_numbers(said)
+    numbers, skeleton = _find_numbers(said if as_text else _CONCORD.sub(r"\1 ", said))
     if numbers and _is_only_words(skeleton):
         number = numbers[0] if len(numbers) == 1 else None
         scaled = None if number is None else apply_words(number, skeleton)
@@ -212,6 +212,9 @@ def _right_side(text: str, *, as_text: bool) -> str:
     return "" if unknowns else right_side
 
 
+# What isiZulu and isiXhosa join to a figure with a hyphen, and what may be taken for it: u-18,
+# angu-18. It ends in a vowel, and the hyphen is no minus: angu-18 -> angu 18.
+_CONCORD = re.compile(rf"(?<![^\W_])(?<!{MARK})(?<![\\'])((?!pi-)[a-z]+[aeiou]|[ui])-(?=\d)")
 
 # What may stand around a number without changing it. It is matched on the skeleton in which every
 # letter and mark has become an "a" and every number a \0.
