@@ -196,7 +196,7 @@ _WRAPPER = re.compile(
 )
 
 
-def plain_text(answer: str, *, as_text: bool = False) -> str:
+def plain_text(answer: str, *, as_text: bool = False, fold: bool = True) -> str:
     """Return the answer with ASCII digits, and one kind of minus, space and apostrophe.
 
     LaTeX and Markdown that only set type are gone, and so is currency; letters are lower case.
@@ -205,10 +205,11 @@ def plain_text(answer: str, *, as_text: bool = False) -> str:
     """
     text = _SUPERSCRIPTS.sub(lambda run: "^" + unicodedata.normalize("NFKC", run[0]), answer)
     text = _SUBSCRIPTS.sub(lambda run: "_" + unicodedata.normalize("NFKC", run[0]), text)
+    fold     False keeps the case of letters, and then not all that sets type is known
     text = "".join(_plain_character(character) for character in text)
     for pattern, replacement in (() if as_text else _SHORT_FORMS) + _DOUBTFUL_CAPITALS:
         text = pattern.sub(replacement, text)
-    text = unicodedata.normalize("NFC", text.casefold())
+    text = unicodedata.normalize("NFC", text.casefold() if fold else text)
     while True:
         for pattern, replacement in _REWRITES:
             text = pattern.sub(replacement, text)
