@@ -47,7 +47,7 @@ MARK = "[{}]".format(
 # A run of raised figures, which are an exponent: 10³ -> 10^{3}
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 
-# A run of lowered figures behind a figure, which are a base: 18₁₀ -> 18_10. That of x₁ is a name.
+# A run of lowered figures behind a figure, which are a base: 18₁₀ -> 18_{10}. That of x₁ is a name.
 _SUBSCRIPTS = re.compile(r"(?<=\d)[₀-₉]+")
 
 # CLDR's short forms of multiples, right behind a figure: 18k -> 18 thousand
@@ -147,12 +147,13 @@ _REWRITES = [
         # A fraction: \frac{1}{2} -> 1/2. Its spaces keep 1\frac12 apart from 11/2.
         (rf"\\(?:[cdt]?|s|nice)frac{_ARGUMENT}{_ARGUMENT}", r" \1\2/\3\4 "),
         # Units as a fraction: \frac{m}{s^2} -> m/s^2
+        # An exponent or a base in braces: 10^{3} -> 10^3, 25_{8} -> 25_8. Before a figure they
+        # stay, since 10^{2}5 is not 10^25.
+        (r"\^\{\s*([-+]?\d+|\w)\s*\}(?!\d)", r"^\1"),
+        (r"(?<=\d)\s?_\s?\{\s*(\d+)\s*\}(?!\d)", r"_\1"),
         (rf"\\[cdt]?frac{_UNIT}{_UNIT}", r" \1/\2 "),
         # Figures that repeat: 0.\overline{3}, 0.\dot3 -> 0.(3)
         (r"(?<=\d)([.,]\d*)\s*\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1(\2\3)"),
-        # An exponent or a base in braces: 10^{3} -> 10^3, 25_{8} -> 25_8
-        (r"\^\{\s*(-?\d+|\w)\s*\}", r"^\1"),
-        (r"(?<=\d)\s?_\s?\{\s*(\d+)\s*\}", r"_\1"),
         # The base that is meant anyway: 18_10 -> 18
         (r"(?<=\d)_10(?!\d)", ""),
         # Currencies of LaTeX: \pounds 18 -> $ 18
@@ -203,9 +204,8 @@ def plain_text(answer: str, *, as_text: bool = False, fold: bool = True) -> str:
     as_text  True beside a gold answer that is no number: then 3k may be three times k
     No text raises. (ours)
     """
-    text = _SUPERSCRIPTS.sub(lambda run: "^" + unicodedata.normalize("NFKC", run[0]), answer)
-    text = _SUBSCRIPTS.sub(lambda run: "_" + unicodedata.normalize("NFKC", run[0]), text)
-    fold     False keeps the case of letters, and then not all that sets type is known
+    text = _SUPERSCRIPTS.sub(lambda run: f"^{{{unicodedata.normalize('NFKC', run[0])}}}", answer)
+    text = _SUBSCRIPTS.sub(lambda run: f"_{{{unicodedata.normalize('NFKC', run[0])}}}", text)
     text = "".join(_plain_character(character) for character in text)
     for pattern, replacement in (() if as_text else _SHORT_FORMS) + _DOUBTFUL_CAPITALS:
         text = pattern.sub(replacement, text)
