@@ -110,9 +110,12 @@ _MINUS_WORDS = "|".join(
 )
 
 # Likewise in scripts that write no spaces between words: Chinese, Japanese, Thai. 〇下 is "below
-# zero". The Thai ลบ stands inside of a few verbs, too, and in ลบ.ม., which is a cubic metre.
+# zero". 负 alone is a minus before a number only: 负责 is "responsible", and it ends a few words,
+# too: 胜负, victory or defeat. ลบ stands inside of a few Thai verbs, and in ลบ.ม., a cubic metre.
+_BEFORE_A_NUMBER = r"(?=\s*(?:\.?\d|\(|[〇一二三四五六七八九十百千万億፩-፼]))"
 _MINUS_WITHOUT_SPACES = (
-    r"(?:[负負][数的の]?|〇下|氷点下|マイナス|(?:ติด|ค่า)?(?<![กตสห])ลบ(?!\.(?!\d)|ม))\s*"
+    rf"(?:(?<![勝胜自担擔肩背抱欺正])[负負](?:[数的の]|{_BEFORE_A_NUMBER})|〇下|氷点下|マイナス"
+    rf"|(?:ติด|ค่า)ลบ|(?<![กตสห])ลบ{_BEFORE_A_NUMBER})\s*"
 )
 
 # Patterns and what replaces them. They are applied in this order, since some need what an earlier
@@ -144,13 +147,13 @@ _REWRITES = [
         (r"\\(?:times|cdot)(?![a-z])", "×"),
         # What leads to the last side, like an "=": \approx 18, 6 × 3 \Rightarrow 18 -> 6 × 3 = 18
         (r"\\(?:approx|simeq|sim|(?:long)?rightarrow|implies|therefore)(?![a-z])|[≈≃⇒→⟹∴]", "="),
-        # A fraction: \frac{1}{2} -> 1/2. Its spaces keep 1\frac12 apart from 11/2.
-        (rf"\\(?:[cdt]?|s|nice)frac{_ARGUMENT}{_ARGUMENT}", r" \1\2/\3\4 "),
-        # Units as a fraction: \frac{m}{s^2} -> m/s^2
         # An exponent or a base in braces: 10^{3} -> 10^3, 25_{8} -> 25_8. Before a figure they
         # stay, since 10^{2}5 is not 10^25.
         (r"\^\{\s*([-+]?\d+|\w)\s*\}(?!\d)", r"^\1"),
         (r"(?<=\d)\s?_\s?\{\s*(\d+)\s*\}(?!\d)", r"_\1"),
+        # A fraction: \frac{1}{2} -> 1/2. Its spaces keep 1\frac12 apart from 11/2.
+        (rf"\\(?:[cdt]?|s|nice)frac{_ARGUMENT}{_ARGUMENT}", r" \1\2/\3\4 "),
+        # Units as a fraction: \frac{m}{s^2} -> m/s^2
         (rf"\\[cdt]?frac{_UNIT}{_UNIT}", r" \1/\2 "),
         # Figures that repeat: 0.\overline{3}, 0.\dot3 -> 0.(3)
         (r"(?<=\d)([.,]\d*)\s*\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1(\2\3)"),
@@ -202,6 +205,7 @@ def plain_text(answer: str, *, as_text: bool = False, fold: bool = True) -> str:
 
     LaTeX and Markdown that only set type are gone, and so is currency; letters are lower case.
     as_text  True beside a gold answer that is no number: then 3k may be three times k
+    fold     False keeps the case of letters, and then not all that sets type is known
     No text raises. (ours)
     """
     text = _SUPERSCRIPTS.sub(lambda run: f"^{{{unicodedata.normalize('NFKC', run[0])}}}", answer)
