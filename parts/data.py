@@ -141,6 +141,11 @@ def _problem(row: dict[str, Any], number: int, where: str, language: Language) -
     text = _text(row, column, where)
     if not text:
         raise ValueError(f"{where}: empty {column}")
+    if column != "problem_translated":
+        others = [name for name in PROBLEM_COLUMNS if _text(row, name, where) not in (None, text)]
+        if others:
+            advice = f"call the one in {language.english} problem_translated"
+            raise ValueError(f"{where}: {column} and {others[0]} are two texts; {advice}")
     # Beside problem_translated, the column "problem" is English; alone it is the problem itself.
     english_column = "problem" if column == "problem_translated" else column
     has_english = column != english_column or language.iso3 == "eng"
@@ -165,24 +170,19 @@ def _answer(row: dict[str, Any], where: str) -> str | None:
         answer = _clean(last)
         if mark and "\n" in answer:
             raise ValueError(f"{where}: {column} has more than the answer behind its last ####")
-        bare = answer.strip("\"'`()[]{}$.+- ").lower()
-        says_something = any(unicodedata.category(c)[0] in "LN" or c in "∅∞" for c in bare)
-        if bare in NO_ANSWER or not says_something:
-            advice = "leave it empty where there is none"
-            raise ValueError(f"{where}: {column} is {cell[-80:]!r}, which is no answer; {advice}")
         boxes = list(BOX.finditer(answer))
         if boxes and boxes[-1][0] != answer:
             answer = _clean(boxes[-1][1])
         if _is_worked(answer):
             advice = "give its final answer alone"
             raise ValueError(f"{where}: {column} looks like a worked solution; {advice}")
+        bare = answer.strip("\"'`()[]{}$.+- ").lower()
+        says_something = any(unicodedata.category(c)[0] in "LN" or c in "∅∞" for c in bare)
+        if bare in NO_ANSWER or not says_something:
+            advice = "leave it empty where there is none"
+            raise ValueError(f"{where}: {column} is {cell[-80:]!r}, which is no answer; {advice}")
         return answer
     return None
-
-
-def _text(row: dict[str, Any], column: str, where: str) -> str | None:
-    """Return a cell as NFC text without outer blanks, None where it is absent, blank or nan."""
-    return _clean(_cell(row, column, where)) or None
 
 
 def _is_worked(answer: str) -> bool:
@@ -190,6 +190,11 @@ def _is_worked(answer: str) -> bool:
     has_lines = "\n" in answer and r"\begin" not in answer
     has_equations = answer.count("=") > 1 and len(WORD.findall(answer)) > 3
     return has_lines or has_equations or SUM.search(answer) is not None
+
+
+def _text(row: dict[str, Any], column: str, where: str) -> str | None:
+    """Return a cell as NFC text without outer blanks, None where it is absent, blank or nan."""
+    return _clean(_cell(row, column, where)) or None
 
 
 def _clean(text: str) -> str:

@@ -170,6 +170,21 @@ def test_a_worked_solution_without_its_mark_is_an_error_with_its_line(tmp_path, 
     assert str(error.value) == f"{path}: line 2: {said}"
 
 
+def test_of_two_problem_columns_none_is_taken_in_silence(tmp_path):
+    for other in ("question", "m_query"):
+        path = jsonl(tmp_path, {"problem": "How many?", other: "Nawa?", "answer": 1})
+        said = (
+            f"line 1: problem and {other} are two texts; call the one in Hausa problem_translated"
+        )
+        with pytest.raises(ValueError, match=said):
+            load_problems(path, language="hau")
+    row = {"question": "Nawa?", "problem": "Nawa? ", "m_query": None, "answer": 1}
+    assert load_problems(jsonl(tmp_path, row), language="hau")[0].problem == "Nawa?"
+    row = {"question": "Wie viele?", "problem": "How many?", "problem_translated": "Nawa?"}
+    (problem,) = load_problems(jsonl(tmp_path, row), language="hau")
+    assert (problem.problem, problem.problem_en) == ("Nawa?", "How many?")
+
+
 @pytest.mark.parametrize(
     "answer",
     [
