@@ -50,7 +50,7 @@ from parts.measure import check_answers, evaluate
 from parts.metrics import (
     Graded,
     bootstrap,
-    bootstrap_mean,
+    mean_of_languages,
     ratios,
     read_graded,
     summarise,
@@ -438,5 +438,6 @@ def results_table(settings: Settings, results: dict[str, list[Graded]]) -> Table
     columns = {}
     for name in (*(f"pass@{k}" for k in settings.ks), *MAIN_METRICS):
         columns[name] = {code: bootstrap(*metrics[name]) for code, metrics in found.items()}
-        columns[name]["mean"] = bootstrap_mean([metrics[name] for metrics in found.values()])
+        row, mean = mean_of_languages([metrics[name] for metrics in found.values()])
+        columns[name][row] = mean
     return estimates_table(title, columns)

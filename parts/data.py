@@ -46,6 +46,16 @@ BROKEN_TEXT = re.compile(
     r"|\n(?=(?:eq|otin|abla|earrow|otag)(?![a-z]))"
 )
 BROKEN_ANSWER = re.compile(rf"{BROKEN_TEXT.pattern}|[\t\r](?=[A-Za-z])|\n(?=[eu](?![A-Za-z]))")
+
+# The boxes of a worked solution, and what else tells one: a line end that no formula's environment
+# has, a sum that was worked out, 9*2=18, and several equations among words. SUM is no part of an
+# equation such as y - 1/2 = 3x.
+BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+SUM = re.compile(
+    r"(?<![\w^)}.+*/=-])(?<![+*/=-] )\d[\d.,]*"
+    r"(?:\s*(?:[-+*/×÷·]|\\(?:times|cdot|div)\b)\s*\d[\d.,]*)+\s*=\s*\d"
+)
+WORD = re.compile(r"(?<![\\\w])(?!and\b|or\b)[^\W\d_]{2,}")
 ESCAPES = {"\b": r"\b", "\f": r"\f", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
 
 
@@ -131,6 +141,11 @@ def _problem(row: dict[str, Any], number: int, where: str, language: Language) -
     text = _text(row, column, where)
     if not text:
         raise ValueError(f"{where}: empty {column}")
+    if column != "problem_translated":
+        others = [name for name in PROBLEM_COLUMNS if _text(row, name, where) not in (None, text)]
+        if others:
+            advice = f"call the one in {language.english} problem_translated"
+            raise ValueError(f"{where}: {column} and {others[0]} are two texts; {advice}")
     # Beside problem_translated, the column "problem" is English; alone it is the problem itself.
     english_column = "problem" if column == "problem_translated" else column
     has_english = column != english_column or language.iso3 == "eng"
@@ -155,6 +170,12 @@ def _answer(row: dict[str, Any], where: str) -> str | None:
         answer = _clean(last)
         if mark and "\n" in answer:
             raise ValueError(f"{where}: {column} has more than the answer behind its last ####")
+        boxes = list(BOX.finditer(answer))
+        if boxes and boxes[-1][0] != answer:
+            answer = _clean(boxes[-1][1])
+        if _is_worked(answer):
+            advice = "give its final answer alone"
+            raise ValueError(f"{where}: {column} looks like a worked solution; {advice}")
         bare = answer.strip("\"'`()[]{}$.+- ").lower()
         says_something = any(unicodedata.category(c)[0] in "LN" or c in "∅∞" for c in bare)
         if bare in NO_ANSWER or not says_something:
@@ -162,6 +183,13 @@ def _answer(row: dict[str, Any], where: str) -> str | None:
             raise ValueError(f"{where}: {column} is {cell[-80:]!r}, which is no answer; {advice}")
         return answer
     return None
+
+
+def _is_worked(answer: str) -> bool:
+    """Return whether an answer tells how it was found."""
+    has_lines = "\n" in answer and r"\begin" not in answer
+    has_equations = answer.count("=") > 1 and len(WORD.findall(answer)) > 3
+    return has_lines or has_equations or SUM.search(answer) is not None
 
 
 def _text(row: dict[str, Any], column: str, where: str) -> str | None:

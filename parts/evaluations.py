@@ -29,6 +29,11 @@ from parts.view import cell, say, text_table
 # Of the identity of an evaluation, what its languages have in common.
 SHARED = ("base_weights", "adapter_weights", "dtype")
 
+# What runs that are set against each other may differ in without a word: their subject, what is
+# refused or said elsewhere, and what changes no attempt's chances.
+SUBJECT = {"model", "adapter", "benchmark", "lang", "ks", "seed", "out"}
+PROMPTED = ("dtype", "prompt_template")  # of the identity, beside the settings
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -47,6 +52,7 @@ class Comparison:
     tables: list[Table]  # of their metrics
     tests: list[list[str]]  # rows of the table of paired tests
     days: list[list[str]]  # run, language, the day its prompts name; [] where all name the same
+    sampling: list[list[str]]  # language, setting, its value by run, where runs differ in it
 
 
 def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
@@ -153,6 +159,7 @@ def prepare_report(folders: list[Path], out: Path) -> Comparison:
     evaluations: list[Evaluation] = []
     tests: list[list[str]] = []
     days: list[list[str]] = []
+    sampling: list[list[str]] = []
     firsts: dict[str, Finished] = {}
     names = [folder.resolve().name for folder in folders]  # "." has a name, too
     unique = len(set(names)) == len(folders)
@@ -165,6 +172,7 @@ def prepare_report(folders: list[Path], out: Path) -> Comparison:
             first = firsts.setdefault(language, found)
             if first is not found:
                 tests.append(compared_row(language, first, found))
+                sampling += differing_rows(language, first, found)
     benchmarks = {view.settings["benchmark"] for view in evaluations}
     if len(benchmarks) > 1:
         raise ValueError(
@@ -177,7 +185,7 @@ def prepare_report(folders: list[Path], out: Path) -> Comparison:
         raise PermissionError(f"cannot write to {out}")
     owner.claim(out)
     differ = len({day for _, _, day in days}) > 1
-    return Comparison(evaluations, tables, tests, days if differ else [])
+    return Comparison(evaluations, tables, tests, days if differ else [], sampling)
 
 
 def report(found: Comparison, out: Path, console: Console) -> None:
@@ -195,9 +203,27 @@ def report(found: Comparison, out: Path, console: Console) -> None:
     if found.days:
         title = "The prompts differ: the chat template writes today's date, and it was another"
         tables.append(text_table(title, ["run", "language", "date"], found.days))
+    if found.sampling:
+        header = ["language", "setting", "value by run"]
+        tables.append(text_table("These runs were sampled differently", header, found.sampling))
     files = write_report(found.evaluations, tables, out)
     console.print(*found.tables, *tables, sep="\n")
     say(console, f"report: {', '.join(map(str, files))}")
+
+
+def differing_rows(language: str, first: Finished, second: Finished) -> list[list[str]]:
+    """Return a row for everything that two evaluations were sampled with and differ in."""
+    runs_settings = []
+    for found in (first, second):
+        settings = {k: v for k, v in found.record["settings"].items() if k not in SUBJECT}
+        runs_settings.append(settings | {k: found.record["identity"].get(k) for k in PROMPTED})
+    rows = []
+    for name in dict.fromkeys([*runs_settings[0], *runs_settings[1]]):
+        values = [settings.get(name) for settings in runs_settings]
+        if values[0] != values[1]:
+            said = f"{first.view.name}: {values[0]}, {second.view.name}: {values[1]}"
+            rows.append([language, name, said])
+    return rows
 
 
 def compared_row(language: str, first: Finished, second: Finished) -> list[str]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from subprocess import DEVNULL, PIPE, Popen
 
 from parts.numerals import MAX_ANSWER_CHARS, is_number, last_number, normalise
-from parts.plaintext import plain_text
+from parts.plaintext import MARK, plain_text
 
 # math-verify takes a tenth of a second for a usual answer, and hours for 9^(9^9).
 MATH_LIMIT_S = 5.0
@@ -187,10 +187,10 @@ _NO_OR_BEFORE = (
     r"(?<!\bau )(?<!\bna )(?<!\bko )(?<!\bda )(?<!\bou )(?<!\bet )"
 )
 _LONE_LETTER = (
-    r"(?<![\w'])(?!(?<=\d )[fgh])"
+    rf"(?<![\w'])(?<!{MARK})(?!(?<=\d )[fgh])"
     r"(?<![=+*^<>≤≥×])(?<![=+*^<>≤≥×] )(?![a-j]\s?[-=+*^<>≤≥×(])"
     rf"(?!{_NO_OR_BEFORE}[aei] [a-zà-ɏḀ-ỿ]{{2}})"
-    r"[a-j](?![\w'])"
+    rf"[a-j](?![\w'])(?!{MARK})"
 )
 
 # A letter of a list of choices, with its mark or with what it stands for: C, (C), C) 18. Not one of
@@ -215,7 +215,7 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     canonical = normalise(answer, as_text=not only_number)
     if canonical is None:
         return None, "no single answer"
-    if canonical == expected:
+    if canonical == expected and _have_equal_letters(answer, gold, expected):
         return canonical, "right"
     if only_number:
         return canonical, "wrong"
@@ -224,6 +224,24 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     if same is None:
         return canonical, "time-out"
     return canonical, "right" if same else "wrong"
+
+
+# What makes a text a formula, and what makes it prose.
+_FORMULA = re.compile(r"[\d+*/^=_\\|<>≤≥×√-]")
+_COMMAND = re.compile(r"\\[a-z]+")
+_PROSE = re.compile(r"[^\W\d_]{3}|(?<!\S)[^\W\d_]{2}(?!\S)")
+
+
+def _have_equal_letters(answer: str, gold: str, expected: str) -> bool:
+    """Return whether two texts that are equal when folded are so in the case that matters, too.
+
+    In a formula m and M are two symbols. In words and choices Monday and monday are one.
+    expected  the gold's canonical string, which the answer has, too
+    """
+    letters = _COMMAND.sub(" ", expected)
+    if not _FORMULA.search(expected) or _PROSE.search(letters) or letters == letters.upper():
+        return True
+    return plain_text(answer, fold=False) == plain_text(gold, fold=False)
 
 
 # Workers that wait for a question. Several exist only when threads grade at the same time.

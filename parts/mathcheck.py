@@ -17,6 +17,7 @@ timer, where it has no handler, kills the process.
 import json
 import re
 import signal
+import string
 import sys
 import unicodedata
 
@@ -97,9 +98,30 @@ def is_same(gold: str, answer: str) -> bool:
     answer_bases = set(_BASE.findall(answer))
     if gold_bases and answer_bases and gold_bases != answer_bases:
         return False
+    gold, answer = _tell_cases_apart(gold, answer)
     *left_sides, right_side = [answer] if _EQUALS.search(gold) else _EQUALS.split(answer)
     values = [side for side in left_sides if not _NAME.fullmatch(side)]
     return all(_are_equal(gold, side) for side in (right_side, *values))
+
+
+def _tell_cases_apart(*texts: str) -> list[str]:
+    """Return the texts with another letter for a capital where both cases of it occur in them.
+
+    math-verify takes M and m for one symbol.
+    """
+    letters = set(re.sub(r"\\[a-zA-Z]+", "", " ".join(texts)))
+    capitals = [letter for letter in string.ascii_uppercase if {letter, letter.lower()} <= letters]
+    # d, e and i mean something else in mathematics.
+    spare = [
+        letter
+        for letter in string.ascii_lowercase
+        if letter not in "dei" and letters.isdisjoint({letter, letter.upper()})
+    ]
+    renamed = dict(zip(capitals, spare, strict=False))
+    return [
+        re.sub(r"\\[a-zA-Z]+|[A-Z]", lambda found: renamed.get(found[0], found[0]), text)
+        for text in texts
+    ]
 
 
 def _latex(text: str) -> str:

@@ -94,28 +94,34 @@ def bootstrap(numerators: list[float], denominators: list[float], *, seed: int =
     other problems of the same kind might have moved the result. nan where the denominators sum to
     zero. A mean over problems has denominators of 1.
     """
-    return bootstrap_mean([(numerators, denominators)], seed=seed)
+    _, estimate = mean_of_languages([(numerators, denominators)], seed=seed)
+    return estimate
 
 
-def bootstrap_mean(languages: list[Ratio], *, seed: int = 0) -> Estimate:
-    """Return the mean of several languages' ratios with its interval; see bootstrap.
+def mean_of_languages(languages: list[Ratio], *, seed: int = 0) -> tuple[str, Estimate]:
+    """Return what the mean of several languages' ratios is called, and it with its interval.
 
     Languages of equally many problems are resampled alike: row i is the same problem in all, as
-    benchmarks lay it out.
+    benchmarks lay it out. A language whose denominators sum to zero has no ratio, such as accuracy
+    given a box where there is none. It is left out, and the name says so: "mean of 17 of 18", else
+    "mean". nan where all are left out.
     """
     ratios = []
     for language in languages:
         pairs = np.array(language, dtype=float)  # [2, problems]
         if not pairs[1].sum():
-            return Estimate(math.nan, math.nan, math.nan)
+            continue
         problems = pairs.shape[1]
         drawn = np.random.default_rng(seed).integers(problems, size=(RESAMPLES, problems))
         # First the sums over all problems, then those over each resample: [2, 1 + RESAMPLES].
         above, below = np.hstack([pairs.sum(axis=1, keepdims=True), pairs[:, drawn].sum(axis=2)])
         ratios.append(above / np.where(below > 0, below, math.nan))
+    if not ratios:
+        return "mean", Estimate(math.nan, math.nan, math.nan)
     value, *resampled = np.mean(ratios, axis=0)
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return Estimate(float(value), float(low), float(high))
+    some = f" of {len(ratios)} of {len(languages)}" if len(ratios) < len(languages) else ""
+    return f"mean{some}", Estimate(float(value), float(low), float(high))
 
 
 def bootstrap_percentile(values: list[list[int]], percent: float, *, seed: int = 0) -> Estimate:

@@ -28,7 +28,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from parts.plaintext import plain_text
+from parts.plaintext import MARK, plain_text
 from parts.scales import NUMBER, apply_words
 
 # A longer answer is an essay or an attack. Python's int() refuses more than 4300 digits, too.
@@ -97,7 +97,7 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
         return None
     whole = plain_text(answer.strip(), as_text=as_text)
     said = _right_side(whole, as_text=as_text)
-    numbers, skeleton = _find_numbers(said)
+    numbers, skeleton = _find_numbers(said if as_text else _CONCORD.sub(r"\1 ", said))
     if numbers and _is_only_words(skeleton):
         number = numbers[0] if len(numbers) == 1 else None
         scaled = None if number is None else apply_words(number, skeleton)
@@ -153,23 +153,68 @@ _INEQUALITY = re.compile(r"[<>≤≥≠!]|\\(?:leq?|geq?|lt|gt|neq?)(?![a-z])")
 # A letter at the end: the y of " 1, y ", which is the middle part of "x = 1, y = 2".
 _ENDS_IN_NAME = re.compile(r"[^\W\d_]\s*$")
 
-# What a thing may be called, left of its "=": x, f(x), (a, b). With a figure or an operator in it
-# the left side says something, and the text is an equation: x + 1 = 5.
-_NAME = re.compile(r"[^\d+*/^×·|{}-]*")
+# What could be said of a variable: the "squared" of "18 a squared".
+_SAID_OF_A_VARIABLE = (
+    "(?:squared|cubed|plus|minus|times|over|by|divided|multiplied|raised|factorial"
+    "|prime|squares?|equals?|to|of|and|or|is|are|where|when|while|if|for|with|from|in|not|but"
+    "|since|as|than|then|so|ko|da|ne|ce|au|na|ou|et|und|oder|m[aá]s|por|plus|fois|mal|hoch|kwa)"
+)
+
+# What a thing may be called, left of its "=": x, x_1, f(x), f(3), (a, b). With another figure, an
+# operator, a root, a logarithm or a product in it the left side says something, and the text is an
+# equation: x + 1 = 5, xy = 6.
+_NAME = re.compile(
+    r"(?!.*(?:√|\\sqrt|\b(?:log|ln|exp)(?![a-z])|\b[xyz]{2,3}\b))"
+    r"(?:[^\d+*/^×÷·|{}-]|(?<=\b[^\W\d_])\d+|(?<=\b[^\W\d_]_)(?:\d+|\{\w+\})"
+    r"|(?<=[^\W\d_]\()-?\d[\d., ]*(?=\)))*"
+)
+
+# The unknown of an equation: a Latin, Greek or Cyrillic letter that stands alone. None are a unit
+# behind a figure, a currency before one, the x of 6 x 3, a label, and a word of one letter, as in
+# "for a week", unless what follows could be said of an unknown, as in "a plus b".
+_UNKNOWN = re.compile(
+    rf"""(?<![^\W\d_])(?<![^\W\d_]-)(?<!['\\])(?<!{MARK})
+    (?!(?:(?<=\d)|(?<=\d\ )|(?<=[^\W\d_]/))[mglhsf]|[rnk]\ \d
+    |(?:(?<=[\w)])|(?<=[\w)]\ ))[xх]\s?[\d(.]
+    |[a-zа-яё]:\ |[aeiouyавикосу]\ (?!{_SAID_OF_A_VARIABLE}\b)[^\W\d_]{{2}})
+    [a-zα-ωа-яё](?![^\W\d_]|'|-[^\W\d_]{{2}}|{MARK})
+    # A Greek letter as a command, and a product of usual letters
+    |\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|psi|omega)(?![a-z])
+    |(?<![^\W\d_])(?:[xyz]{{2,3}}|(?<=\d)abc?|(?<=\d)bc)(?![^\W\d_])""",
+    re.VERBOSE,
+)
+
+# What is read as a unit or as thousands, and is an unknown if it equals a bare number: 3m = 18,
+# 3k + 2 = 20.
+_QUANTITY = re.compile(
+    r"^\s*[\d.,]+\s?[mglhsf]\s*$|\d (?:thousand|million|billion)\s*(?:$|[-+*/^×÷·])"
+)
 
 
 def _right_side(text: str, *, as_text: bool) -> str:
     """Return what the text says: 18 of "x = 18", and the whole of a text without "=".
 
-    "" stands for two equations, as in "x = 1, y = 2". As a text, an equation is kept whole.
+    "" stands for an equation that is not solved, 2x = 18, and for two: x = 1, y = 2. As a text, an
+    equation is kept whole.
     """
     *left_sides, right_side = [text] if _INEQUALITY.search(text) else text.split("=")
-    if as_text and not all(_NAME.fullmatch(side) for side in left_sides):
+    equations = [side for side in left_sides if not _NAME.fullmatch(side)]
+    if as_text and equations:
         return text
     if any(_ENDS_IN_NAME.search(side) for side in left_sides[1:]):
         return ""
-    return right_side
+    has_unit = re.search(r"[^\W\d_]", right_side)
+    unknowns = [
+        side
+        for side in equations
+        if _UNKNOWN.search(side) or (_QUANTITY.search(side) and not has_unit)
+    ]
+    return "" if unknowns else right_side
 
+
+# What isiZulu and isiXhosa join to a figure with a hyphen, and what may be taken for it: u-18,
+# angu-18. It ends in a vowel, and the hyphen is no minus: angu-18 -> angu 18.
+_CONCORD = re.compile(rf"(?<![^\W_])(?<!{MARK})(?<![\\'])((?!pi-)[a-z]+[aeiou]|[ui])-(?=\d)")
 
 # What may stand around a number without changing it. It is matched on the skeleton in which every
 # letter and mark has become an "a" and every number a \0.
@@ -184,9 +229,7 @@ _PROSE = re.compile(
 # The letter of "18 a day", which is no variable: a word follows, and not one that could be said of
 # a variable, as in "18 a squared".
 _FOR_EACH = (
-    r"(?<=\s)a (?!(?:squared|cubed|plus|minus|times|over|by|divided|multiplied|raised|factorial"
-    r"|prime|squares?|equals?|to|of|and|or|is|are|where|when|while|if|for|with|from|in|not|but"
-    r"|since|as|than|then|so|ko|da|ne|ce|au|na|ou|et|und|oder|m[aá]s|por|plus|fois|mal|hoch|kwa)\b)"
+    rf"(?<=\s)a (?!{_SAID_OF_A_VARIABLE}\b)"
     r"[a-zà-ɏḀ-ỿ]{3,}(?![^\W\d_])(?!.*\b[a-z]\b)"
 )
 
@@ -199,7 +242,7 @@ _VARIABLE = re.compile(
     # franc are none (m g l h s f). Neither is the letter of d'accord or of x-axis, nor the Spanish
     # "and" of "18 y medio", nor the "for each" of "18 a day", which in Hausa is "18 a rana".
     rf"|\0\s?/?\s?(?![mglhsf](?!\w)|y (?:medi[oa]|(?:un |tres )?cuartos?)(?!\w)|{_FOR_EACH})"
-    r"[a-zα-ω](?!'|-?[^\W\d_])"
+    rf"[a-zα-ω](?!'|-?[^\W\d_]|{MARK})"
     # A product of usual ones is, too: 2xy, 3ab
     r"|\0\s?/?\s?(?:[xyz]{2,3}|abc?|bc)(?![^\W\d_])"
 )
@@ -216,7 +259,7 @@ def _is_only_words(skeleton: str) -> bool:
 # ---- Find the numbers
 
 # Figures with separators between them, or with only a decimal point before them: 1,000.50 and .5
-_FIGURE = r"(?:\d+(?:[.,' ]\d+)*|(?<![\w.])\.\d+)"
+_FIGURE = rf"(?:\d+(?:[.,' ]\d+)*|(?<![\w.])(?<!{MARK})\.\d+)"
 
 # Ten, hundred, 10^4, 10^8, thousand. In 千克 (kilogram), 千米 (kilometre), 千瓦 (kilowatt) and 千卡
 # (kilocalorie) it belongs to the unit.
@@ -225,7 +268,7 @@ _HAN = rf"(?:[〇一二三四五六七八九]|{_HAN_UNIT})"
 
 _NUMBER = re.compile(
     rf"""
-    (?P<sign>(?<![\w)])[-+])?  # "3-5" and "T-18" have no negative number
+    (?P<sign>(?<![\w)])(?<!{MARK})[-+])?  # "3-5" and "T-18" have no negative number
     (?:
         # Figures that repeat: 0.1(6)
         (?P<repeating>\d+[.,]\d*\(\d+\))

@@ -34,10 +34,20 @@ _SAME_AS = {
     lookalike: plain for plain, lookalikes in _LOOKALIKES.items() for lookalike in lookalikes
 }
 
-# A run of raised figures, which are an exponent: 10³ -> 10^3
+# A vowel sign, tone mark or accent, which Python takes for no letter: the last of రూ, the dot of ẹ̀.
+# Scripts up to U+1EFFF have them; what lies above is figures, pictures and Han.
+MARK = "[{}]".format(
+    "".join(
+        chr(code)
+        for code in range(0x300, 0x1F000)
+        if unicodedata.category(chr(code)) in ("Mn", "Mc")
+    )
+)
+
+# A run of raised figures, which are an exponent: 10³ -> 10^{3}
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 
-# A run of lowered figures behind a figure, which are a base: 18₁₀ -> 18_10. That of x₁ is a name.
+# A run of lowered figures behind a figure, which are a base: 18₁₀ -> 18_{10}. That of x₁ is a name.
 _SUBSCRIPTS = re.compile(r"(?<=\d)[₀-₉]+")
 
 # CLDR's short forms of multiples, right behind a figure: 18k -> 18 thousand
@@ -69,9 +79,8 @@ _ARGUMENT = r"\s*(?:\{\s*(-?[\w.,' ]+?)\s*\}|(\d))"
 # A unit of a quotient: {m}, {s^2}
 _UNIT = r"\s*\{\s*([^\W\d_]{1,9}(?:\s?\^\d)?)\s*\}"
 
-# A letter, or a vowel sign or tone mark of an Indic, Thai or Lao word, which Python takes for no
-# letter.
-_PART_OF_WORD = r"(?:[^\W\d]|[\u0900-\u0eff])"
+# A letter, or a mark of one.
+_PART_OF_WORD = rf"(?:[^\W\d]|{MARK})"
 _NOT_INSIDE_A_WORD = f"(?<!{_PART_OF_WORD})"
 _WORD_ENDS = f"(?!{_PART_OF_WORD})"
 
@@ -101,9 +110,12 @@ _MINUS_WORDS = "|".join(
 )
 
 # Likewise in scripts that write no spaces between words: Chinese, Japanese, Thai. 〇下 is "below
-# zero". The Thai ลบ stands inside of a few verbs, too, and in ลบ.ม., which is a cubic metre.
+# zero". 负 alone is a minus before a number only: 负责 is "responsible", and it ends a few words,
+# too: 胜负, victory or defeat. ลบ stands inside of a few Thai verbs, and in ลบ.ม., a cubic metre.
+_BEFORE_A_NUMBER = r"(?=\s*(?:\.?\d|\(|[〇一二三四五六七八九十百千万億፩-፼]))"
 _MINUS_WITHOUT_SPACES = (
-    r"(?:[负負][数的の]?|〇下|氷点下|マイナス|(?:ติด|ค่า)?(?<![กตสห])ลบ(?!\.(?!\d)|ม))\s*"
+    rf"(?:(?<![勝胜自担擔肩背抱欺正])[负負](?:[数的の]|{_BEFORE_A_NUMBER})|〇下|氷点下|マイナス"
+    rf"|(?:ติด|ค่า)ลบ|(?<![กตสห])ลบ{_BEFORE_A_NUMBER})\s*"
 )
 
 # Patterns and what replaces them. They are applied in this order, since some need what an earlier
@@ -135,15 +147,16 @@ _REWRITES = [
         (r"\\(?:times|cdot)(?![a-z])", "×"),
         # What leads to the last side, like an "=": \approx 18, 6 × 3 \Rightarrow 18 -> 6 × 3 = 18
         (r"\\(?:approx|simeq|sim|(?:long)?rightarrow|implies|therefore)(?![a-z])|[≈≃⇒→⟹∴]", "="),
+        # An exponent or a base in braces: 10^{3} -> 10^3, 25_{8} -> 25_8. Before a figure they
+        # stay, since 10^{2}5 is not 10^25.
+        (r"\^\{\s*([-+]?\d+|\w)\s*\}(?!\d)", r"^\1"),
+        (r"(?<=\d)\s?_\s?\{\s*(\d+)\s*\}(?!\d)", r"_\1"),
         # A fraction: \frac{1}{2} -> 1/2. Its spaces keep 1\frac12 apart from 11/2.
         (rf"\\(?:[cdt]?|s|nice)frac{_ARGUMENT}{_ARGUMENT}", r" \1\2/\3\4 "),
         # Units as a fraction: \frac{m}{s^2} -> m/s^2
         (rf"\\[cdt]?frac{_UNIT}{_UNIT}", r" \1/\2 "),
         # Figures that repeat: 0.\overline{3}, 0.\dot3 -> 0.(3)
         (r"(?<=\d)([.,]\d*)\s*\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1(\2\3)"),
-        # An exponent or a base in braces: 10^{3} -> 10^3, 25_{8} -> 25_8
-        (r"\^\{\s*(-?\d+|\w)\s*\}", r"^\1"),
-        (r"(?<=\d)\s?_\s?\{\s*(\d+)\s*\}", r"_\1"),
         # The base that is meant anyway: 18_10 -> 18
         (r"(?<=\d)_10(?!\d)", ""),
         # Currencies of LaTeX: \pounds 18 -> $ 18
@@ -162,7 +175,7 @@ _REWRITES = [
         # East African "so many shillings": 500/=, 500/- -> 500
         (r"(?<=\d)/[=-](?!\s*\d)", " "),
         # Currency against its number: KSh500 -> 500
-        (rf"(?<!\w){_CURRENCY_PREFIX}(?=\d)", ""),
+        (rf"(?<!\w)(?<!{MARK}){_CURRENCY_PREFIX}(?=\d)", ""),
         # A sign in words: minus 18, 18 минус -> -18, 18 -
         (rf"{_NOT_INSIDE_A_WORD}{_BOUND_BEFORE}(?:{_MINUS_WORDS}){_WORD_ENDS}\s*", " -"),
         (_MINUS_WITHOUT_SPACES, " -"),
@@ -187,19 +200,20 @@ _WRAPPER = re.compile(
 )
 
 
-def plain_text(answer: str, *, as_text: bool = False) -> str:
+def plain_text(answer: str, *, as_text: bool = False, fold: bool = True) -> str:
     """Return the answer with ASCII digits, and one kind of minus, space and apostrophe.
 
     LaTeX and Markdown that only set type are gone, and so is currency; letters are lower case.
     as_text  True beside a gold answer that is no number: then 3k may be three times k
+    fold     False keeps the case of letters, and then not all that sets type is known
     No text raises. (ours)
     """
-    text = _SUPERSCRIPTS.sub(lambda run: "^" + unicodedata.normalize("NFKC", run[0]), answer)
-    text = _SUBSCRIPTS.sub(lambda run: "_" + unicodedata.normalize("NFKC", run[0]), text)
+    text = _SUPERSCRIPTS.sub(lambda run: f"^{{{unicodedata.normalize('NFKC', run[0])}}}", answer)
+    text = _SUBSCRIPTS.sub(lambda run: f"_{{{unicodedata.normalize('NFKC', run[0])}}}", text)
     text = "".join(_plain_character(character) for character in text)
     for pattern, replacement in (() if as_text else _SHORT_FORMS) + _DOUBTFUL_CAPITALS:
         text = pattern.sub(replacement, text)
-    text = unicodedata.normalize("NFC", text.casefold())
+    text = unicodedata.normalize("NFC", text.casefold() if fold else text)
     while True:
         for pattern, replacement in _REWRITES:
             text = pattern.sub(replacement, text)

@@ -7,7 +7,6 @@ import base64
 import cmath
 import csv
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from parts.figures import Panel, Point, curves_figure
 from parts.files import whole_file
-from parts.metrics import Estimate
+from parts.metrics import Estimate, Ratio, mean_of_languages, pass_at_k
 from parts.view import Summary, estimates_table
 
 Grid = dict[str, dict[str, "Evaluation"]]  # language -> name of the run -> its evaluation
@@ -260,11 +259,16 @@ def report_tables(evaluations: list[Evaluation]) -> list[Table]:
         columns = {}
         for name in dict.fromkeys(e.name for e in evaluations):
             found = {language: runs[name].pass_at_k[k] for language, runs in grid.items()}
-            mean = sum(estimate.value for estimate in found.values()) / len(grid)
-            found["mean of languages"] = Estimate(mean, math.nan, math.nan)
-            columns[name] = found
+            _, mean = mean_of_languages([_pass_ratio(runs[name], k) for runs in grid.values()])
+            columns[name] = found | {"mean of languages": mean}
         tables.append(estimates_table(f"pass@{k}", columns))
     return tables
+
+
+def _pass_ratio(evaluation: Evaluation, k: int) -> Ratio:
+    """Return pass@k of every problem, each over 1."""
+    rights = [[a["correct"] for a in problem["attempts"]] for problem in evaluation.problems]
+    return [pass_at_k(len(each), sum(each), k) for each in rights], [1.0] * len(rights)
 
 
 def write_report(evaluations: list[Evaluation], tests: list[Table], out: Path) -> list[Path]:

@@ -7,6 +7,7 @@ hub have. What the columns mean is not known here: parts.data makes problems of 
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,11 @@ def _table_lines(path: Path, **options: Any) -> list[tuple[int, list[str]]]:
         csv.field_size_limit(limit)
 
 
+# A field in quotes, as pandas writes it: with a line end in it, or with quotation marks, which are
+# doubled. A field without quotes may begin and end with a quotation mark, too.
+_QUOTED = re.compile(r'"(?=.*(?:\n|"".))(?:[^"]|"")*"', re.DOTALL)
+
+
 def _tsv_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a table without quotes, as AfriMGSM and MGSM are.
 
@@ -126,6 +132,9 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
         while len(fields) < len(header) and (more := next(lines, None)) is not None:
             broken_field = "\n".join([fields[-1], *more[1][:1]])
             fields = [*fields[:-1], broken_field, *more[1][1:]]
+        if any(map(_QUOTED.fullmatch, fields)):
+            advice = "save it as .csv, with commas between the fields"
+            raise ValueError(f"line {number}: quoted fields in a .tsv; {advice}")
         yield _table_row(f"line {number}", header, fields)
 
 

@@ -27,8 +27,9 @@ NUMBER = "\0"
 class Effect:
     """What a phrase of scales.json does to the number beside it.
 
-    kind          "times", "plus", or "changes", which is: nothing certain
-    amount        how many times as large, or how much is added; 0 for "changes"
+    kind          "times", "plus", "says", or "changes", which is: nothing certain
+    amount        how many times as large, how much is added, or what a numeral says; 0 for
+                  "changes"
     may_precede   whether it does so when it stands before the number
     may_follow    whether it does so when it stands after the number
     needs_plural  whether it means something else beside one: "1 billion" may be French
@@ -59,7 +60,12 @@ def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
         return number
     if _CHANGES in effects:
         return None
+    kinds = {effect.kind for effect in effects}
+    if "says" in kinds:
+        return number if _repeat(number, parts) else None
     place = parts.index(NUMBER)
+    if "times" in kinds and not _JOINS.isdisjoint(parts[place:]):
+        return None
     before = [part for part in parts[max(place - 1, 0) : place] if isinstance(part, Effect)]
     after = [
         part
@@ -74,6 +80,23 @@ def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
         else:
             number += effect.amount if number >= 0 else -effect.amount
     return number
+
+
+def _repeat(number: Fraction, parts: list[str | Effect]) -> bool:
+    """Return whether all effects are numerals that say the number beside them: eighteen (18)."""
+    said = [
+        part
+        for part in parts
+        if isinstance(part, Effect) or part[0].isalpha() or part == NUMBER  # no punctuation
+    ]
+    place = said.index(NUMBER)
+    beside = said[max(place - 1, 0) : place + 2]
+    effects = [part for part in said if isinstance(part, Effect)]
+    return (
+        {effect.kind for effect in effects} == {"says"}
+        and sum(effect.amount for effect in effects) == number
+        and not set(effects).isdisjoint(beside)
+    )
 
 
 def _are_certain(number: Fraction, before: list[Effect], after: list[Effect]) -> bool:
@@ -153,6 +176,7 @@ def _phrases_without_spaces() -> list[str]:
         for phrase in (
             *itertools.chain(*language.get("times", {}).values()),
             *itertools.chain(*language.get("plus", {}).values()),
+            *itertools.chain(*language.get("numerals", {}).values()),
             *language.get("changes", []),
         )
     }
@@ -178,6 +202,9 @@ def _read_effects() -> dict[tuple[str, ...], Effect]:
                 precedes = phrase.endswith(" 0")
                 effect = Effect("plus", Fraction(amount), precedes, may_follow=not precedes)
                 found.setdefault(_phrase(phrase.removesuffix(" 0")), set()).add(effect)
+        for amount, phrases in language.get("numerals", {}).items():
+            for phrase in phrases:
+                found.setdefault(_phrase(phrase), set()).add(Effect("says", Fraction(amount)))
         for phrase in language.get("changes", []):
             found.setdefault(_phrase(phrase), set()).add(_CHANGES)
         singular |= {_phrase(phrase) for phrase in language.get("singular", [])}
@@ -196,4 +223,7 @@ def _phrase(written: str) -> tuple[str, ...]:
 
 
 _EFFECTS = _read_effects()
+_JOINS = {
+    word for language in _LANGUAGES for join in language.get("joins", []) for word in _phrase(join)
+}
 _LONGEST_PHRASE = max(len(phrase) for phrase in _EFFECTS)

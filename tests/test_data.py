@@ -127,6 +127,65 @@ def test_an_answer_is_what_stands_behind_a_worked_solution_or_alone(tmp_path, an
 
 
 @pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (r"We have 9*2=18. So \boxed{18}", "18"),
+        ("She has 9*2=18.\nSo $\\boxed{\\frac{7}{2}}$.\n", r"\frac{7}{2}"),
+        (r"\boxed{3} no, \boxed{\text{none of {them}}}.", r"\text{none of {them}}"),
+        (r"\boxed{18}", r"\boxed{18}"),
+        ("x = 1 and y = 2", "x = 1 and y = 2"),
+        ("y - 1/2 = 3x", "y - 1/2 = 3x"),
+        ("x^2/9 + y^2/4 = 1", "x^2/9 + y^2/4 = 1"),
+        ("x = 1/2 = 0.5", "x = 1/2 = 0.5"),
+        ("red = 3, blue = 4", "red = 3, blue = 4"),
+        (
+            "\\begin{pmatrix}1&2\\\\\n3&4\\end{pmatrix}",
+            "\\begin{pmatrix}1&2\\\\\n3&4\\end{pmatrix}",
+        ),
+    ],
+)
+def test_an_answer_is_the_last_box_of_a_worked_solution_and_an_equation_stays(
+    tmp_path, answer, expected
+):
+    path = jsonl(tmp_path, {"question": "Nawa?", "answer": answer})
+    assert load_problems(path, language="ha")[0].answer == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "5*3=15\n15+3=18",
+        "9*2=18\n### 18",
+        "9*2=18",
+        r"5 \times 3 = 15, 15 + 3 = 18",
+        "We have x = 9 and so the answer is y = 18",
+        "She makes 18.\nThat is all.",
+    ],
+)
+def test_a_worked_solution_without_its_mark_is_an_error_with_its_line(tmp_path, answer):
+    path = jsonl(tmp_path, {"question": "a", "answer": 1}, {"question": "b", "answer": answer})
+    with pytest.raises(ValueError) as error:
+        load_problems(path, language="ha")
+    said = "answer looks like a worked solution; give its final answer alone"
+    assert str(error.value) == f"{path}: line 2: {said}"
+
+
+def test_of_two_problem_columns_none_is_taken_in_silence(tmp_path):
+    for other in ("question", "m_query"):
+        path = jsonl(tmp_path, {"problem": "How many?", other: "Nawa?", "answer": 1})
+        said = (
+            f"line 1: problem and {other} are two texts; call the one in Hausa problem_translated"
+        )
+        with pytest.raises(ValueError, match=said):
+            load_problems(path, language="hau")
+    row = {"question": "Nawa?", "problem": "Nawa? ", "m_query": None, "answer": 1}
+    assert load_problems(jsonl(tmp_path, row), language="hau")[0].problem == "Nawa?"
+    row = {"question": "Wie viele?", "problem": "How many?", "problem_translated": "Nawa?"}
+    (problem,) = load_problems(jsonl(tmp_path, row), language="hau")
+    assert (problem.problem, problem.problem_en) == ("Nawa?", "How many?")
+
+
+@pytest.mark.parametrize(
     "answer",
     [
         "inf",

@@ -1,7 +1,7 @@
 """parts/evaluations.py: finished evaluations are read back, checked, and compared in a report."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from parts import commands, metrics
 from parts.chat import freeze_date
-from parts.evaluations import Finished, load_evaluations
+from parts.evaluations import Finished, differing_rows, load_evaluations
 from parts.files import read_json, read_rows, read_sealed, write_sealed
 from parts.model import load_tokenizer
 from parts.prompts import template_hash
@@ -81,6 +81,24 @@ def test_evaluations_that_were_asked_on_different_days_are_said_to_differ(tmp_pa
     said = run_cli(*report).stdout
     assert "The prompts differ" in said and "2025-01-09" in said and day in said
     assert "2025-01-09" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+
+
+def test_runs_that_were_sampled_differently_are_said_to_be(tmp_path, two_evaluations):
+    report = ["report", *two_evaluations, "--out", str(tmp_path / "report")]
+    said = run_cli(*report).stdout
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    rows = [f"| {code} | temperature | warm: 1.0, cool: 0.3 |" for code in ("hau", "swa")]
+    assert "## These runs were sampled differently" in text
+    assert all(row in text for row in rows) and text.count("warm: ") == 2
+    assert "These runs were sampled differently" in said and "warm: 1.0, cool: 0.3" in said
+    # Another seed is no other way of sampling; another dtype is one.
+    first = finished(two_evaluations[0])["hau"]
+    settings = first.record["settings"] | {"seed": 9}
+    identity = first.record["identity"] | {"dtype": "bfloat16"}
+    other = replace(first, record={"settings": settings, "identity": identity})
+    name = first.view.name
+    row = ["hau", "dtype", f"{name}: float32, {name}: bfloat16"]
+    assert differing_rows("hau", first, other) == [row]
 
 
 def test_the_reports_curve_holds_every_k(two_evaluations):

@@ -15,12 +15,12 @@ from parts.metrics import (
     Attempt,
     Graded,
     bootstrap,
-    bootstrap_mean,
     bootstrap_percentile,
     difference,
     harness_correct,
     majority_correct,
     mcnemar,
+    mean_of_languages,
     paired_permutation,
     paired_tests,
     pass_at_k,
@@ -165,12 +165,21 @@ def test_the_mean_over_languages_resamples_parallel_problems_together():
     right = [1.0] * 30 + [0.0] * 70
     wrong = [1.0 - value for value in right]
     every = [1.0] * 100
-    mean = bootstrap_mean([(right, every), (wrong, every)])
+    name, mean = mean_of_languages([(right, every), (wrong, every)])
+    assert name == "mean"
     # Whatever is drawn, one of the two is right.
     assert mean.value == mean.low == mean.high == pytest.approx(0.5)
-    assert bootstrap_mean([(right, every)]) == bootstrap(right, every)
-    assert bootstrap_mean([(right, every), ([1.0] * 50, [1.0] * 50)]).value == pytest.approx(0.65)
-    assert math.isnan(bootstrap_mean([(right, every), ([0.0], [0.0])]).value)
+    assert mean_of_languages([(right, every)])[1] == bootstrap(right, every)
+    _, uneven = mean_of_languages([(right, every), ([1.0] * 50, [1.0] * 50)])
+    assert uneven.value == pytest.approx(0.65)
+
+
+def test_a_language_without_a_ratio_is_left_out_of_the_mean_and_the_name_says_so():
+    right = ([1.0] * 3 + [0.0] * 7, [1.0] * 10)
+    no_box = ([0.0] * 10, [0.0] * 10)
+    assert mean_of_languages([right, no_box, right]) == ("mean of 2 of 3", bootstrap(*right))
+    name, mean = mean_of_languages([no_box])
+    assert name == "mean" and math.isnan(mean.value)
 
 
 def test_the_interval_of_a_percentile_lies_around_it():

@@ -50,6 +50,23 @@ def test_afrimgsm_rows_with_raw_line_breaks_and_quotes(tmp_path):
     assert [(row.id, row.problem, row.answer) for row in rows] == expected
 
 
+@pytest.mark.parametrize(
+    "field", ['"Ya ce ""sannu"", nawa?"', '"Daya\nbiyu?"', '"""sannu"" ya ce"']
+)
+def test_a_tsv_with_quotes_as_pandas_writes_them_is_refused(tmp_path, field):
+    path = write_file(tmp_path, "rows.tsv", f"question\tanswer\nUku?\t3\n{field}\t18\n")
+    with pytest.raises(ValueError, match=r"line 3: quoted fields in a .tsv; save it as .csv, with"):
+        load_problems(path, language="ha")
+
+
+@pytest.mark.parametrize(
+    "field", ['"Sannu, nawa?"', '"Sannu" ya ce "nawa"', 'Ya ce ""sannu""', '""Sannu""', '""']
+)
+def test_a_raw_field_of_a_tsv_keeps_its_quotation_marks(tmp_path, field):
+    path = write_file(tmp_path, "rows.tsv", f"question\tanswer\n{field}\t18\n")
+    assert load_problems(path, language="ha")[0].problem == field
+
+
 def test_mgsm_has_no_header_and_msvamp_a_line_of_json_per_row(tmp_path):
     path = write_file(tmp_path, "mgsm_sw.tsv", "Mayai mangapi?\t1,450\nSiku\nngapi?\t-3\n")
     rows = [(row.id, row.problem, row.answer) for row in load_problems(path, language="sw")]

@@ -46,6 +46,22 @@ def test_a_word_that_changes_a_number_leaves_no_answer(code):
         assert not is_number(normalise(text) or ""), text
 
 
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_a_numeral_in_words_is_a_second_number_unless_it_repeats_the_first(code):
+    for amount, words in LANGUAGES[code].get("numerals", {}).items():
+        for word in words:
+            assert normalise(f"{amount} {word}") == normalise(f"{word} ({amount})") == amount, word
+            for text in (f"{word} 97", f"97 {word}", f"97 birr {word}", f"97 ({word})"):
+                assert not is_number(normalise(text) or ""), text
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_a_sum_behind_a_scaled_number_leaves_no_answer(code):
+    for join in LANGUAGES[code].get("joins", []):
+        assert normalise(f"2 thousand {join} birr") is None
+        assert normalise(f"2 birr {join} nothing") == "2"
+
+
 def test_scripts_without_spaces_are_read_within_a_word():
     assert normalise("18ダースの卵") == "216"
     assert normalise("18ล้านบาท") == "18000000"
