@@ -161,7 +161,9 @@ def save(
         return
     if is_due(setup.config, step, done):
         name, revision = published_name(Path(str(setup.model.name_or_path)))
-        save_adapter(setup.lora, run.adapter_folder(step), base_model=name, revision=revision)
+        folder = run.adapter_folder(step)
+        run.disown(folder)  # a step that is taken again may, on a GPU, end in other bytes
+        save_adapter(setup.lora, folder, base_model=name, revision=revision)
     adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
     state = {**adapter, **optimizer_tensors(optimizer)}
     run.save_state(step, state, setup.config.keep, due=is_due(setup.config, step, done))
