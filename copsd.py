@@ -241,7 +241,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
             written = steplog.completion_rows(step, problems, rollouts, scores, decode)
             if steps.finish_step(setup, run, view, optimizer, metrics, rollouts, written, stopped):
                 return False
-    return True
+    return not ranks.gather(stopped)  # one may have come in the last step
 
 
 # GRPO: rewards, advantages, the loss, the loop.
@@ -543,7 +543,7 @@ def train_grpo(
             written = steplog.completion_rows(step, problems, rollouts, scores, decode)
             if steps.finish_step(setup, run, view, optimizer, metrics, rollouts, written, stopped):
                 return False
-    return True
+    return not ranks.gather(stopped)  # one may have come in the last step
 
 
 # What a step of both methods shares.

@@ -131,7 +131,8 @@ def finish_step(
 ) -> bool:
     """Log a step, show it, and save where it is due; say whether the run ends here before its end.
 
-    A signal ends it, or the view, such as at an alarm.
+    A signal ends it, or the view, such as at an alarm. In the last step there is nothing to end
+    before: what a signal asks for then, the loop that was stopped says.
     """
     step = metrics["step"]
     done = metrics["progress"]
