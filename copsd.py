@@ -46,7 +46,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kernels import chunked_divergence, chunked_logprob, clip_products, reduce_loss
-from parts import controls, measure, ranks, runs, steplog, steps
+from parts import controls, measure, program, ranks, runs, steplog, steps
 from parts.chat import completion_text, prompt_opens_think
 from parts.copies import scoring_copies
 from parts.grading import is_correct
@@ -64,7 +64,7 @@ from parts.setup import Reader, Setup, read_solutions
 from parts.steplog import Tally, count_tokens
 from parts.steps import count_skipped, rows_in_the_loss, share_done, take_step
 from parts.view import Watcher, say
-from parts.watch import Watching
+from parts.watch import Watching, write_best
 from parts.weights import token_weights
 
 # COPSD: the roll-out, the loss, the loop.
@@ -609,7 +609,10 @@ def train(
         with (watching or Watching()).start(setup, run, console) as view:
             finished = loop(setup, run, view)
     except FloatingPointError as error:
-        say(console, f"error: {error}; {run.folder} keeps the last save")
+        if ranks.is_first():
+            program.say_error(f"{error}; {run.folder} keeps the last save")
+            if best := write_best(run):
+                say(console, best)
         return 1
     for line in view.summary(finished):
         say(console, line)

@@ -18,7 +18,7 @@ from parts.recipe import Config
 from parts.sampler import Rollout
 from parts.setup import Setup
 from parts.view import Watcher
-from parts.watch import is_look_due, look
+from parts.watch import best_row, is_look_due, look
 
 MAX_SKIPPED = 3  # updates in a row without a finite gradient before a run gives up
 
@@ -167,4 +167,11 @@ def save(
         save_adapter(setup.lora, folder, base_model=name, revision=revision)
     adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
     state = {**adapter, **optimizer_tensors(optimizer)}
-    run.save_state(step, state, setup.config.keep, due=is_due(setup.config, step, done))
+    best = best_row(run.metrics()) if setup.config.eval_every else None
+    run.save_state(
+        step,
+        state,
+        setup.config.keep,
+        due=is_due(setup.config, step, done),
+        spare={best["step"]} if best else (),
+    )
