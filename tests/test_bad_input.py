@@ -5,6 +5,7 @@ Last the files of a run or an evaluation, each damaged: the line says what to do
 
 import functools
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -125,6 +126,16 @@ def a_file(folder: Path) -> list[str]:
 def below_a_file(folder: Path) -> list[str]:
     (folder / "file").write_text("mine")
     return ["--out", str(folder / "file" / "run")]
+
+
+def a_pipe(flag: str) -> Maker:
+    """Return a maker of what is neither file nor folder. A device would be lost if it was taken."""
+
+    def make(folder: Path) -> list[str]:
+        os.mkfifo(folder / "pipe")
+        return [flag, str(folder / "pipe")]
+
+    return make
 
 
 ROW = {"id": "1", "problem": "One and 1?", "solution": "2", "answer": "2", "language": "hau"}
@@ -378,7 +389,7 @@ SHOW = {
     "an empty page": typed("--html", ""),
     "a blank page": typed("--html", "  "),
     "a folder as page": lambda folder: ["--html", str(folder)],
-    "a device as page": typed("--html", "/dev/full"),
+    "a pipe as page": a_pipe("--html"),
     "a page in a folder that is nowhere": typed("--html", "nowhere/walk.html"),
     "a method's flag without the method": typed("--credit-mix", "0.5"),
 }
@@ -404,7 +415,7 @@ EXPORT = {
     "an empty file's name": typed("--file", ""),
     "a blank file's name": typed("--file", "  "),
     "a folder as file": lambda folder: ["--file", str(folder)],
-    "a device as file": typed("--file", "/dev/full"),
+    "a pipe as file": a_pipe("--file"),
     "a file below a file": lambda folder: ["--file", str(folder / "README.md" / "x.jsonl")],
     "problems below 0": typed("--eval-problems", "-1"),
 }
