@@ -30,6 +30,7 @@ if __name__ == "__main__":
 
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -137,8 +138,9 @@ def run_apart(plan: Plan, arm: Arm) -> int:
     """Run an arm in a process of its own, which leaves its results; return the exit code."""
     progress = ArmsProgress(Console(quiet=True), arms=1, units=arm.size)
     try:
-        with working(Console(quiet=True), lambda: "finished arms are kept"):
-            run_arm(plan, arm, progress, Console(file=Output(sys.stdout)))
+        quiet = Console(quiet=True)
+        with redirect_stdout(Output(sys.stdout)), working(quiet, lambda: "finished arms are kept"):
+            run_arm(plan, arm, progress, Console())
     except Stopped:
         return STOPPED
     except typer.Exit as ending:
