@@ -29,7 +29,9 @@ if __name__ == "__main__":
     commands.comparison()
 
 import gc
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -54,11 +56,11 @@ from parts.arms import (
     sweep_accuracies,
 )
 from parts.data import load_problems
-from parts.files import read_sealed, write_json, write_sealed
+from parts.files import read_sealed, remedied, write_json, write_sealed
 from parts.measure import Ruler
 from parts.metrics import Graded, ratios
 from parts.plan import Plan
-from parts.program import bad_input, say_error, working
+from parts.program import Output, bad_input, say_error, working
 from parts.prompts import Problem, pose_in_english
 from parts.recipe import GROUPED, LABELS
 from parts.results import Experiment, Measured, Results, Sweep, accuracy
@@ -126,7 +128,7 @@ def finish_arms(
             raise SystemExit(code)  # the arm's own process has said why
         progress.start(arm.title, arm.size)
         # What an earlier call, or a process beside this one, has finished is read.
-        results = run_arm(plan, arm, progress)
+        results = run_arm(plan, arm, progress, progress.console)
         trained_s = results["final"].get("train_s", 0)
         said = f"greedy accuracy {accuracy(results['final']):.3f}, trained {trained_s:.0f} s"
         progress.finish(said, earlier=arm in earlier)
@@ -137,8 +139,9 @@ def run_apart(plan: Plan, arm: Arm) -> int:
     """Run an arm in a process of its own, which leaves its results; return the exit code."""
     progress = ArmsProgress(Console(quiet=True), arms=1, units=arm.size)
     try:
-        with working(Console(quiet=True), lambda: "finished arms are kept"):
-            run_arm(plan, arm, progress)
+        quiet = Console(quiet=True)
+        with redirect_stdout(Output(sys.stdout)), working(quiet, lambda: "finished arms are kept"):
+            run_arm(plan, arm, progress, Console())
     except Stopped:
         return STOPPED
     except typer.Exit as ending:
@@ -151,9 +154,10 @@ def results_file(arm: Arm) -> Path:
     return arm.folder / "results.json"
 
 
-def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
+def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress, console: Console) -> Results:
     """Train an arm from where it stands and measure its checkpoints.
 
+    console  where is said what its folder and its problems lack, such as a damaged state
     What is finished is read, not done again.
     """
     path = results_file(arm)
@@ -165,7 +169,7 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress) -> Results:
         config, model_folder = configure({**arm.settings, "out": str(arm.folder)})
         # The first arm decides what day a template writes, or arms of two days would differ in it.
         day = Run(plan.out / plan.langs[0] / "base").recorded_day()
-        setup, run = prepare(config, model_folder, Console(quiet=True), day)
+        setup, run = prepare(config, model_folder, console, day, aside=Console(quiet=True))
         refuse_missing_problems(arm, setup)
         if arm.in_english:
             setup = ask_in_english(setup)
@@ -240,10 +244,11 @@ def whole_prompts(setup: Setup) -> list[dict[str, str | None]]:
 
 def read_results(path: Path) -> Results:
     """Return an arm's results; ValueError where they, or another file of the arm, are damaged."""
-    results = read_sealed(path)
-    final = results.get("final")
-    if not (isinstance(final, dict) and "greedy" in final and "points" in results):
-        raise ValueError(f"{path} is damaged: it holds no results; without it the arm is run again")
+    with remedied("remove it to have the arm run again"):
+        results = read_sealed(path)
+        final = results.get("final")
+        if not (isinstance(final, dict) and "greedy" in final and "points" in results):
+            raise ValueError(f"{path} is damaged: it holds no results")
     Run(path.parent).check_inventory(results.get("files", {}))
     return results
 

@@ -47,7 +47,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kernels import chunked_divergence, chunked_logprob, clip_products, reduce_loss
-from parts import controls, measure, ranks, runs, steplog, steps
+from parts import controls, measure, program, ranks, runs, steplog, steps
 from parts.chat import completion_text, prompt_opens_think
 from parts.copies import scoring_copies
 from parts.grading import is_correct
@@ -65,7 +65,7 @@ from parts.setup import Reader, Setup, read_solutions
 from parts.steplog import Tally, count_tokens
 from parts.steps import count_skipped, rows_in_the_loss, share_done, take_step
 from parts.view import Watcher, say
-from parts.watch import Watching
+from parts.watch import Watching, write_best
 from parts.weights import token_weights
 
 # COPSD: the roll-out, the loss, the loop.
@@ -241,7 +241,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
             logged = (problems, rollouts, scores)
             if steps.finish_step(setup, run, view, optimizer, metrics, *logged, stopped):
                 return False
-    return True
+    return not ranks.gather(stopped)  # one may have come in the last step
 
 
 # GRPO: rewards, advantages, the loss, the loop.
@@ -544,7 +544,7 @@ def train_grpo(
             logged = (problems, rollouts, scores)
             if steps.finish_step(setup, run, view, optimizer, metrics, *logged, stopped):
                 return False
-    return True
+    return not ranks.gather(stopped)  # one may have come in the last step
 
 
 # What a step of both methods shares.
@@ -610,7 +610,10 @@ def train(
         with (watching or Watching()).start(setup, run, console) as view:
             finished = loop(setup, run, view)
     except FloatingPointError as error:
-        say(console, f"error: {error}; {run.folder} keeps the last save")
+        if ranks.is_first():
+            program.say_error(f"{error}; {run.folder} keeps the last save")
+            if best := write_best(run):
+                say(console, best)
         return 1
     for line in view.summary(finished):
         say(console, line)

@@ -33,11 +33,7 @@ from parts.chat import freeze_date
 from parts.data import keep_fitting, load_aloud
 from parts.evaluations import check_alike, ids_fingerprint, naming, read_record
 from parts.family import context_length
-from parts.files import (
-    read_rows,
-    require_space,
-    write_json,
-)
+from parts.files import read_rows, remedied, require_space
 from parts.identity import (
     files_fingerprints,
     fingerprint,
@@ -74,6 +70,8 @@ from parts.view import SamplingProgress, estimates_table, say
 # Shown where several languages share a table, beside pass@k.
 MAIN_METRICS = ("format rate", "accuracy given a box", "in the problem's language")
 COMPLETION_BYTES = 2048  # that a completion and its grade take in a file, about
+# What a folder is of: its run, the settings and the identity.
+Record = tuple[runs.Run, dict[str, Any], dict[str, Any]]
 CHUNK = 64  # problems sampled and written together: what a stop can lose
 
 
@@ -162,8 +160,8 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     tokenizer, day = freeze_date(load_tokenizer(folder), day)
     model, weights = load_weights(settings, folder, tokenizer, config.device, config.dtype)
     context = context_length(model.config)
-    parts = []
-    records = []
+    parts: list[Part] = []
+    records: list[Record] = []
     for language, (problems, commit) in zip(chosen, loaded, strict=True):
         one = replace(settings, lang=language.iso3)
         prompts = [
@@ -183,27 +181,42 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             "problem_ids": ids_fingerprint([problem.id for problem in problems]),
         }
         run = kept.get(language.iso3)
-        done = []
         if run:
             run.check(asdict(one), identity)
-            done = read_done(run, problems)
+            read_done(run, problems)  # what is damaged is refused before a folder is made
             records.append((run, asdict(one), identity))
-        parts.append(Part(language, one, problems, run, ranks.decide(done)))
+        parts.append(Part(language, one, problems, run, []))
     if out:
         attempts = settings.samples * sum(len(part.problems) for part in parts)
         require_space(out, attempts * COMPLETION_BYTES, "what is written of the completions")
     refuse_mixture(out, records)
-    for run, record, identity in records:
-        run.create(record, identity)
+    parts = open_folders(parts, records, console)
     return Job(settings, model, tokenizer, config.batch_rows, parts, out)
 
 
-def refuse_mixture(
-    out: Path | None, records: list[tuple[runs.Run, dict[str, Any], dict[str, Any]]]
-) -> None:
-    """Raise ValueError where --out holds other languages of an evaluation that is another one."""
+def open_folders(parts: list[Part], records: list[Record], console: Console) -> list[Part]:
+    """Make each part's folder, or find it and own it; return the parts with what is done of them.
+
+    That is read last: another process may have written there, and ended, since prepare looked.
+    """
+    for run, settings, identity in records:
+        if taken_over := run.create(settings, identity):
+            say(console, taken_over)
+    return [
+        replace(part, done=ranks.decide(read_done(part.run, part.problems) if part.run else []))
+        for part in parts
+    ]
+
+
+def refuse_mixture(out: Path | None, records: list[Record]) -> None:
+    """Raise ValueError where --out holds other languages of an evaluation that is another one.
+
+    One of a single language has the folder for itself: no other can stand below it.
+    """
     if out is None or any(run.folder == out for run, _, _ in records):
         return
+    if (out / "settings.json").is_file():
+        raise ValueError(f"{out} holds an evaluation of one language; choose another --out")
     held = {file.parent.name: read_record(file) for file in sorted(out.glob("*/settings.json"))}
     asked = {
         # As a file would have them: JSON knows no tuples.
@@ -362,9 +375,10 @@ def load_weights(
 def read_done(run: runs.Run, problems: list[Problem]) -> list[Graded]:
     """Return what the folder holds of an evaluation; ValueError where it is of other problems."""
     file = run.folder / "problems.jsonl"
-    rows = read_rows(file)
-    with naming(file):
-        done = [read_graded(row) for row in rows]
+    with remedied(runs.MAKE_AGAIN):
+        rows = read_rows(file)
+        with naming(file):
+            done = [read_graded(row) for row in rows]
     if [graded.id for graded in done] != [problem.id for problem in problems[: len(done)]]:
         raise ValueError(f"{file} has other problems; choose another --out")
     run.check_digests()
@@ -380,8 +394,7 @@ def run(job: Job, console: Console) -> None:
         if part.run:
             summary = summarise(graded, part.settings.ks)
             plain = {name: asdict(estimate) for name, estimate in summary.items()}
-            write_json(part.run.folder / "summary.json", plain)
-            part.run.vouch(part.run.folder / "summary.json")
+            part.run.write_evaluation("summary", plain)
     console.print(results_table(job.settings, results))
     if job.out:
         say(console, f"completions, verdicts and settings: {job.out}")

@@ -108,12 +108,18 @@ def _be(program: Program, out: Path, words: Path, hook: Hook | None, patch: Patc
         code = 130
     except BaseException:
         traceback.print_exc()
+    through(words).touch()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     owner.release()
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def through(words: Path) -> Path:
+    """Return the file that is there once the program is through, and signals are ignored."""
+    return Path(f"{words}.through")
 
 
 def wait(pid: int, words: Path) -> Ended:

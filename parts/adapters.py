@@ -138,7 +138,8 @@ def _check_plain(saved: dict[str, Any]) -> None:
         if value is None or field in OTHER_FIELDS:
             continue
         valid = PLAIN_LORA.get(field, ())
-        if value not in valid:
+        # By type, too: 1 is no true, and an empty list is no empty object.
+        if not any(type(value) is type(each) and value == each for each in valid):
             plain = " or ".join(map(repr, valid)) if valid else "null, since its meaning is unknown"
             raise ValueError(f"{CONFIG_FILE} has {field}={value!r}: valid is {plain}")
     missing = {"r", "lora_alpha", "target_modules"} - {
@@ -147,9 +148,7 @@ def _check_plain(saved: dict[str, Any]) -> None:
     if missing:
         raise ValueError(f"{CONFIG_FILE} lacks {', '.join(sorted(missing))}")
     for field in ("target_modules", "exclude_modules"):
-        names = saved.get(field) or []
-        if not isinstance(names, str) and not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{CONFIG_FILE} has {field}={names!r}: valid are a text or texts")
+        typed(saved.get(field), list[str] | str | None, f"{CONFIG_FILE}: {field}")
     if typed(saved["r"], int, f"{CONFIG_FILE}: r") < 1:
         raise ValueError(f"{CONFIG_FILE}: r is {saved['r']}; valid: 1 or more")
     typed(saved["lora_alpha"], float, f"{CONFIG_FILE}: lora_alpha")

@@ -143,12 +143,12 @@ class Batch:
         self.cache = Cache(layers=[])
         self.rows: list[Row] = []
         self.starts: list[int] = []  # each row's first column; those before it are masked
-        self.hidden_BD = torch.empty(0)
+        self.hidden_BD = torch.tensor([])
         # What a step reads, on the device and at fixed addresses between two exchanges.
-        self.ids_B1 = torch.empty(0)  # what it appends
-        self.position_B1 = torch.empty(0)  # of these ids
-        self.mask_B11T = torch.empty(0)  # is added to attention scores
-        self.cursor = Cursor(torch.empty(0), 0, 0)
+        self.ids_B1 = torch.tensor([])  # what it appends
+        self.position_B1 = torch.tensor([])  # of these ids
+        self.mask_B11T = torch.tensor([])  # is added to attention scores
+        self.cursor = Cursor(torch.tensor([]), 0, 0)
         self.recorder = Recorder(self.decoder, self.decoder.device)
         # Prompts that are prefilled, and still needed by a waiting row.
         self.prompts: dict[tuple[int, ...], _Prompt] = {}

@@ -104,6 +104,18 @@ PLANNED = (
 )
 
 
+def named_path(given: str | Path) -> Path:
+    """Return the path that a flag names; an empty one would be the folder where the user stands."""
+    if not str(given).strip():
+        raise typer.BadParameter("it is empty; leave it out, or give it a value")
+    return Path(given)
+
+
+def path_option(text: str) -> Any:
+    """Return an option that takes a path, whose help is `text`."""
+    return typer.Option(parser=named_path, metavar="PATH", help=text)
+
+
 def flags_of(
     config: type, only: Sequence[str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -200,20 +212,19 @@ def train_command(
 def show_command(
     given: Given,
     adapter: Annotated[
-        Path | None, typer.Option(help="A run's folder: show its student beside the untrained one.")
+        Path | None, path_option("A run's folder: show its student beside the untrained one.")
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Write the same as a page to this file.")
-    ] = None,
+    html: Annotated[Path | None, path_option("Write the same as a page to this file.")] = None,
 ) -> None:
     """Carry one problem through: both prompts, a rollout, and what each token adds to the loss."""
     console = start()
     import show
+    from parts.files import refuse_no_file
     from parts.setup import configure
 
     with bad_input():
-        if html and not html.parent.is_dir():
-            raise ValueError(f"--html is {html}: there is no such folder")
+        if html:
+            refuse_no_file(html, "--html")
         config, folder = configure(given)
         refuse_idle(given, config)
         setup = show.prepare(config, folder, adapter, console)
@@ -232,10 +243,12 @@ def plan_command(
         float | None, typer.Option(help="Only a card of so many GB. Without it: 24, 40, 80, 141.")
     ] = None,
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of the longest prompt that the student reads.")
+        int,
+        typer.Option(min=1, max=10**9, help="Tokens of the longest prompt that the student reads."),
     ] = 256,
     teacher_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of the longest prompt that the teacher reads.")
+        int,
+        typer.Option(min=1, max=10**9, help="Tokens of the longest prompt that the teacher reads."),
     ] = 1024,
 ) -> None:
     """Say how much memory a run takes at most and what makes it fit, without loading the model.
@@ -246,7 +259,7 @@ def plan_command(
     from parts.fitting import CARDS_GB, plan
     from parts.footprint import Lengths
 
-    cards = [gpu] if gpu else CARDS_GB
+    cards = CARDS_GB if gpu is None else [gpu]
     with bad_input():
         code = plan(given, Lengths(prompt_tokens, teacher_tokens), cards, console)
     raise typer.Exit(code)
@@ -258,7 +271,7 @@ def export_command(
     given: Given,
     format: Annotated[str, typer.Option(help="Whose trainer reads it: trl.")] = "trl",
     file: Annotated[
-        Path | None, typer.Option(help="Where to. Without it: the run's --out, and .jsonl.")
+        Path | None, path_option("Where to. Without it: the run's --out, and .jsonl.")
     ] = None,
 ) -> None:
     """Write the training problems, with the prompts of both roles, for another trainer to read."""
@@ -333,15 +346,18 @@ def evaluate_command(given: Given, context: typer.Context) -> None:
 def report_command(
     folders: Annotated[
         list[Path],
-        typer.Argument(help="What --out wrote. The others are compared with the first."),
+        typer.Argument(
+            parser=named_path,
+            help="What --out wrote. The others are compared with the first.",
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="The report's folder.")] = Path("evaluations/report"),
+    out: Annotated[Path, path_option("The report's folder.")] = Path("evaluations/report"),
 ) -> None:
     """Write tables, figures and a page for the browser; test each evaluation against the first."""
     console = start()
     from parts import evaluations
 
     with bad_input():
-        found = evaluations.prepare_report(folders, out)
+        found = evaluations.prepare_report(folders, out, console)
     with working(console, lambda: "the evaluations are as they were"):
         evaluations.report(found, out, console)

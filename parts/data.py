@@ -17,13 +17,13 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from rich.console import Console
-from rich.text import Text
 
 from parts.files import json_lines, write_text
 from parts.prompts import Language, Problem, find_language, named_language
 from parts.prompts import build_prompt as build_prompt  # stays importable from here
 from parts.recipe import Config
 from parts.rows import raw_rows
+from parts.view import say
 
 # In order of preference; m_query and response are MSVAMP's.
 PROBLEM_COLUMNS = ("problem_translated", "problem", "question", "m_query")
@@ -88,7 +88,7 @@ def load_aloud(path: Path, language: str, console: Console | None) -> list[Probl
         count = sum(loaded.left_out.values())
         reasons = ", ".join(f"{rows} {reason}" for reason, rows in loaded.left_out.items())
         said = f"{path}: left out {count} of {count + len(loaded.problems)} rows: {reasons}"
-        console.print(Text(said), soft_wrap=True)
+        say(console, said)
     return loaded.problems
 
 
@@ -333,7 +333,7 @@ def _without(
         raise ValueError("every training problem is also in --eval-data: nothing is left to learn")
     if console and len(kept) < len(train):
         said = f"skipped {len(train) - len(kept)} of {len(train)} training problems: held out, too"
-        console.print(Text(said), soft_wrap=True)
+        say(console, said)
     return kept
 
 
@@ -376,7 +376,7 @@ def keep_fitting(
             f"skipped {len(problems) - len(kept)} of {len(problems)} problems: their prompts and "
             f"{max_new_tokens} new tokens exceed the model's context of {context}"
         )
-        console.print(Text(said), soft_wrap=True)
+        say(console, said)
     return kept
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parts import owner, runs
-from parts.files import read_json, read_rows, read_sealed
+from parts.files import read_json, read_rows, read_sealed, remedied
 from parts.identity import fingerprint
 from parts.metrics import (
     Estimate,
@@ -26,6 +26,7 @@ from parts.report import Evaluation, report_tables, write_report
 from parts.typed import typed
 from parts.view import cell, say, text_table
 
+MAKE_AGAIN = "remove it, and the command that began the evaluation makes it again"
 # Of the identity of an evaluation, what its languages have in common.
 SHARED = ("base_weights", "adapter_weights", "dtype")
 
@@ -68,15 +69,18 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
             raise ValueError(
                 f"{file.parent} is not finished: the command that began it goes on with it"
             )
-        rows = read_rows(file.parent / "problems.jsonl")
-        if not rows:
-            raise ValueError(f"{file.parent} has no problems.jsonl, or an empty one")
-        with naming(file.parent / "problems.jsonl"):
-            results = [read_graded(row) for row in rows]
-            check_complete(results, record)
+        with remedied(MAKE_AGAIN):
+            rows = read_rows(file.parent / "problems.jsonl")
+            if not rows:
+                raise ValueError(f"{file.parent} has no problems.jsonl, or an empty one")
+            with naming(file.parent / "problems.jsonl"):
+                results = [read_graded(row) for row in rows]
+                check_complete(results, record)
         runs.Run(file.parent, "settings").check_digests()
-        with naming(file.parent / "summary.json"):
+        with remedied(MAKE_AGAIN), naming(file.parent / "summary.json"):
             summary = read_summary(read_json(file.parent / "summary.json"))
+            if "format rate" not in summary:  # which a figure shows
+                raise ValueError("it has no format rate")
         curve = pass_at_k_curve(results, settings["samples"])
         yield Finished(record, results, Evaluation(name, settings, rows, summary, curve))
 
@@ -124,15 +128,16 @@ def check_complete(results: list[Graded], record: dict[str, Any]) -> None:
 
 def read_record(file: Path) -> dict[str, Any]:
     """Return an evaluation's settings.json; ValueError where it lacks what a report needs."""
-    record = read_sealed(file)
-    needed = {"settings": {"lang", "samples", "benchmark"}, "identity": {"data"}}
-    for part, names in needed.items():
-        held = record.get(part)
-        if not isinstance(held, dict) or not names <= held.keys():
-            raise ValueError(f"{file} is damaged: its {part} lack {', '.join(sorted(names))}")
-    with naming(file):
-        for name, kind in (("lang", str), ("samples", int), ("benchmark", str)):
-            typed(record["settings"][name], kind, name)
+    with remedied(runs.START_ANEW):
+        record = read_sealed(file)
+        needed = {"settings": {"lang", "samples", "benchmark"}, "identity": {"data"}}
+        for part, names in needed.items():
+            held = record.get(part)
+            if not isinstance(held, dict) or not names <= held.keys():
+                raise ValueError(f"{file} is damaged: its {part} lack {', '.join(sorted(names))}")
+        with naming(file):
+            for name, kind in (("lang", str), ("samples", int), ("benchmark", str)):
+                typed(record["settings"][name], kind, name)
     return record
 
 
@@ -151,7 +156,7 @@ def pass_at_k_curve(results: list[Graded], samples: int) -> dict[int, Estimate]:
     return {k: bootstrap(*found[f"pass@{k}"]) for k in range(1, samples + 1)}
 
 
-def prepare_report(folders: list[Path], out: Path) -> Comparison:
+def prepare_report(folders: list[Path], out: Path, console: Console) -> Comparison:
     """Return what the folders hold, those after the first tested against it; make `out`.
 
     Raises ValueError or OSError where evaluations are missing, not finished, or not comparable.
@@ -183,7 +188,8 @@ def prepare_report(folders: list[Path], out: Path) -> Comparison:
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"cannot write to {out}")
-    owner.claim(out)
+    if taken_over := owner.claim(out):
+        say(console, taken_over)
     differ = len({day for _, _, day in days}) > 1
     return Comparison(evaluations, tables, tests, days if differ else [], sampling)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parts.chat import freeze_date
 from parts.family import context_length
-from parts.files import json_lines, write_text
+from parts.files import json_lines, refuse_no_file, write_text
 from parts.model import load_config, load_tokenizer, resolve_model
 from parts.prompts import Problem, render_prompt
 from parts.recipe import Config
@@ -35,6 +35,8 @@ def export_data(given: dict[str, Any], kind: str, file: Path | None, console: Co
     """
     if kind not in FORMATS:
         raise ValueError(f"unknown format {kind!r}; valid: {', '.join(FORMATS)}")
+    if file and file.exists():
+        refuse_no_file(file, "--file")
     folder = resolve_model(given.get("model", Config.model), weights=False)
     config = settle(fill({**given, "method": "copsd"}, folder))
     tokenizer, _ = freeze_date(load_tokenizer(folder), None)

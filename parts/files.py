@@ -59,6 +59,17 @@ def whole_file(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def refuse_no_file(path: Path, flag: str) -> None:
+    """Raise ValueError where a flag names what cannot be written as a file: before any work.
+
+    That is a folder or a device, and a file in a folder that is not there.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag} is {path}: there is no such folder")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{flag} is {path}, which is no file; name one that is to be written")
+
+
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise CannotWrite where the disk of a folder, made or not, has fewer bytes free than needed.
 
@@ -135,6 +146,15 @@ def _without_nan(content: Any) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON, whole or not at all."""
     write_text(path, json_text(content, indent=2) + "\n")
+
+
+@contextmanager
+def remedied(remedy: str) -> Iterator[None]:
+    """Add what to do to the ValueError of a block that finds a file of ours damaged."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error
 
 
 def read_json(path: Path) -> Any:

@@ -5,7 +5,9 @@ loads anything, or against the cards that `copsd.py plan` is asked about. Where 
 settings are looked for that save memory and change no result.
 """
 
+import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -200,11 +202,18 @@ def cards_table(
 def plan(given: dict[str, Any], lengths: Lengths, cards: Sequence[float], console: Console) -> int:
     """Print the memory of the run that typed flags ask for; 0 if every card holds it, else 1.
 
-    Reads no more of the model than its configuration and its recipe.
+    cards  how large they are, in GB
+    Reads no more of the model than its configuration and its recipe. Raises ValueError or OSError.
     """
+    for card in cards:
+        if not 0 < card < math.inf:
+            raise ValueError(f"--gpu is {card:g}; valid: a number of GB above 0")
     folder = resolve_model(given.get("model", Config.model), weights=False)
     config = fill(given, folder)
     check_run(config)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
+        valid = "auto, cpu, cuda, cuda:N, mps"  # whether this machine has it does not matter here
+        raise ValueError(f"unknown device {config.device!r}; valid: {valid}")
     # The cards that are asked about have bfloat16, whatever this machine has.
     auto = "float32" if config.device == "cpu" else "bfloat16"
     dtype = DTYPES.get(auto if config.dtype == "auto" else config.dtype)

@@ -187,6 +187,8 @@ def read_graded(row: dict[str, Any]) -> Graded:
     graded = typed(row, Graded, "a line")
     if not graded.attempts:
         raise ValueError("a line has no attempts")
+    if min(attempt.tokens for attempt in graded.attempts) < 0:
+        raise ValueError("a line has a completion of fewer than 0 tokens")
     return graded
 
 

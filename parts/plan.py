@@ -14,18 +14,19 @@ from rich.console import Console
 
 from parts.data import DEV_SEED, hub_training_file, load_aloud, split_heldout, write_problems
 from parts.experiments import ATTRIBUTION, COMPARISON, FAMILY, Design, Variant
-from parts.files import read_sealed
+from parts.files import read_sealed, remedied
 from parts.machine import pick_device, pick_dtype
 from parts.model import resolve_model
 from parts.prompts import Problem, find_language
 from parts.recipe import CompareConfig, Config
-from parts.runs import Run
+from parts.runs import START_ANEW, Run
 from parts.settings import check_settings
 from parts.setup import configure, load_setup
 from parts.view import say
 
 SWEEP_SEED = 1000  # of the runs that pick a rate; no reported run may have it
 MAX_SEEDS = 1000  # runs of each arm
+SPLITS = ("train", "dev", "test")
 LAYOUT = 2  # of the folder: an older one holds other results.json files
 # Setting, and the values it is tried with, in the table's order. The recipe as it is comes first.
 ABLATIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -165,7 +166,8 @@ def open_folder(plan: Plan, console: Console | None) -> None:
     """Make the experiment's folder and record, or find its own; ValueError for another's."""
     root = Run(plan.out)
     if root.record_file.is_file():
-        held = read_sealed(root.record_file).get("config", {})
+        with remedied(START_ANEW):
+            held = read_sealed(root.record_file).get("config", {})
         if "seeds" in held and held.get("layout") != LAYOUT:
             raise ValueError(
                 f"{plan.out} is of an older version of the comparison; choose another --out"
@@ -195,7 +197,9 @@ def open_folder(plan: Plan, console: Console | None) -> None:
     if not root.record_file.is_file():
         # So is what only loading tells, such as weights that are broken.
         load_setup(plan.main, resolve_model(plan.main.model), Console(quiet=True))
-    root.create(settings, {})
+    taken_over = root.create(settings, {})
+    if console and taken_over:
+        say(console, taken_over)
     for lang in plan.langs:
         write_splits(root, lang, splits[lang])
 
@@ -244,7 +248,7 @@ def ablation_arms(config: Config) -> tuple[Variant, ...]:
 
 def read_splits(plan: Plan, lang: str, console: Console | None = None) -> dict[str, list[Problem]]:
     """Return the problems of a language in three parts, {} where they are written already."""
-    if all((plan.out / lang / f"{name}.jsonl").is_file() for name in ("train", "dev", "test")):
+    if all((plan.out / lang / f"{name}.jsonl").is_file() for name in SPLITS):
         return {}
     config = plan.configs["copsd", lang]
     source = Path(config.data) if config.data else hub_training_file(lang)
@@ -261,7 +265,8 @@ def write_splits(root: Run, lang: str, splits: dict[str, list[Problem]]) -> None
     """Write each part of a language as a data file, so that no arm can see another split."""
     folder = root.folder / lang
     folder.mkdir(parents=True, exist_ok=True)
+    if splits:
+        root.disown(folder)
     for name, problems in splits.items():
         write_problems(folder / f"{name}.jsonl", problems)
-    if splits:
-        root.vouch(*(folder / f"{name}.jsonl" for name in splits))
+    root.vouch_anew(*(folder / f"{name}.jsonl" for name in SPLITS))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -45,6 +45,8 @@ class _OneLineErrors(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:
         """Run the program and exit."""
+        sys.stdout = sys.stdout or _nowhere()
+        sys.stderr = sys.stderr or _nowhere()
         if isinstance(sys.stdout, io.TextIOWrapper):
             # A terminal or a pipe may have no letter such as ƙ: it shows "?", and nothing stops.
             sys.stdout.reconfigure(errors="replace")
@@ -66,6 +68,16 @@ class _OneLineErrors(TyperGroup):
             say_error(f"standard output cannot be written: {output.failure.strerror}")
             sys.exit(code or 2)
         sys.exit(code)
+
+
+def _nowhere() -> TextIO:
+    """Return a stream that loses what is printed, for one that a shell has closed (>&-).
+
+    It takes that stream's number, too: a file of ours would else get it, and what libraries print.
+    """
+    stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    os.set_inheritable(stream.fileno(), True)  # processes that are started have it, too
+    return stream
 
 
 class Output(io.TextIOBase):

@@ -417,7 +417,10 @@ class Config:
     )
     save_every: int = machine(5, "Steps between saves.", source="paper", least=1)
     keep: int = machine(
-        3, "Saved states to keep: a stopped run goes on from the newest that is whole.", least=1
+        3,
+        "Saved states to keep, beside the best one's with --eval-every: a stopped run goes on from "
+        "the newest that is whole.",
+        least=1,
     )
 
     eval_problems: int = evaluation(

@@ -17,7 +17,7 @@ whole.
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from parts.files import (
     read_object,
     read_rows,
     read_sealed,
+    remedied,
     require_space,
     write_json,
     write_sealed,
@@ -43,6 +44,9 @@ from parts.stops import stop_signals as stop_signals  # stays importable from he
 LOGS = ("metrics.jsonl", "completions.jsonl")
 LENGTHS = {"steps", "token_budget"}  # settings that say where a run ends
 DIGESTS = "digests.json"
+# What to do about a file that is damaged.
+START_ANEW = "start anew with another --out"
+MAKE_AGAIN = "remove it to have it made again"
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,12 @@ class Run:
                 f"{self.folder} exists and is not a run folder (no {self.record_file.name}); "
                 "choose another --out"
             )
-        stored = read_sealed(self.record_file)
+        with remedied(START_ANEW):
+            stored = read_sealed(self.record_file)
         for name, wanted in ((self.record, config), ("identity", identity or {})):
             held = stored.get(name)
             if not isinstance(held, dict):
-                raise ValueError(f"{self.record_file} is damaged: it has no {name}")
+                raise ValueError(f"{self.record_file} is damaged: it has no {name}; {START_ANEW}")
             differing = [key for key, value in wanted.items() if held.get(key) != value]
             if not differing:
                 continue
@@ -88,17 +93,18 @@ class Run:
                 said += "to train for longer, start anew: "
             raise ValueError(f"{said}choose another --out")
 
-    def create(self, config: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    def create(self, config: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
         """Make the folder, claim it and write its record, unless a run of this config already has.
 
-        ValueError where another process owns it.
+        Returns what is to be said: whom it was taken over from. ValueError: another process has it.
         """
         record = {self.record: config, "identity": identity, **provenance()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        owner.claim(self.folder)
+        taken_over = owner.claim(self.folder)
         self.check(config, identity)  # another process may have made it since it was looked at
         if not self.record_file.is_file():
             write_sealed(self.record_file, record)
+        return taken_over
 
     def claim(self) -> str | None:
         """Make this process the owner of a folder that is a run's already, before it is read.
@@ -114,7 +120,8 @@ class Run:
         """
         if not self.record_file.is_file():
             return None
-        return recorded_identity(self.record_file).get("template_date")
+        with remedied(START_ANEW):
+            return recorded_identity(self.record_file).get("template_date")
 
     def log(self, metrics: Mapping[str, Any], completions: list[dict[str, Any]]) -> None:
         """Add a step's metrics and completions."""
@@ -123,32 +130,44 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics of every step so far."""
-        return read_rows(self.folder / "metrics.jsonl")
+        return self._rows("metrics.jsonl")
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        """Return the rows of a log; [] where it is not there."""
+        with remedied(START_ANEW):
+            return read_rows(self.folder / name)
 
     def cut_back(self, step: int) -> None:
         """Drop what was logged after `step`, and a torn last line: those steps are taken again."""
         for name in LOGS:
             path = self.folder / name
             if path.is_file():
-                write_text(path, json_lines(row for row in read_rows(path) if row["step"] <= step))
+                write_text(path, json_lines(row for row in self._rows(name) if row["step"] <= step))
 
     def adapter_folder(self, step: int) -> Path:
         """Return where the adapter after `step` is saved."""
         return self.folder / "adapters" / f"step_{step:05d}"
 
     def save_state(
-        self, step: int, tensors: Mapping[str, Tensor], keep: int = 3, *, due: bool = True
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        keep: int = 3,
+        *,
+        due: bool = True,
+        spare: Collection[int] = (),
     ) -> None:
         """Write the resumable state after `step`, and leave `keep` of them; vouch for its adapter.
 
-        due  False for a signal's save between two of the run's own; see parts.checkpoints.save
+        due    False for a signal's save between two of the run's own; see parts.checkpoints.save
+        spare  steps whose states stay beside those, such as the best one's
         Raises CannotWrite, before anything is written, where the disk has no room for it.
         """
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         require_space(self.folder, size, "the next save")
         if self.adapter_folder(step).is_dir():
             self.vouch(*sorted(self.adapter_folder(step).iterdir()))
-        checkpoints.save(self.folder, step, tensors, logs=LOGS, keep=keep, due=due)
+        checkpoints.save(self.folder, step, tensors, logs=LOGS, keep=keep, due=due, spare=spare)
 
     def load_state(self) -> tuple[int, int, dict[str, Tensor]]:
         """Return the newest saved step, the tokens sampled up to it, and its tensors.
@@ -171,7 +190,9 @@ class Run:
         row = {each.get("step"): each for each in self.metrics()}.get(step, {})
         if type(row.get("sampled_tokens")) is not int:
             log = self.folder / "metrics.jsonl"
-            raise ValueError(f"{log} is damaged: it has no tokens of the last saved step, {step}")
+            raise ValueError(
+                f"{log} is damaged: it has no tokens of the last saved step, {step}; {START_ANEW}"
+            )
         return row
 
     def check_whole(self) -> list[str]:
@@ -180,9 +201,9 @@ class Run:
         Returns what is to be said: the newest states that are damaged and passed over for another.
         """
         for name in LOGS:
-            path = self.folder / name
-            if not all(type(row.get("step")) is int for row in read_rows(path)):
-                raise ValueError(f"{path} is damaged: a line has no step")
+            if not all(type(row.get("step")) is int for row in self._rows(name)):
+                path = self.folder / name
+                raise ValueError(f"{path} is damaged: a line has no step; {START_ANEW}")
         self.check_digests()
         state, passed_over = checkpoints.newest(self.folder)
         if state is None and passed_over:
@@ -192,38 +213,54 @@ class Run:
         self._row(state.step)
         return [f"{fault}; going on from step {state.step}" for fault in passed_over]
 
+    def _digests(self) -> dict[str, Any]:
+        """Return what is kept of the files that are vouched for, by their names."""
+        path = self.folder / DIGESTS
+        with remedied("remove it to go on; what it vouched for is then not checked"):
+            return read_sealed(path) if path.is_file() else {}
+
+    def _keep_digests(self, held: Mapping[str, Any]) -> None:
+        write_sealed(self.folder / DIGESTS, held)
+
     def vouch(self, *files: Path) -> None:
         """Keep the length and digest of files that will not change."""
-        path = self.folder / DIGESTS
-        held = read_sealed(path) if path.is_file() else {}
-        for file in files:
-            held[file.relative_to(self.folder).as_posix()] = checkpoints.measured(file)
-        write_sealed(path, held)
+        names = {file.relative_to(self.folder).as_posix(): file for file in files}
+        found = {name: checkpoints.measured(file) for name, file in names.items()}
+        self._keep_digests({**self._digests(), **found})
 
-    def disown(self, file: Path) -> None:
-        """Keep no digest of a file any more that is about to be written anew.
+    def vouch_anew(self, *files: Path) -> None:
+        """Vouch for those of the files that are there and that nothing vouches for.
+
+        A kill between a file and its digest leaves such. Of a folder that is owned only.
+        """
+        held = self._digests()
+        names = {file.relative_to(self.folder).as_posix(): file for file in files}
+        if new := [file for name, file in names.items() if file.is_file() and name not in held]:
+            self.vouch(*new)
+
+    def disown(self, path: Path) -> None:
+        """Keep no digest of a file, or of any in a folder, that is about to be written anew.
 
         A kill between its writing and its new digest would else leave it looking damaged.
         """
-        path = self.folder / DIGESTS
-        held = read_sealed(path) if path.is_file() else {}
-        if held.pop(file.relative_to(self.folder).as_posix(), None) is not None:
-            write_sealed(path, held)
+        held = self._digests()
+        others = {n: each for n, each in held.items() if not (self.folder / n).is_relative_to(path)}
+        if len(others) < len(held):
+            self._keep_digests(others)
 
     def add_rows(self, file: Path, rows: Sequence[Mapping[str, Any]], *, after: int) -> None:
         """Append rows that will not change to a file of `after` rows, and keep a digest of each.
 
         Only what is new is digested: a file that grows chunk by chunk is not read for each of them.
         """
-        path = self.folder / DIGESTS
-        held = read_sealed(path) if path.is_file() else {}
+        held = self._digests()
         name = file.relative_to(self.folder).as_posix()
         digests = held.get(name, [])
         if len(digests) != after:  # rows were cut off, or a kill came between rows and their digest
             digests = line_digests(file.read_bytes()) if file.is_file() else []
         append_rows(file, rows)
         held[name] = digests + line_digests(json_lines(rows).encode())
-        write_sealed(path, held)
+        self._keep_digests(held)
 
     def check_digests(self, under: str = "") -> None:
         """Raise ValueError for a file that is not what it was when it was vouched for.
@@ -233,8 +270,7 @@ class Run:
         but not a part of one. Nor are rows that are missing at the end of a file of rows, which are
         made again, too.
         """
-        path = self.folder / DIGESTS
-        for name, held in (read_sealed(path) if path.is_file() else {}).items():
+        for name, held in self._digests().items():
             file = self.folder / name
             if not name.startswith(under):
                 continue

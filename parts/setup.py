@@ -15,7 +15,7 @@ from parts.chat import freeze_date, prompt_opens_think
 from parts.checkpoints import check_state
 from parts.data import keep_fitting, read_problem_sets
 from parts.family import context_length
-from parts.files import require_space
+from parts.files import remedied, require_space
 from parts.fitting import check_memory
 from parts.footprint import Lengths, read_shape
 from parts.grading import is_gradable
@@ -107,11 +107,16 @@ def configure(given: dict[str, Any]) -> tuple[Config, Path]:
 
 
 def load_setup(
-    config: Config, folder: Path, console: Console, day: str | None = None
+    config: Config,
+    folder: Path,
+    console: Console,
+    day: str | None = None,
+    aside: Console | None = None,
 ) -> tuple[Setup, dict[str, str | None]]:
     """Load what the settings name; return it with the identity of weights, prompts and data.
 
-    day  what a chat template that writes today's date is to write; None: today
+    day    what a chat template that writes today's date is to write; None: today
+    aside  where the memory is said; None: with the rest
     Writes nothing. Raises ValueError or OSError for what is missing, broken or does not fit.
     """
     device = ranks.own_device(pick_device(config.device))
@@ -123,7 +128,7 @@ def load_setup(
     train, dev, heldout = fitting_problems(config, tokenizer, context, console)
     lengths = longest_prompts(config, tokenizer, [*train, *dev, *heldout])
     shape = read_shape(folder, config)
-    say(console, check_memory(shape, config, dtype, device, lengths))
+    say(aside or console, check_memory(shape, config, dtype, device, lengths))
     forget_peak(device)  # of an earlier run in this process, such as another arm
     model = load_model(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
@@ -164,14 +169,20 @@ def load_setup(
 
 
 def prepare(
-    config: Config, folder: Path, console: Console, day: str | None = None
+    config: Config,
+    folder: Path,
+    console: Console,
+    day: str | None = None,
+    aside: Console | None = None,
 ) -> tuple[Setup, runs.Run]:
     """Load and check everything, and only then make the run's folder, or find it fitting.
 
-    day  as in load_setup, for a new run; one that goes on keeps its own
+    day    as in load_setup, for a new run; one that goes on keeps its own
+    aside  where the memory is said, and warnings of settings, which the arms of an experiment would
+           repeat; None: with the rest
     """
     for warning in collapse_warnings(config):
-        say(console, warning)
+        say(aside or console, warning)
     run = runs.Run(Path(str(config.out)))
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
     if ranks.is_first():
@@ -179,11 +190,12 @@ def prepare(
         taken_over = run.claim()
         for said in ([taken_over] if taken_over else []) + run.check_whole():
             say(console, said)
-        for when in ("before", "after"):
-            if (stored := run.read_evaluation(when)) is not None:
-                check_columns(stored, run.folder / f"{when}.json")
+        with remedied(runs.MAKE_AGAIN):
+            for when in ("before", "after"):
+                if (stored := run.read_evaluation(when)) is not None:
+                    check_columns(stored, run.folder / f"{when}.json")
         day = run.recorded_day() or day
-    setup, identity = load_setup(config, folder, console, ranks.decide(day))
+    setup, identity = load_setup(config, folder, console, ranks.decide(day), aside)
     if ranks.decide(identity) != identity:
         raise ValueError("this machine has another model, data or prompts than that of rank 0")
     if ranks.is_first():
@@ -193,7 +205,9 @@ def prepare(
         adapter = sum(tensor.numel() for tensor in setup.lora.parameters()) * 4  # bytes
         saved = adapter * (5 if config.teacher in ("ema", "copy") else 4)
         require_space(run.folder, saved, "the first save")
-        run.create(settings, identity)
+        if taken_over := run.create(settings, identity):
+            say(console, taken_over)
+        run.vouch_anew(*(run.folder / f"{when}.json" for when in ("before", "after")))
     return setup, run
 
 

@@ -20,7 +20,7 @@ from parts.sampler import Rollout
 from parts.setup import Setup
 from parts.steplog import completion_rows
 from parts.view import Watcher
-from parts.watch import is_look_due, look
+from parts.watch import best_row, is_look_due, look
 
 MAX_SKIPPED = 3  # updates in a row without a finite gradient before a run gives up
 
@@ -134,7 +134,8 @@ def finish_step(
 ) -> bool:
     """Log a step, show it, and save where it is due; say whether the run ends here before its end.
 
-    A signal ends it, or the view, such as at an alarm.
+    A signal ends it, or the view, such as at an alarm. After the last step there is no end to come
+    before; whether a signal came then, the loop asks itself.
 
     problems, scores  of each rollout: they stand beside it in completions.jsonl
     """
@@ -167,7 +168,16 @@ def save(
         return
     if is_due(setup.config, step, done):
         name, revision = published_name(Path(str(setup.model.name_or_path)))
-        save_adapter(setup.lora, run.adapter_folder(step), base_model=name, revision=revision)
+        folder = run.adapter_folder(step)
+        run.disown(folder)  # a step that is taken again may, on a GPU, end in other bytes
+        save_adapter(setup.lora, folder, base_model=name, revision=revision)
     adapter = {f"lora/{name}": tensor for name, tensor in setup.lora.state_dict().items()}
     state = {**adapter, **optimizer_tensors(optimizer)}
-    run.save_state(step, state, setup.config.keep, due=is_due(setup.config, step, done))
+    best = best_row(run.metrics()) if setup.config.eval_every else None
+    run.save_state(
+        step,
+        state,
+        setup.config.keep,
+        due=is_due(setup.config, step, done),
+        spare={best["step"]} if best else (),
+    )

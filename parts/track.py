@@ -5,11 +5,14 @@ nothing anywhere: TensorBoard always does, wandb is told to be offline (`wandb s
 later), and trackio keeps its runs in a database in the user's cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from parts.checkpoints import newest
+from parts.files import cannot_write
 from parts.runs import Run
 
 
@@ -18,6 +21,7 @@ class Tracker:
 
     log    takes the numbers by name, and the step
     close  is called once, at the end
+    Raises CannotWrite, in one line, where either cannot write.
     """
 
     def __init__(self, log: Callable[[dict[str, float], int], Any], close: Callable[[], Any]):
@@ -28,12 +32,24 @@ class Tracker:
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        self.close()
+        with _cannot_write():
+            self.close()
 
     def show(self, metrics: dict[str, Any]) -> None:
         """Take a step's metrics. What is no number is left out, and the alarms are counted."""
         numbers = {name: x for name, x in metrics.items() if isinstance(x, int | float)}
-        self.log({**numbers, "alarms": len(metrics.get("alarms", []))}, metrics["step"])
+        with _cannot_write():
+            self.log({**numbers, "alarms": len(metrics.get("alarms", []))}, metrics["step"])
+
+
+@contextmanager
+def _cannot_write() -> Iterator[None]:
+    """Turn what keeps a tracker from writing into CannotWrite, as for any other file of a run."""
+    try:
+        yield
+    except OSError as error:
+        place = Path(str(error.filename or "what --track keeps"))
+        raise cannot_write(place, error) from error
 
 
 def _tensorboard(run: Run, settings: dict[str, Any]) -> Tracker:
@@ -83,5 +99,6 @@ def check_tracker(name: str | None) -> None:
 
 
 def open_tracker(name: str, run: Run, settings: dict[str, Any]) -> Tracker:
-    """Return a tracker that was checked, which names the run by its folder."""
-    return TRACKERS[name](run, settings)
+    """Return a tracker that was checked, which names the run by its folder; CannotWrite."""
+    with _cannot_write():
+        return TRACKERS[name](run, settings)

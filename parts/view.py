@@ -89,13 +89,26 @@ class StepView:
         if self.live:
             self.live.stop()
 
-    def show(self, metrics: dict[str, Any]) -> None:
-        """Add one step, whose metrics hold at least "step" and "progress", a share from 0 to 1."""
-        self.rows = [*self.rows, metrics][-SHOWN_STEPS:]
+    def recall(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Take the metrics of the steps that an earlier call showed; nothing of them is told again.
+
+        The courses begin with them, and an alarm that stood at their end is no new one.
+        """
+        for metrics in rows:
+            self._draw_on(metrics)
+            self.alarms = metrics.get("alarms", {})
+
+    def _draw_on(self, metrics: dict[str, Any]) -> None:
+        """Add a step's numbers to the courses."""
         for title, course in self.courses.items():
             number = metrics.get(COLUMNS[title][0])
             if number is not None and math.isfinite(number):
                 course.append(number)
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Add one step, whose metrics hold at least "step" and "progress", a share from 0 to 1."""
+        self.rows = [*self.rows, metrics][-SHOWN_STEPS:]
+        self._draw_on(metrics)
         raised = metrics.get("alarms", {})
         new = {name: said for name, said in raised.items() if name not in self.alarms}
         self.alarms = raised

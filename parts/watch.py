@@ -18,6 +18,7 @@ from rich.console import Console
 
 from parts import ranks
 from parts.chat import completion_text, prompt_opens_think
+from parts.checkpoints import newest
 from parts.files import parse_json, read_edge_rows
 from parts.grading import extract_answer
 from parts.measure import Ruler
@@ -204,7 +205,11 @@ class Watching:
             watchers: list[Watcher] = []
             if self.track and ranks.is_first():
                 watchers.append(stack.enter_context(open_tracker(self.track, run, asdict(config))))
-            watchers.append(stack.enter_context(StepView(console, steps, rollout)))
+            view = stack.enter_context(StepView(console, steps, rollout))
+            if ranks.is_first():
+                saved, _ = newest(run.folder)  # the steps after it are taken again
+                view.recall([row for row in run.metrics() if saved and row["step"] <= saved.step])
+            watchers.append(view)
             yield Watch(run, watchers, self.stop_on_collapse)
 
 

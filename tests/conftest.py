@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def die_at(step: int, view: StepView, monkeypatch: pytest.MonkeyPatch) -> None:
     def _show(metrics: dict[str, Any]) -> None:
         if metrics["step"] == step:
             raise KeyboardInterrupt
+
+    monkeypatch.setattr(view, "show", _show)
+
+
+def stop_at(step: int, view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a scheduler ask the process to end while a step is shown, which is in its middle."""
+
+    def _show(metrics: dict[str, Any]) -> None:
+        if metrics["step"] == step:
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(view, "show", _show)
 

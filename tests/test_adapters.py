@@ -254,6 +254,14 @@ def test_every_accepted_form_of_a_peft_adapter_computes_what_peft_does(
         ("target_modules", {"a": 1, "b": 2}),
         ("target_modules", ".*nothing"),
         ("target_modules", [1]),
+        ("target_modules", 5),
+        ("target_modules", {"q_proj": 1}),
+        ("exclude_modules", True),
+        ("exclude_modules", {"q_proj": 1}),
+        ("exclude_modules", {}),
+        ("init_lora_weights", 1),
+        ("use_dora", 0),
+        ("layers_to_transform", [True]),
     ],
 )
 def test_an_adapter_that_is_more_than_plain_lora_is_refused_by_the_fields_name(

@@ -1,7 +1,14 @@
-"""Bad inputs, sixty and more for each program: one line, exit code 2, and nothing made."""
+"""Bad inputs, sixty and more for each program: one line, exit code 2, and nothing made.
 
+Last the files of a run or an evaluation, each damaged: the line says what to do.
+"""
+
+import functools
 import json
+import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +30,13 @@ APPS = {
     "train": (commands.copsd, ["train"]),
     "eval": (commands.evaluation, []),
     "compare": (commands.comparison, []),
+    "show": (commands.copsd, ["show"]),
+    "plan": (commands.copsd, ["plan"]),
+    "export-data": (commands.copsd, ["export-data"]),
+    "report": (commands.evaluation, ["report"]),
 }
+OUTLESS = {"show", "plan"}  # they have no --out
+DATALESS = {"eval", "plan", "report"}  # they have no --data
 
 
 def typed(*arguments: str) -> Maker:
@@ -113,6 +126,16 @@ def a_file(folder: Path) -> list[str]:
 def below_a_file(folder: Path) -> list[str]:
     (folder / "file").write_text("mine")
     return ["--out", str(folder / "file" / "run")]
+
+
+def a_pipe(flag: str) -> Maker:
+    """Return a maker of what is neither file nor folder. A device would be lost if it was taken."""
+
+    def make(folder: Path) -> list[str]:
+        os.mkfifo(folder / "pipe")
+        return [flag, str(folder / "pipe")]
+
+    return make
 
 
 ROW = {"id": "1", "problem": "One and 1?", "solution": "2", "answer": "2", "language": "hau"}
@@ -266,6 +289,10 @@ EVAL = {
     "an adapter of alpha NaN": adapter_with(lora_alpha=float("nan")),
     "an adapter of layers as text": adapter_with(layers_to_transform="all"),
     "an adapter of no targets": adapter_with(target_modules=[]),
+    "an adapter of targets as a number": adapter_with(target_modules=5),
+    "an adapter of targets as an object": adapter_with(target_modules={"q_proj": 1}),
+    "an adapter that leaves out true": adapter_with(exclude_modules=True),
+    "an adapter with 0 for false": adapter_with(use_dora=0),
     "an adapter's settings broken": adapter_with(text="{"),
     "an adapter's settings a list": adapter_with(text="[]"),
     "an adapter's settings nested deeply": adapter_with(text=DEEP),
@@ -286,9 +313,155 @@ COMPARE = {
     "a method": typed("--method", "grpo"),
     "a seed that is not for it": typed("--seed", "1"),
 }
+
+
+@functools.cache
+def finished_evaluation() -> Path:
+    """Return the folder of an evaluation of two problems, and of nothing that vouches for them."""
+    folder = Path(tempfile.mkdtemp()) / "done"
+    flags = ["--lang", "hau", "--greedy", "--limit", "2", "--max-new-tokens", "8"]
+    result = CliRunner().invoke(commands.evaluation, [*flags, "--out", str(folder)])
+    assert result.exit_code == 0, result.output
+    (folder / "digests.json").unlink()
+    return folder
+
+
+def evaluation_with(name: str, change: Callable[[str], str | None]) -> Maker:
+    """Return a maker of a finished evaluation in which a file's text is changed; None: removed."""
+
+    def make(folder: Path) -> list[str]:
+        shutil.copytree(finished_evaluation(), folder / "done")
+        file = folder / "done" / name
+        text = change(file.read_text(encoding="utf-8"))
+        file.unlink()
+        if text is not None:
+            file.write_text(text, encoding="utf-8")
+        return [str(folder / "done")]
+
+    return make
+
+
+def report_of(*arguments: str) -> Maker:
+    """Return a maker of a finished evaluation to report on, and of further arguments."""
+    make = evaluation_with("summary.json", lambda text: text)
+    return lambda folder: [*make(folder), *arguments]
+
+
+def without_metric(name: str) -> Callable[[str], str]:
+    return lambda text: json.dumps({n: x for n, x in json.loads(text).items() if n != name})
+
+
+def some_of(makers: dict[str, Maker], *names: str) -> dict[str, Maker]:
+    return {name: makers[name] for name in names}
+
+
+# Of the models that are broken, some that each program reads.
+CONFIGS = some_of(
+    MODELS,
+    "a model that is nowhere",
+    "an empty model",
+    "a folder that is no model",
+    "a config that is broken",
+    "a config that is a list",
+    "no config",
+    "a recipe that is broken",
+    "a recipe that is a list",
+    "a recipe's count below 1",
+    "a recipe's NaN",
+    "a flag that is none",
+)
+LANGUAGES = some_of(
+    MODELS,
+    "an unknown language",
+    "an empty language",
+    "a seed of 30 digits",
+    "a tokenizer that is broken",
+    "more tokens than fit",
+    "thinking perhaps",
+)
+SHOW = {
+    **CONFIGS,
+    **LANGUAGES,
+    **some_of(MODELS, "half of the weights", "an unknown device", "an unknown dtype"),
+    **some_of(MODELS, "top-p of 0", "an infinite temperature"),
+    **some_of(DATA, "data that is empty", "data that is broken", "data of another language"),
+    **some_of(EVAL, "an empty adapter", "an adapter that is nowhere", "an adapter of rank 0"),
+    "an empty page": typed("--html", ""),
+    "a blank page": typed("--html", "  "),
+    "a folder as page": lambda folder: ["--html", str(folder)],
+    "a pipe as page": a_pipe("--html"),
+    "a page in a folder that is nowhere": typed("--html", "nowhere/walk.html"),
+    "a method's flag without the method": typed("--credit-mix", "0.5"),
+}
+PLAN = {
+    **CONFIGS,
+    **{f"a card of {size!r}": typed("--gpu", size) for size in ("0", "-5", "nan", "inf", "x", "")},
+    **{f"{n!r} prompt tokens": typed("--prompt-tokens", n) for n in ("0", "-1", "x", "9" * 400)},
+    **{f"{n!r} teacher tokens": typed("--teacher-tokens", n) for n in ("0", "9" * 400)},
+    "an unknown device": typed("--device", "abacus"),
+    "a device without a number": typed("--device", "cuda:"),
+    "an unknown dtype": typed("--dtype", "int3"),
+    "no rows": typed("--micro-batch", "0"),
+    "no rank": typed("--lora-rank", "0"),
+    "groups that do not fit": typed("--method", "grpo", "--batch-size", "12"),
+}
+EXPORT = {
+    **CONFIGS,
+    **LANGUAGES,
+    **some_of(MODELS, "no folder's name", "a blank folder's name"),
+    **some_of(DATA, "data that is empty", "data that is broken", "data of another language"),
+    "an unknown format": typed("--format", "verl"),
+    "an empty format": typed("--format", ""),
+    "an empty file's name": typed("--file", ""),
+    "a blank file's name": typed("--file", "  "),
+    "a folder as file": lambda folder: ["--file", str(folder)],
+    "a pipe as file": a_pipe("--file"),
+    "a file below a file": lambda folder: ["--file", str(folder / "README.md" / "x.jsonl")],
+    "problems below 0": typed("--eval-problems", "-1"),
+}
+REPORT = {
+    "nothing to report on": typed(),
+    "an empty name": typed(""),
+    "a folder that is nowhere": typed("nowhere"),
+    "a folder without an evaluation": typed("."),
+    "a file": typed("README.md"),
+    "one twice": lambda folder: 2 * report_of()(folder),
+    "an empty --out": report_of("--out", ""),
+    "a blank --out": report_of("--out", "  "),
+    "a file as --out": lambda folder: [*report_of()(folder), *a_file(folder)],
+    "a folder below a file": lambda folder: [*report_of()(folder), *below_a_file(folder)],
+    "a device as --out": report_of("--out", "/dev/full"),
+    "a flag that is none": report_of("--pass-at-k", "2"),
+    "no record": evaluation_with("settings.json", lambda text: None),
+    "half of the record": evaluation_with("settings.json", lambda text: text[: len(text) // 2]),
+    "a record that is a list": evaluation_with("settings.json", lambda text: "[]"),
+    "no summary": evaluation_with("summary.json", lambda text: None),
+    "a summary without a metric": evaluation_with("summary.json", without_metric("format rate")),
+    "a summary that is broken": evaluation_with("summary.json", lambda text: "{"),
+    "no problems": evaluation_with("problems.jsonl", lambda text: None),
+    "one problem of two": evaluation_with(
+        "problems.jsonl", lambda text: text.split("\n")[0] + "\n"
+    ),
+    "a problem twice": evaluation_with("problems.jsonl", lambda text: 2 * text),
+    "tokens below 0": evaluation_with(
+        "problems.jsonl", lambda text: re.sub(r'"tokens": \d+', '"tokens": -1', text)
+    ),
+    "tokens as text": evaluation_with(
+        "problems.jsonl", lambda text: re.sub(r'"tokens": (\d+)', r'"tokens": "\1"', text)
+    ),
+}
+PROGRAMS = {
+    "train": TRAIN,
+    "eval": EVAL,
+    "compare": COMPARE,
+    "show": SHOW,
+    "plan": PLAN,
+    "export-data": EXPORT,
+    "report": REPORT,
+}
 TABLE = [
     pytest.param(program, maker, id=f"{program}: {name}")
-    for program, makers in (("train", TRAIN), ("eval", EVAL), ("compare", COMPARE))
+    for program, makers in PROGRAMS.items()
     for name, maker in makers.items()
 ]
 
@@ -302,19 +475,22 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 def test_there_are_sixty_for_each_program():
     assert min(len(TRAIN), len(EVAL), len(COMPARE)) >= 60
+    assert min(len(SHOW), len(PLAN), len(EXPORT), len(REPORT)) >= 20
 
 
 @pytest.mark.parametrize(("program", "maker"), TABLE)
 def test_bad_input_is_one_line_and_makes_nothing(tmp_path, monkeypatch, program, maker):
+    if program == "report":
+        finished_evaluation()  # made where the lab is
     monkeypatch.chdir(tmp_path)
     arguments = maker(tmp_path)
     app, command = APPS[program]
-    if "--data" not in arguments and "--model" in arguments and program != "eval":
+    if "--data" not in arguments and "--model" in arguments and program not in DATALESS:
         # A copy of the lab's model has no problems beside it.
         arguments += ["--data", str(PROBLEMS / "train.jsonl")]
     if program == "eval" and not {"--benchmark", "--lang"} & {*arguments}:
         arguments += ["--benchmark", "lab"]
-    if "--out" not in arguments:
+    if "--out" not in arguments and program not in OUTLESS:
         arguments += ["--out", str(tmp_path / "out")]
     (tmp_path / "README.md").write_text("words")
     before = tree(tmp_path)
@@ -324,3 +500,87 @@ def test_bad_input_is_one_line_and_makes_nothing(tmp_path, monkeypatch, program,
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert "Traceback" not in result.output
     assert tree(tmp_path) == before
+
+
+# Files of ours that are damaged
+
+RUN = ["train", "--steps", "2", "--save-every", "2", "--batch-size", "2", "--max-new-tokens", "8"]
+RUN += ["--eval-problems", "1", "--eval-samples", "1"]
+EVALUATION = ["--lang", "hau", "--greedy", "--limit", "2", "--max-new-tokens", "8"]
+HARMS: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda held: held[: len(held) // 2],
+    "emptied": lambda held: b"",
+    "a brace": lambda held: b"{\n",
+}
+FILES = {
+    "train": ["config.json", "digests.json", "metrics.jsonl", "completions.jsonl"],
+    "eval": ["settings.json", "digests.json"],
+    "report": ["settings.json", "digests.json", "summary.json", "problems.jsonl"],
+}
+FILES["train"] += ["before.json", "after.json", "resume/step_00002.json"]
+FILES["train"] += ["resume/step_00002.safetensors"]
+FILES["train"] += ["adapters/step_00002/adapter_config.json"]
+DAMAGED = [
+    (program, name, harm, is_vouched_for)
+    for program, names in FILES.items()
+    for name in names
+    for harm in HARMS
+    for is_vouched_for in (True, False)
+    if is_vouched_for or (name != "digests.json" and "adapter" not in name)
+]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """A finished run and a finished evaluation."""
+    folder = tmp_path_factory.mktemp("damaged")
+    for app, flags, name in (
+        (commands.copsd, RUN, "train"),
+        (commands.evaluation, EVALUATION, "eval"),
+    ):
+        result = CliRunner().invoke(app, [*flags, "--out", str(folder / name)])
+        assert result.exit_code == 0, result.output
+    shutil.copytree(folder / "eval", folder / "report")
+    return folder
+
+
+def unlocked(files: dict[str, bytes | None]) -> dict[str, bytes | None]:
+    return {name: held for name, held in files.items() if not name.endswith("owner.lock")}
+
+
+@pytest.mark.parametrize(("program", "name", "harm", "is_vouched_for"), DAMAGED)
+def test_a_damaged_file_is_one_line_that_says_what_to_do(
+    done, tmp_path, program, name, harm, is_vouched_for
+):
+    folder = tmp_path / "done"
+    shutil.copytree(done / program, folder)
+    file = folder / name
+    file.write_bytes(HARMS[harm](file.read_bytes()))
+    if not is_vouched_for:
+        (folder / "digests.json").unlink()
+    given = {
+        "train": [*RUN, "--out", str(folder)],
+        "eval": [*EVALUATION, "--out", str(folder)],
+        "report": ["report", str(folder), "--out", str(tmp_path / "report")],
+    }
+    before = tree(tmp_path)
+    result = CliRunner().invoke(APPS[program][0], given[program])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert file.name in result.stderr
+    assert re.search("remove|choose another|start anew", result.stderr), result.stderr
+    assert unlocked(tree(tmp_path)) == unlocked(before)
+
+
+@pytest.mark.parametrize("name", ["problems.jsonl", "before.json", "after.json", "digests.json"])
+def test_what_is_to_be_removed_is_made_again(done, tmp_path, name):
+    program = "eval" if name == "problems.jsonl" else "train"
+    folder = tmp_path / "done"
+    shutil.copytree(done / program, folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).unlink()
+    app, _ = APPS[program]
+    flags = EVALUATION if program == "eval" else RUN
+    result = CliRunner().invoke(app, [*flags, "--out", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert name == "digests.json" or (folder / name).read_bytes() == whole

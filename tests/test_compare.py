@@ -2,6 +2,9 @@
 
 import gc
 import json
+import signal
+import subprocess
+import sys
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from rich.console import Console
 from typer.testing import CliRunner
 
 import compare
 import methods
-from parts import arms, commands, measure, outcome
+from parts import arms, commands, measure, outcome, owner
 from parts import plan as plans
 from parts.adapters import load_adapter
 from parts.arms import Arm
@@ -25,6 +29,7 @@ from parts.metrics import ratios
 from parts.model import load_model, load_tokenizer
 from parts.recipe import METHODS, Config
 from parts.sampler import SamplingParams
+from parts.view import ArmsProgress
 
 SMALL = [
     *("--lang", "ha", "--seeds", "2", "--sweep", "0.5,1", "--token-budget", "900"),
@@ -226,6 +231,19 @@ def test_a_finished_arm_that_is_damaged_is_named_and_not_taken_as_it_is(finished
     assert f"{file} is damaged" in result.stderr and f"remove {file.parent} " in result.stderr
 
 
+@pytest.mark.parametrize("spoilt", [b"", b"{", b"{}"])
+def test_an_arms_results_that_are_damaged_say_what_to_do(finished, spoilt):
+    file = finished[0] / "hau" / "copsd-0" / "results.json"
+    whole = file.read_bytes()
+    file.write_bytes(spoilt)
+    try:
+        result = run_cli(*SMALL, "--out", str(finished[0]))
+    finally:
+        file.write_bytes(whole)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert str(file) in result.stderr and "remove it to have the arm run again" in result.stderr
+
+
 @pytest.mark.parametrize("layout", [None, 1])
 def test_a_folder_of_an_older_comparison_is_refused_with_one_line(tmp_path, layout):
     config = {"langs": ["hau"], "seeds": [0, 1]} | ({} if layout is None else {"layout": layout})
@@ -258,9 +276,9 @@ def test_an_arms_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypat
     alive: list[int] = []
     prepare = compare.prepare
 
-    def watched(*given):
+    def watched(*given, **named):
         alive.append(sum(model() is not None for model in models))
-        setup, run = prepare(*given)
+        setup, run = prepare(*given, **named)
         models.append(weakref.ref(setup.model))
         return setup, run
 
@@ -272,6 +290,54 @@ def test_an_arms_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypat
     finally:
         gc.enable()
     assert result.exit_code == 130 and alive == [0, 0]
+
+
+def test_an_arm_stopped_in_its_last_step_is_measured_by_the_next_call(tmp_path, monkeypatch):
+    flags = ["--seeds", "1", "--sweep", "1", "--token-budget", "32", "--max-new-tokens", "8"]
+    flags += ["--batch-size", "2", "--group-size", "2", "--eval-problems", "1"]
+    flags += ["--eval-samples", "2", "--dev-problems", "1", "--out", str(tmp_path / "out")]
+
+    def _stop(progress: ArmsProgress, metrics: dict[str, Any]) -> None:
+        if metrics["progress"] >= 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArmsProgress, "show", _stop)
+        stopped = run_cli(*flags)
+    assert stopped.exit_code == 130 and "same command goes on" in stopped.stdout
+    (arm,) = (log.parent for log in tmp_path.glob("out/hau/**/metrics.jsonl"))
+    assert not (arm / "results.json").exists()
+    trained = (arm / "metrics.jsonl").read_bytes()
+    result = run_cli(*flags)
+    assert result.exit_code == 0, result.output
+    assert (arm / "results.json").is_file() and (arm / "metrics.jsonl").read_bytes() == trained
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_what_is_wrong_with_the_folder_of_an_arm_is_said(tmp_path, monkeypatch, jobs):
+    flags = ["--steps", "6", "--token-budget", "64", "--seeds", "1", "--sweep", "1"]
+    flags += ["--batch-size", "2", "--group-size", "2", "--max-new-tokens", "8"]
+    flags += ["--eval-problems", "1", "--eval-samples", "2", "--dev-problems", "1"]
+    flags += ["--out", str(tmp_path / "out")]
+
+    def _stop(progress: ArmsProgress, metrics: dict[str, Any]) -> None:
+        if metrics["step"] == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArmsProgress, "show", _stop)
+        assert run_cli(*flags).exit_code == 130
+    owner.release()
+    (state,) = tmp_path.glob("out/hau/**/resume/step_00002.safetensors")
+    state.write_bytes(state.read_bytes()[:-1])
+    (state.parent.parent / owner.LOCK).write_text('{"pid": 41, "host": "h", "since": "then"}')
+    command = [sys.executable, "compare.py", *flags, "--jobs", jobs]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"{state} is damaged") == 1
+    assert "going on from step 1" in result.stdout
+    assert result.stdout.count(f"{state.parent.parent}: taken over from process 41") == 1
+    assert "memory: " not in result.stdout  # each of many arms would repeat it
 
 
 def test_an_arm_whose_gradient_is_lost_ends_the_comparison_with_its_name(tmp_path, monkeypatch):

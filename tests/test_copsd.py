@@ -4,22 +4,25 @@ test_flags.py holds what each flag changes, and test_refusals.py what `train` re
 """
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import die_at
+from conftest import die_at, stop_at
 from rich.console import Console
 from typer.testing import CliRunner
 
 import copsd
 from copsd import completion_hidden, copsd_loss, roll_out
 from kernels import chunked_logprob, divergence, reduce_loss
-from parts import commands, steplog
+from parts import commands, steplog, steps
 from parts.lora import teacher_view
 from parts.microbatch import Limit, micro_batches
 from parts.model import head_weight
 from parts.prompts import pose_in_english
+from parts.runs import Run
 from parts.setup import configure, prepare
 from parts.view import StepView
 
@@ -323,17 +326,69 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch, t
     assert timeless(jsonl(straight / "metrics.jsonl")) == timeless(jsonl(resumed / "metrics.jsonl"))
 
 
-def test_a_signal_finishes_the_step_saves_and_stops(tmp_path, monkeypatch):
-    import signal
-
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_signal_finishes_the_step_saves_and_stops(tmp_path, monkeypatch, step):
     setup, run = make_setup(tmp_path, steps=5)
     view = StepView(QUIET, 5)
-    monkeypatch.setattr(
-        view, "show", lambda metrics: metrics["step"] == 2 and signal.raise_signal(signal.SIGTERM)
-    )
+    stop_at(step, view, monkeypatch)
     assert copsd.train_copsd(setup, run, view) is False
-    assert run.load_state()[0] == 2 and len(jsonl(run.folder / "metrics.jsonl")) == 2
+    assert run.load_state()[0] == step and len(jsonl(run.folder / "metrics.jsonl")) == step
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("when", ["in the last step", "while its state is saved"])
+def test_a_run_stopped_in_its_last_step_has_only_its_evaluation_left(tmp_path, monkeypatch, when):
+    flags = ["--steps", "2", "--batch-size", "4", "--eval-problems", "2", "--eval-samples", "2"]
+    straight = run_cli("train", *flags, "--out", str(tmp_path / "straight"))
+    assert straight.exit_code == 0, straight.output
+    flags += ["--out", str(tmp_path / "stopped")]
+    place, name = (StepView, "show") if when == "in the last step" else (Run, "save_state")
+    plain = getattr(place, name)
+
+    def _stop(self: Any, told: Any, *rest: Any, **options: Any) -> None:
+        plain(self, told, *rest, **options)
+        step = told if isinstance(told, int) else told["step"]
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, _stop)
+        stopped = run_cli("train", *flags)
+    assert stopped.exit_code == 130 and "stopped and saved" in stopped.stdout
+    folder = tmp_path / "stopped"
+    assert not (folder / "after.json").exists()
+    state = (folder / "resume" / "step_00002.safetensors").read_bytes()
+    resumed = run_cli("train", *flags)
+    assert resumed.exit_code == 0 and "step 2/2" not in resumed.stdout, resumed.output
+    assert (folder / "resume" / "step_00002.safetensors").read_bytes() == state
+    for name in ("after.json", "completions.jsonl"):
+        assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_kill_while_an_adapter_is_written_anew_leaves_nothing_damaged(tmp_path, monkeypatch):
+    setup, run = make_setup(tmp_path, steps=1)
+    assert copsd.train_copsd(setup, run, StepView(QUIET, 1))
+
+    def _die(lora: Any, folder: Path, **options: Any) -> None:
+        (folder / "adapter_model.safetensors").write_bytes(b"other bytes, as a GPU may make them")
+        raise SystemExit("killed")
+
+    monkeypatch.setattr(steps, "save_adapter", _die)
+    with pytest.raises(SystemExit):
+        steps.save(run, setup, torch.optim.AdamW(setup.lora.parameters()), 1, 1.0)
+    run.check_digests()
+
+
+def test_an_evaluation_before_training_that_nothing_vouches_for_is_vouched_for(tmp_path):
+    flags = ["--steps", "1", "--batch-size", "2", "--eval-problems", "1", "--eval-samples", "1"]
+    flags += ["--max-new-tokens", "8", "--out", str(tmp_path / "run")]
+    assert run_cli("train", *flags).exit_code == 0
+    (tmp_path / "run" / "digests.json").unlink()
+    assert run_cli("train", *flags).exit_code == 0
+    before = tmp_path / "run" / "before.json"
+    before.write_text(before.read_text().replace("0", "1"))
+    result = run_cli("train", *flags)
+    assert result.exit_code == 2 and "before.json is damaged" in result.stderr
 
 
 def test_gradients_that_are_not_finite_are_dropped_and_end_the_run_when_they_repeat(

@@ -295,6 +295,14 @@ def test_every_tag_of_a_language_is_it_and_what_is_left_out_is_counted_aloud(tmp
     assert stream.getvalue().count("\n") == 1
 
 
+def test_the_name_of_a_data_file_cannot_drive_the_terminal(tmp_path):
+    stream = io.StringIO()
+    rows = [{"question": "a"}, {"question": "b", "language": "swa"}]
+    path = jsonl(tmp_path, *rows).rename(tmp_path / "x\x1b[31m.jsonl")
+    data.load_aloud(path, "hau", Console(file=stream))
+    assert "\x1b" not in stream.getvalue() and r"x\x1b[31m.jsonl: left out 1" in stream.getvalue()
+
+
 def test_a_file_that_is_missing_or_not_utf8_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data file .*nothing.parquet"):
         load_problems(tmp_path / "nothing.parquet", language="ha")

@@ -32,6 +32,8 @@ PARTS = (
     "experiments",
     "readings",
     "rows",
+    "metrics",
+    "view",
     "data",
     "family",
     "lora",
@@ -50,8 +52,6 @@ PARTS = (
     "numerals",
     "grading",
     "mathcheck",
-    "metrics",
-    "view",
     "measure",
     "benchmarks",
     "identity",
@@ -289,7 +289,10 @@ def test_the_pictures_of_the_documents_are_there():
 def test_each_script_of_the_bench_is_in_its_list():
     listed = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
     scripts = {path.name for path in (ROOT / "bench").glob("*.py")}
-    assert scripts - {name for name in scripts if f" {name}" in listed} == {"process.py", "records.py"}
+    assert scripts - {name for name in scripts if f" {name}" in listed} == {
+        "process.py",
+        "records.py",
+    }
 
 
 def test_the_lab_recipe_gives_a_reason_for_each_difference():

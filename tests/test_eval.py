@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -301,6 +302,55 @@ def test_an_out_holds_the_languages_of_one_evaluation_only(tmp_path):
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["hau", "swa"]
     result = run_cli("--pass-at-k", "1", "--greedy", "--lang", "yor,eng", *given)
     assert result.exit_code == 0, result.output
+
+
+def test_several_languages_do_not_go_into_the_folder_of_one(tmp_path):
+    given = ["--greedy", "--limit", "2", "--out", str(tmp_path / "out")]
+    assert run_cli("--lang", "hau", *given).exit_code == 0
+    before = sorted((tmp_path / "out").rglob("*"))
+    result = run_cli("--lang", "hau,swa", *given)
+    said = f"error: {tmp_path / 'out'} holds an evaluation of one language; choose another --out\n"
+    assert (result.exit_code, result.stderr) == (2, said)
+    assert sorted((tmp_path / "out").rglob("*")) == before
+    report = ["report", str(tmp_path / "out"), "--out", str(tmp_path / "report")]
+    assert run_cli(*report).exit_code == 0
+
+
+def test_what_another_process_finished_before_the_folder_was_claimed_is_not_done_again(
+    tmp_path, monkeypatch
+):
+    flags = [*SMALL, "--out", str(tmp_path / "out")]
+    plain = evaluator.refuse_mixture
+    written = []
+
+    def _be_late(*arguments: Any) -> None:
+        plain(*arguments)
+        monkeypatch.setattr(evaluator, "refuse_mixture", plain)
+        assert run_cli(*flags).exit_code == 0
+        written.append((tmp_path / "out" / "problems.jsonl").read_bytes())
+
+    monkeypatch.setattr(evaluator, "refuse_mixture", _be_late)
+    result = run_cli(*flags)
+    assert result.exit_code == 0, result.output
+    assert written == [(tmp_path / "out" / "problems.jsonl").read_bytes()]
+
+
+def test_a_kill_while_a_summary_is_written_anew_leaves_nothing_damaged(tmp_path, monkeypatch):
+    flags = ["--greedy", "--limit", "2", "--out", str(tmp_path)]
+    assert run_cli(*flags).exit_code == 0
+    whole = (tmp_path / "summary.json").read_bytes()
+
+    def _die(*files: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator, "summarise", lambda graded, ks: {})  # as of another version
+        patch.setattr(evaluator.runs.Run, "vouch", _die)
+        assert run_cli(*flags).exit_code == 130
+    assert (tmp_path / "summary.json").read_bytes() != whole
+    result = run_cli(*flags)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "summary.json").read_bytes() == whole
 
 
 def test_fewer_samples_than_the_default_k_are_as_many_ks():

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 from conftest import ROOT
+from typer.testing import CliRunner
 
-from parts import owner
+from parts import commands, owner
 from parts.owner import LOCK, claim, release
 
 HOLDER = """
@@ -136,3 +137,45 @@ def test_a_forked_child_does_not_give_up_its_parents_folders(tmp_path):
         [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     assert "in use by process" in other.stderr
+
+
+SMALL = ["--max-new-tokens", "8", "--out"]
+TRAINED = ["--steps", "1", "--batch-size", "2", "--eval-problems", "1", "--eval-samples", "1"]
+COMPARED = [*TRAINED, "--group-size", "2", "--seeds", "1", "--sweep", "1", "--dev-problems", "1"]
+
+
+@pytest.mark.parametrize(
+    ("app", "flags", "record"),
+    [
+        (commands.copsd, ["train", *TRAINED, *SMALL], ""),
+        (commands.copsd, ["train", *TRAINED, *SMALL], "config.json"),
+        (commands.evaluation, ["--limit", "1", "--greedy", *SMALL], ""),
+        (commands.evaluation, ["--limit", "1", "--greedy", *SMALL], "settings.json"),
+        (commands.comparison, [*COMPARED, *SMALL], ""),
+    ],
+)
+def test_each_program_says_whom_it_takes_a_folder_over_from(tmp_path, app, flags, record):
+    out = tmp_path / "out"
+    out.mkdir()
+    if record:
+        assert CliRunner().invoke(app, [*flags, str(out)]).exit_code == 0
+        release()
+    (out / LOCK).write_text('{"pid": 41, "host": "h", "since": "then"}')
+    result = CliRunner().invoke(app, [*flags, str(out)])
+    assert result.exit_code == 0, result.output
+    said = f"{out}: taken over from process 41 on h, since then, which has ended\n"
+    assert result.stdout.count(said) == 1
+
+
+def test_a_report_says_whom_it_takes_its_folder_over_from(tmp_path):
+    done = CliRunner().invoke(
+        commands.evaluation, ["--limit", "1", "--greedy", *SMALL, str(tmp_path / "done")]
+    )
+    assert done.exit_code == 0, done.output
+    out = tmp_path / "report"
+    out.mkdir()
+    (out / LOCK).write_text('{"pid": 41, "host": "h", "since": "then"}')
+    arguments = ["report", str(tmp_path / "done"), "--out", str(out)]
+    result = CliRunner().invoke(commands.evaluation, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"{out}: taken over from process 41 on h" in result.stdout

@@ -74,3 +74,15 @@ def test_the_splits_that_are_written_are_kept_as_they_are(tmp_path):
     source = {p.id: p for p in load_problems(Path("lab/problems/hau/train.jsonl"), language="hau")}
     dev = load_problems(plan.out / "hau" / "dev.jsonl", language="hau")
     assert dev == [source[problem.id] for problem in dev]
+
+
+def test_splits_that_nothing_vouches_for_are_vouched_for_by_the_next_call(tmp_path):
+    plan = small_plan(tmp_path)
+    vouched = (plan.out / "digests.json").read_bytes()
+    (plan.out / "digests.json").unlink()  # as after a kill between the last split and its digest
+    small_plan(tmp_path)
+    assert (plan.out / "digests.json").read_bytes() == vouched
+    test = plan.out / "hau" / "test.jsonl"
+    test.write_text(test.read_text(encoding="utf-8").replace("0", "1"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"test\.jsonl is damaged: .*; remove it to go on"):
+        small_plan(tmp_path)

@@ -284,3 +284,26 @@ def test_a_kill_while_an_evaluation_is_written_anew_leaves_nothing_damaged(tmp_p
     (run.folder / "best.json").write_text("{}")
     with pytest.raises(ValueError, match=r"best\.json is damaged"):
         run.check_digests()
+
+
+def test_what_a_kill_left_without_a_digest_is_vouched_for_by_the_next_call(tmp_path):
+    run = Run(tmp_path / "run")
+    run.create({"lr": 1}, {})
+    files = [run.folder / f"{when}.json" for when in ("before", "after")]
+    write_json(files[0], {"hau": {}})
+    run.vouch_anew(*files)
+    assert list(read_sealed(run.folder / "digests.json")) == ["before.json"]
+    files[0].write_text("{}")
+    run.vouch_anew(*files)  # what is vouched for already is not believed anew
+    with pytest.raises(ValueError, match=r"before\.json is damaged"):
+        run.check_digests()
+
+
+def test_a_folder_that_is_written_anew_is_disowned_whole(tmp_path):
+    run = Run(tmp_path)
+    names = ("adapters/step_1/a", "adapters/step_1/b", "adapters/step_10/a", "best.json")
+    for name in names:
+        write_json(make_parent(tmp_path / name), name)
+    run.vouch(*(tmp_path / name for name in names))
+    run.disown(tmp_path / "adapters" / "step_1")
+    assert list(read_sealed(tmp_path / "digests.json")) == list(names[2:])

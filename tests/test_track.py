@@ -1,5 +1,7 @@
 """parts/track.py: a tracker is told the log's numbers, and changes nothing that is learned."""
 
+import errno
+import os
 import sys
 import types
 from importlib.util import find_spec
@@ -103,6 +105,26 @@ def test_what_is_no_number_is_left_out_and_alarms_are_counted():
     row = {"step": 3, "loss": 0.5, "kl": None, "alarms": {"KL": "1", "entropy": "2"}, "text": "no"}
     tracker.show(row)
     assert told == [({"step": 3, "loss": 0.5, "alarms": 2}, 3)]
+
+
+@pytest.mark.parametrize("when", ["init", "log", "finish"])
+def test_a_tracker_that_cannot_write_is_one_line_and_the_run_goes_on_without_it(
+    tmp_path, stand_ins, monkeypatch, when
+):
+    def _full(*given, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys.modules["trackio"], when, _full)
+    flags = ["--save-every", "1", "--out", str(tmp_path / "run")]
+    result = run_cli(*flags, "--track", "trackio")
+    said = "error: cannot write what --track keeps: No space left on device; free some space there"
+    assert result.exit_code == 2 and result.stderr.startswith(said), result.output
+    assert result.stderr.count("\n") == 1
+    assert run_cli(*flags).exit_code == 0
+    assert run_cli("--save-every", "1", "--out", str(tmp_path / "plain")).exit_code == 0
+    for file in ("completions.jsonl", "adapters/step_00002/adapter_model.safetensors"):
+        first, second = (tmp_path / run / file for run in ("plain", "run"))
+        assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,26 @@ def test_an_alarm_is_said_once_while_it_stands_and_again_when_it_returns():
     assert said == ["alarm: KL 1", "alarm: entropy 3", "alarm: KL 4"]
 
 
+def test_a_run_that_goes_on_is_shown_as_if_it_had_not_been_stopped():
+    rows = [
+        {"step": step, "progress": step / 8, "loss/kl_nats_per_token": float(step), "alarms": {}}
+        for step in range(1, 7)
+    ]
+    rows[3]["alarms"] = rows[4]["alarms"] = {"KL": "4"}
+    straight = StepView(Console(quiet=True), steps=8)
+    for row in rows:
+        straight.show(row)
+    stream = io.StringIO()
+    resumed = StepView(Console(file=stream), steps=8)
+    resumed.recall(rows[:4])
+    assert stream.getvalue() == ""
+    for row in rows[4:]:
+        resumed.show(row)
+    assert resumed.courses == straight.courses and resumed.alarms == straight.alarms
+    assert resumed.courses["KL"] == [1, 2, 3, 4, 5, 6]
+    assert "alarm" not in stream.getvalue()  # it was told before
+
+
 def test_a_sparkline_is_the_means_of_its_parts_from_the_lowest_to_the_highest():
     assert sparkline([3.0], 10) == "▁" and sparkline([2.0, 2.0, 2.0], 10) == "▁▁▁"
     assert sparkline([1.0, 3.0, 5.0, 7.0, 9.0, 11.0], 3) == "▁▄█"

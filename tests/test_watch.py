@@ -1,17 +1,18 @@
 """parts/watch.py: a watched run learns what an unwatched one does, and says when it goes wrong."""
 
 import io
+import itertools
 import json
 from pathlib import Path
 
 import pytest
-from conftest import die_at
+from conftest import die_at, stop_at
 from rich.console import Console
 from typer.testing import CliRunner
 
 import copsd
 from methods import LOOPS
-from parts import commands, watch
+from parts import checkpoints, commands, watch
 from parts.data import load_problems, write_problems
 from parts.files import read_json, read_rows
 from parts.sampler import Rollout
@@ -254,11 +255,54 @@ def test_a_run_stops_on_collapse_and_goes_on_without_the_flag(tmp_path, monkeypa
     shares = iter([0.9, 0.9])
     result = run_cli(*flags)
     assert result.exit_code == 0, result.output
+    assert "alarm: " not in result.stdout  # it stands, and was told
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     straight = tmp_path / "straight"
     shares = iter([0.0] * 5)
     assert run_cli(*flags[:-1], str(straight)).exit_code == 0
     assert adapter(tmp_path / "run", 5) == adapter(straight, 5)
+
+
+def test_a_run_that_is_no_longer_finite_still_names_its_best_adapter(tmp_path, monkeypatch):
+    plain = copsd.take_step
+    updates = itertools.count(1)
+
+    def _overflow(*given, **options):
+        if next(updates) == 3:
+            raise FloatingPointError("after this update a weight is not finite")
+        return plain(*given, **options)
+
+    monkeypatch.setattr(copsd, "take_step", _overflow)
+    out = tmp_path / "run"
+    result = run_cli("--steps", "4", "--eval-every", "1", "--dev-problems", "2", "--out", str(out))
+    assert result.exit_code == 1, result.output
+    said = f"error: after this update a weight is not finite; {out} keeps the last save\n"
+    assert result.stderr == said and "error" not in result.stdout
+    best = read_json(out / "best.json")
+    assert f"best adapter: {out / best['adapter']}, after step {best['step']}" in result.stdout
+
+
+def test_the_best_steps_state_is_kept_beside_the_last_ones(tmp_path, monkeypatch):
+    dev = [0.2, 0.9, 0.1, 0.3, 0.9, 0.2]  # of equals, the first is the best
+    monkeypatch.setattr(watch, "dev_metrics", lambda setup: {watch.DEV_METRIC: next(scores)})
+    flags = {"steps": 6, "keep": 1, "eval_every": 1, "dev_problems": 2, "batch_size": 4}
+    scores = iter(dev)
+    straight = train(tmp_path / "straight", **flags)
+    files = sorted(path.name for path in (straight / "resume").iterdir())
+    assert [name for name in files if name.endswith(".json")] == [
+        "step_00002.json",
+        "step_00006.json",
+    ]
+    scores = iter(dev)
+    setup, run = make_setup(tmp_path / "stopped", **flags)
+    view = StepView(QUIET, 6)
+    stop_at(4, view, monkeypatch)
+    assert copsd.train_copsd(setup, run, view) is False
+    assert checkpoints.saved_steps(run.folder) == [4, 2]
+    stopped = train(tmp_path / "stopped", **flags)
+    assert sorted(path.name for path in (stopped / "resume").iterdir()) == files
+    for name in ("step_00002.safetensors", "step_00006.safetensors"):
+        assert (stopped / "resume" / name).read_bytes() == (straight / "resume" / name).read_bytes()
 
 
 def test_the_last_completion_is_the_last_line(tmp_path):
