@@ -155,7 +155,12 @@ def load_setup(
         copy=config.teacher == "copy",
     )
     if config.warm_start:
-        identity["warm_start"] = _warm_start(lora, config, str(identity["base_weights"]))
+        path = Path(config.warm_start)
+        base = str(identity["base_weights"])
+        is_known = refuse_foreign_adapter(path, base, config.model, folder)
+        identity["warm_start"] = _warm_start(lora, path)
+        if not is_known:
+            say(console, f"--warm-start {path}: nothing says on which base weights it was trained")
     scale = LossScale.of(dtype)
     return Setup(
         config, model, tokenizer, lora, train, heldout, dev=dev, loss_scale=scale
@@ -203,13 +208,11 @@ def student_prompt(
     return build_prompt(problem, problem.language, tokenizer, thinking=config.thinking)
 
 
-def _warm_start(lora: Lora, config: Config, base_weights: str) -> str:
+def _warm_start(lora: Lora, path: Path) -> str:
     """Put a former run's last adapter into the new one; return what identifies it.
 
-    Raises ValueError for one of another base, or with other layers, rank or scale.
+    Raises ValueError for one with other layers, rank or scale.
     """
-    path = Path(str(config.warm_start))
-    refuse_foreign_adapter(path, base_weights, config.model)
     folder = runs.last_adapter_folder(path)
     saved = read_settings(folder)
     if saved["lora_alpha"] / saved["r"] != lora.alpha / lora.rank:
