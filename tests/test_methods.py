@@ -359,6 +359,21 @@ def test_ssopds_term_is_the_weighted_mean_over_groups_of_the_means_over_tokens(
     torch.testing.assert_close(found, expected, atol=1e-5 * scale, rtol=0)
 
 
+def test_the_clip_of_ssopds_term_is_logged_as_copsds_is(tmp_path, monkeypatch):
+    every_second_is_right(monkeypatch)
+    given = {"method": "ssopd", **GROUPS, "steps": 3}
+    clipped = train(tmp_path / "clipped", **given, clip_mode="entry", cosine_every=2)
+    rows = jsonl(clipped / "metrics.jsonl")
+    cosines = [row["loss/clip_gradient_cosine"] for row in rows]
+    assert cosines[1] is None and all(-1 <= cosines[step] < 0.99 for step in (0, 2))
+    assert all(0 < row["loss/clipped_token_frac"] <= 1 for row in rows)
+    plain = jsonl(train(tmp_path / "plain", **given) / "metrics.jsonl")
+    assert [row["loss/clip_gradient_cosine"] for row in plain] == [None] * 3
+    never = train(tmp_path / "never", **given, clip_mode="entry", cosine_every=0)
+    name = "adapters/step_00003/adapter_model.safetensors"
+    assert (never / name).read_bytes() == (clipped / name).read_bytes()
+
+
 # Out of memory, and prompts that are kept
 
 
