@@ -21,6 +21,8 @@ from parts import commands
 from parts.experiments import EVIDENCE
 from parts.lora import teacher_view
 from parts.microbatch import Limit
+from parts.prompts import encode_prompt, find_language, render_prompt
+from parts.readings import render_witness
 from parts.recipe import METHODS
 from parts.sampler import Rollout
 from parts.settings import collapse_warnings
@@ -150,6 +152,39 @@ def test_every_reading_ends_as_the_students_prompt_so_that_the_same_tokens_are_s
     rollouts = roll_out(setup, [problem], seed=0)
     loss_N, _ = copsd_loss(setup, [teacher], rollouts)
     assert len(loss_N) == len(rollouts[0].completion_ids) and loss_N.abs().max() > 0
+
+
+def test_ssopds_reading_ends_as_the_students_prompt_with_the_opening(tmp_path):
+    setup, _ = make_setup(tmp_path, method="ssopd", **GROUPS)
+    problem = setup.train[0]
+    student = setup.student_prompt(problem)
+    text = render_witness(setup.config, problem, setup.tokenizer, "First 14, then 27.")
+    teacher = encode_prompt(text, setup.tokenizer)
+    start = setup.tokenizer.encode("<|im_start|>", add_special_tokens=False)[0]
+    assistant = student[len(student) - 1 - student[::-1].index(start) :]
+    assert teacher[-len(assistant) :] == assistant and teacher != student
+    assert text.endswith(f"{find_language('hau').opening}\n")
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_ssopds_term_is_nothing_where_its_teacher_reads_what_the_student_reads(
+    tmp_path, monkeypatch, kind
+):
+    every_second_is_right(monkeypatch)
+    given = {"divergence": kind, "clip_mode": "none", "teacher": "current", **GROUPS}
+    setup, _ = make_setup(tmp_path, method="ssopd", **given)
+    groups = roll_out_groups(setup, setup.train[:3], seed=0)
+    monkeypatch.setattr(
+        methods, "render_witness", lambda config, problem, *_: render_student(setup, problem)
+    )
+    tally = Tally()
+    methods.add_ssopd_term(setup, groups, len(groups), tally, Limit(2))
+    assert tally.updated > 0, "a group is mixed"
+    assert tally.loss == 0 and gradient(setup).abs().max() == 0
+
+
+def render_student(setup, problem) -> str:
+    return render_prompt(problem, "hau", setup.tokenizer, thinking=setup.config.thinking)
 
 
 # OPSDC
