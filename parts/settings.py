@@ -155,14 +155,21 @@ def refuse_idle(given: dict[str, Any], config: Config) -> None:
 
     given  what was typed, of which `config` was made
     """
+    for why in idle_settings(given, config).values():
+        raise ValueError(why)
+
+
+def idle_settings(given: dict[str, Any], config: Config) -> dict[str, str]:
+    """Return, of the typed settings, those that do nothing in this run, each with the reason."""
+    idle: dict[str, str] = {}
     for f in fields(config):
         for name, values in f.metadata["needs"].items():
             value = getattr(config, name)
             if f.name in given and value not in values:
                 other = "--" + name.replace("_", "-")
-                raise ValueError(
-                    f"{_flag(f)} is for {other} {', '.join(values)}; here {other} is {value}"
-                )
+                valid = f"{other} {', '.join(map(str, values))}"
+                idle.setdefault(f.name, f"{_flag(f)} is for {valid}; here {other} is {value}")
+    return idle
 
 
 def collapse_warnings(config: Config) -> list[str]:
