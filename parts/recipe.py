@@ -36,6 +36,8 @@ DISTILLED = tuple(method for method, parent in PARENTS.items() if parent == "cop
 LABELS = ("reference", "garbage")  # completions that nobody samples, learned as hard labels
 SCORED = ("student", "teacher")  # completions on which the student learns a teacher's distribution
 COMPLETIONS = (*SCORED, *LABELS)
+# Who chose the values that a method has of its own.
+CHOSEN_BY = {"grpo": "OPSD", "opsdc": "OPSDC", "ophsd": "OPHSD", "egrsd": "EGRSD", "ssopd": "SSOPD"}
 Needs = dict[str, tuple[Any, ...]]  # of a setting: by another's name, the values it goes with
 NOTELESS = ("solution", "brief")  # what a teacher reads that is the same at every step
 
@@ -64,7 +66,7 @@ def setting(
     needs      other settings, and for each the values with which this one has an effect. The KL in
                the tables before and after training is an effect, too, but for a setting that reads
                as if the method's teacher were shown something that it never is
-    by_method  its default where a method's recipe has another, such as grpo=1.2
+    by_method  its default where a method's recipe has another, such as grpo=1.2, of CHOSEN_BY
     """
     metadata = {"doc": doc, "section": section, "source": source, "by_method": by_method}
     limits = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
