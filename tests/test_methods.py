@@ -246,12 +246,29 @@ def test_what_collapsed_elsewhere_is_warned_of(tmp_path):
     assert any("unclipped forward KL" in said for said in collapse_warnings(config))
     for other in ({"divergence": "reverse_kl"}, {"clip_mode": "entry"}, {"teacher": "fixed"}):
         assert collapse_warnings(replace(config, **other)) == []
+    # The loss over the sampled token estimates the reverse KL.
+    assert collapse_warnings(replace(config, loss_over="sampled")) == []
+    ssopd, _ = configure({"method": "ssopd", "teacher": "copy"})
+    assert any("unclipped forward KL" in said for said in collapse_warnings(ssopd))
+    assert collapse_warnings(replace(ssopd, clip_mode="entry")) == []
     every = replace(config, divergence="reverse_kl", teacher_every=1)
     assert any("--teacher-every 1 collapsed" in said for said in collapse_warnings(every))
     result = run_cli(
         "--method", "opsdc", "--divergence", "forward_kl", "--out", str(tmp_path / "r")
     )
     assert "warning: an unclipped forward KL" in result.stdout
+
+
+@pytest.mark.parametrize("method", ["opsdc", "egrsd", "ssopd"])
+def test_a_copied_teacher_that_is_never_renewed_is_warned_of(method):
+    given = {"method": method, "teacher": "copy", "divergence": "reverse_kl", "steps": 49}
+    config, _ = configure({**given, "teacher_every": 50})
+    (said,) = collapse_warnings(config)
+    assert "not renewed before the run ends: --steps is 49, --teacher-every 50" in said
+    for other in ({"steps": 50}, {"teacher": "fixed"}, {"token_budget": 10**6}):
+        assert collapse_warnings(replace(config, **other)) == []
+    # GRPO's loss has no teacher.
+    assert collapse_warnings(replace(config, method="grpo")) == []
 
 
 # EGRSD
