@@ -129,11 +129,6 @@ def load_setup(
     )
     check_model(model, f"model {config.model}")
     check_vocabulary(model, tokenizer, f"model {config.model}")
-    if config.completion in LABELS and prompt_opens_think(tokenizer, config.thinking):
-        raise ValueError(
-            f"--completion {config.completion} would be a thought without an answer, as prompts "
-            "open a think block; valid with it: --thinking off"
-        )
     identity = {
         "base_weights": folder_fingerprint(folder),
         **files_fingerprints(folder),
@@ -298,7 +293,15 @@ def longest_prompt(
 def fitting_problems(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, console: Console
 ) -> tuple[list[Problem], list[Problem], list[Problem]]:
-    """Return read_problem_sets' three, without the problems too long to fit."""
+    """Return read_problem_sets' three, without the problems too long to fit.
+
+    Raises ValueError where they lack what training takes of them, or their prompts do not allow it.
+    """
+    if config.completion in LABELS and prompt_opens_think(tokenizer, config.thinking):
+        raise ValueError(
+            f"--completion {config.completion} would be a thought without an answer, as prompts "
+            "open a think block; valid with it: --thinking off"
+        )
     train, dev, heldout = read_problem_sets(config, console)
     graded = train if needs_answers(config) else []
     if config.teacher_reads == "voted":  # its votes are graded in the log, where they can be
