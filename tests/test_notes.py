@@ -109,7 +109,7 @@ def test_an_explanation_is_asked_for_without_the_english_problem_where_that_is_n
         setup, _ = make_setup(tmp_path / str(shown), **given)
         problem = setup.train[0]
         request = note_request(setup.config, problem, setup.tokenizer)
-        asked[shown] = str(setup.tokenizer.decode(request))
+        asked[shown] = str(setup.tokenizer.decode(request or []))
         assert problem.problem in asked[shown] and str(problem.solution_en) in asked[shown]
     label = languages()["hau"].english_problem_label
     block = f"{label}\n{problem.problem_en}\n\n"
