@@ -89,8 +89,6 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
     shared = {name: value for name, value in given.items() if name not in own}
     langs = parse_list(options.lang, "lang", lambda code: find_language(code).iso3)
     design = pick_design(options)
-    if options.sweep and not design.sweep:
-        raise ValueError("--sweep is not for --ablate: every arm has the recipe's rate")
     if design.steps:
         shared.setdefault("steps", design.steps)
     factors = parse_factors(options.sweep or design.sweep or "1")
@@ -130,8 +128,7 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
         design=design,
         out=Path(options.out or f"runs/{design.folder}-{Path(main.model).name}-{'-'.join(langs)}"),
     )
-    if console:
-        warn_of_collapse(arms, console)
+    warn_of_collapse(arms, console)
     open_folder(plan, console)
     return plan
 
@@ -139,7 +136,7 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
 def pick_design(options: CompareConfig) -> Design:
     """Return the experiment that the flags name; ValueError where they name two.
 
-    An ablation's arms come later, for they are those that the recipe does not have.
+    An ablation has no sweep, and its arms come later: they are those that the recipe does not have.
     """
     designs = {
         "ablate": Design("ablation", "ablate", (), (), sweep=None),
@@ -150,6 +147,8 @@ def pick_design(options: CompareConfig) -> Design:
     if len(asked) > 1:
         flags = " and ".join(f"--{name}" for name in asked)
         raise ValueError(f"{flags} are experiments of their own; ask for one of them")
+    if options.ablate and options.sweep:
+        raise ValueError("--sweep is not for --ablate: every arm has the recipe's rate")
     return designs[asked[0]] if asked else COMPARISON
 
 
@@ -195,8 +194,10 @@ def refuse_idle_flags(design: Design, shared: dict[str, Any], arms: dict[str, Co
         raise ValueError(f"{why}, and no other arm uses it")
 
 
-def warn_of_collapse(arms: dict[str, Config], console: Console) -> None:
+def warn_of_collapse(arms: dict[str, Config], console: Console | None) -> None:
     """Say each choice of settings that collapsed where others tried it, and in which arms it is."""
+    if console is None:
+        return
     names: dict[str, list[str]] = {}
     for name, config in arms.items():
         for warning in collapse_warnings(config):
