@@ -204,16 +204,10 @@ def refuse_missing_problems(arm: Arm, setup: Setup) -> None:
 
 
 def ask_in_english(setup: Setup) -> Setup:
-    """Return the same with its test problems posed in English; ValueError if one lacks that side.
+    """Return the same with its test problems posed in English; the plan has seen that all can be.
 
     It measures what the model would solve if a perfect translator had put them into English.
     """
-    missing = sum(not problem.problem_en for problem in setup.heldout)
-    if missing:
-        raise ValueError(
-            f"{missing} of {len(setup.heldout)} test problems have no English side, which this "
-            "experiment asks the base model"
-        )
     return replace(setup, heldout=pose_in_english(setup.heldout, 1.0))
 
 

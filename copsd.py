@@ -507,7 +507,9 @@ def train_grpo(
             # Updates on this batch. All compare with the log-probs from before the first of them.
             tallies = []
             old_logprobs: dict[int, Tensor] = {}  # by row
-            given = (setup, groups, advantage_B, kept, old_logprobs, watch, credit, add_term)
+            cosine = steplog.asks_for_cosine(config, step)
+            term = partial(add_term, cosine=cosine) if add_term else None
+            given = (setup, groups, advantage_B, kept, old_logprobs, watch, credit, term)
             attempt = partial(grpo_gradient, *given)
             for _ in range(config.inner_epochs):
                 part, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad, len(kept))

@@ -364,7 +364,7 @@ def load_weights(
     adapter = None
     if settings.adapter is not None:
         path = Path(settings.adapter)
-        refuse_foreign_adapter(path, base, settings.model)
+        refuse_foreign_adapter(path, base, settings.model, folder)
         lora = load_adapter(model, runs.last_adapter_folder(path))
         adapter = weights_fingerprint(lora.state_dict())
     name = str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -53,12 +53,13 @@ from parts.recipe import LABELS, Config
 from parts.runs import Run
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Reader, Reading, Setup, read_solutions
-from parts.steplog import Metrics, Tally, count_tokens
+from parts.steplog import CLIP_PRODUCTS, Metrics, Tally, count_tokens
 from parts.steps import rollout_seed
 from parts.view import Watcher
 from parts.weights import credit, token_weights
 
 NOTE_SEEDS = 10**18  # further than any seed of a rollout: no stream is shared
+CLIP_STATS = ("clipped_N", *CLIP_PRODUCTS)  # of SSOPD's term, what the clip does to it
 
 
 # OPHSD, and the other teachers whose text is written during training.
@@ -224,7 +225,13 @@ def egrsd_credit(
 
 
 def add_ssopd_term(
-    setup: Setup, groups: list[Group], step_groups: int, tally: Tally, limit: Limit
+    setup: Setup,
+    groups: list[Group],
+    step_groups: int,
+    tally: Tally,
+    limit: Limit,
+    *,
+    cosine: bool = False,
 ) -> None:
     """Add the gradient of these groups' share of the term, and of the log.
 
@@ -233,6 +240,7 @@ def add_ssopd_term(
 
     groups  this rank's, of the step_groups, M, of all ranks
     limit   of a micro-batch
+    cosine  as in copsd_loss
     """
     found = [pair for group in groups if (pair := witness_pair(setup, group))]
     prompts = [prompt for prompt, _, _ in found]
@@ -241,7 +249,7 @@ def add_ssopd_term(
     for rows in micro_batches(learners, limit, teacher_prompts=prompts):
         batch = [learners[row] for row in rows]
         lengths = [len(rollout.completion_ids) for rollout in batch]
-        loss_N, stats = copsd_loss(setup, [prompts[row] for row in rows], batch)
+        loss_N, stats = copsd_loss(setup, [prompts[row] for row in rows], batch, cosine=cosine)
         weight_B = torch.tensor([found[row][2] for row in rows])
         loss = reduce_loss(
             loss_N,
@@ -253,6 +261,7 @@ def add_ssopd_term(
         )
         setup.loss_scale.backward(loss)
         tally.loss += loss.item()
+        tally.keep({name: stats[name] for name in CLIP_STATS if name in stats})
         kl += stats["kl_N"].sum().item()
     student_tokens = count_tokens(learners, prompts=True)
     tally.updated += student_tokens

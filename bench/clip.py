@@ -8,7 +8,8 @@ One batch of the student's completions, before any training. At each clip the gr
 divergence on the logits is compared with the one that nothing clips: 1 means that the clip
 changes no direction, below 0 a step raises the unclipped divergence. Beside it is the share of the
 tokens that the clip touches. With --runs a second panel shows the accuracy before and after the
-training of finished runs, each at its clip. Writes a .json with the numbers beside the picture.
+training of finished COPSD runs of the same model, problems and kind of clip, each at its clip; one
+that clips nothing is a level. Writes a .json with the numbers beside the picture.
 """
 
 import argparse
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from copsd import completion_hidden, roll_out
 from kernels import chunked_divergence, clip_products, gradient_cosine
 from parts.figures import Panel, curves_figure
-from parts.files import read_object, write_json
+from parts.files import read_sealed, write_json
 from parts.lora import teacher_view
 from parts.measure import GREEDY_NAME, read_columns
 from parts.model import head_weight
@@ -32,8 +33,10 @@ from parts.prompts import find_language
 from parts.recipe import Config
 from parts.runs import Run
 from parts.setup import Setup, configure, load_setup
+from parts.typed import typed
 
 CLIPS = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.6, 3.2)
+SUFFIXES = (".png", ".svg")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,9 +58,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ValueError where the work could not begin, or its picture not be written at its end."""
+    if arguments.problems < 1:
+        raise ValueError(f"--problems is {arguments.problems}; valid: 1 or more")
+    if arguments.out.suffix not in SUFFIXES:
+        raise ValueError(f"--out is {arguments.out}; valid: a name in {' or '.join(SUFFIXES)}")
+    if not arguments.out.parent.is_dir():
+        raise ValueError(f"--out is {arguments.out}: there is no such folder")
+
+
 def read_batch(arguments: argparse.Namespace) -> Setup:
     """Return the model and the problems of the batch."""
-    typed = {
+    flags = {
         "model": arguments.model,
         "lang": arguments.lang,
         "data": arguments.data,
@@ -67,7 +80,7 @@ def read_batch(arguments: argparse.Namespace) -> Setup:
         "seed": arguments.seed,
         "eval_problems": 0,
     }
-    given = {name: value for name, value in typed.items() if value is not None}
+    given = {name: value for name, value in flags.items() if value is not None}
     setup, _ = load_setup(*configure(given), Console())
     return setup
 
@@ -108,15 +121,31 @@ def measure(setup: Setup, problems: int, clip_mode: str) -> dict:
     }
 
 
-def read_accuracies(folders: list[Path], lang: str) -> list[dict]:
+def read_accuracies(folders: list[Path], lang: str, *, model: str, clip_mode: str) -> list[dict]:
     """Return the greedy accuracy before and after each run, by its clip; ValueError if it has none.
 
-    A run that clips nothing has the clip None, and comes last.
+    A run that clips nothing has the clip None, and comes last. ValueError, too, for a run that the
+    curve is not of: of another method, model, kind of clip, or of other problems than the first.
     """
     rows = []
+    problems = {}
     for folder in folders:
-        config = read_object(folder / "config.json")["config"]
-        row = {"clip": None if config["clip_mode"] == "none" else config["clip"]}
+        record = read_sealed(folder / "config.json")
+        config = read_part(record, "config", folder)
+        for name, valid in {
+            "method": ("copsd",),
+            "model": (model,),
+            "clip_mode": ("none", clip_mode),
+        }.items():
+            if config.get(name) not in valid:
+                said = f"{folder} is a run whose {name} is {config.get(name)!r}"
+                raise ValueError(f"{said}; valid: {', '.join(valid)}")
+        identity = read_part(record, "identity", folder)
+        problems[folder] = [identity.get(f"{name}_data") for name in ("training", "heldout")]
+        if problems[folder] != problems[folders[0]]:
+            raise ValueError(f"{folder} is a run on other problems than {folders[0]}")
+        clip = typed(config.get("clip"), float, f"{folder}: clip")
+        row: dict = {"clip": None if config["clip_mode"] == "none" else clip}
         for when in ("before", "after"):
             stored = Run(folder).read_evaluation(when)
             if stored is None or lang not in stored:
@@ -124,6 +153,13 @@ def read_accuracies(folders: list[Path], lang: str) -> list[dict]:
             row[when] = vars(read_columns(stored)[lang][GREEDY_NAME])
         rows.append(row)
     return sorted(rows, key=lambda row: math.inf if row["clip"] is None else row["clip"])
+
+
+def read_part(record: dict, name: str, folder: Path) -> dict:
+    """Return an object of a run's record; ValueError where it has none of that name."""
+    if not isinstance(record.get(name), dict):
+        raise ValueError(f"{folder} is no training run's folder: its record has no {name}")
+    return record[name]
 
 
 def accuracy_panel(rows: list[dict]) -> Panel:
@@ -173,8 +209,14 @@ def main() -> None:
     """Measure, print, draw."""
     arguments = parse_arguments()
     try:
+        check_arguments(arguments)
+        runs = read_accuracies(
+            arguments.runs,
+            find_language(arguments.lang).iso3,
+            model=arguments.model,
+            clip_mode=arguments.clip_mode,
+        )
         setup = read_batch(arguments)
-        runs = read_accuracies(arguments.runs, find_language(arguments.lang).iso3)
     except (ValueError, OSError) as error:
         say_error(str(error))
         sys.exit(2)

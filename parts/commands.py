@@ -17,7 +17,7 @@ from rich.table import Table
 
 from parts.program import bad_input, make_program, other_ranks, start, working
 from parts.prompts import languages
-from parts.recipe import CompareConfig, Config, EvalConfig
+from parts.recipe import CHOSEN_BY, CompareConfig, Config, EvalConfig
 from parts.settings import range_text, refuse_idle
 
 Given = dict[str, Any]  # the values of the flags that were typed
@@ -163,9 +163,9 @@ def help_text(f: Field) -> str:
     elif bounds := range_text(f):
         parts.append(bounds)
     if f.default is not None:
-        defaults = [f"default {f.default}"]
-        defaults += [f"{method} {value}" for method, value in f.metadata["by_method"].items()]
-        parts += [", ".join(defaults), f.metadata["source"]]
+        parts.append(f"default {f.default}, {f.metadata['source']}")
+        own = f.metadata["by_method"].items()
+        parts += [f"{method} {value}, {CHOSEN_BY[method]}" for method, value in own]
     return f"{f.metadata['doc']} ({'; '.join(parts)})" if parts else f.metadata["doc"]
 
 

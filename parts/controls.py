@@ -60,7 +60,7 @@ def teacher_writes(setup: Setup, problems: list[Problem], *, seed: int) -> list[
 
 def reference_label(setup: Setup, problems: list[Problem], *, seed: int) -> list[Rollout]:
     """Return the English solution of each problem as its completion; `seed` changes nothing."""
-    return [_label(setup, problem, str(problem.solution_en)) for problem in problems]
+    return [_label(setup, problem, solution_of(problem)) for problem in problems]
 
 
 def garbage_label(setup: Setup, problems: list[Problem], *, seed: int) -> list[Rollout]:
@@ -77,9 +77,19 @@ def garbage_text(problem: Problem, seed: int) -> str:
     >>> garbage_text(Problem("7", "?", "?", r"We get 3 + 4 = \boxed{7}.", "41", "hau"), seed=0)
     'We = + 3 get 4 \\boxed{41}'
     """
-    words = [word for word in str(problem.solution_en).split() if "boxed" not in word]
+    words = [word for word in solution_of(problem).split() if "boxed" not in word]
     random.Random(f"{seed}/{problem.id}").shuffle(words)
     return " ".join([*words, f"\\boxed{{{problem.answer}}}"])
+
+
+def solution_of(problem: Problem) -> str:
+    """Return the English solution; ValueError where there is none, which no label can do without.
+
+    A run with labels asks its problems for one before it starts (parts/readings.py).
+    """
+    if not problem.solution_en:
+        raise ValueError(f"problem {problem.id!r} has no English solution to be learned as a label")
+    return problem.solution_en
 
 
 def hard_label_loss(

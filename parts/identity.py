@@ -20,7 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from parts.adapters import CONFIG_FILE
 from parts.files import file_digest, read_object, read_sealed
+from parts.model import published_name
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 # A model's small files that decide on its numbers beside its weights, by what a message calls them.
@@ -115,10 +117,41 @@ def recorded_identity(record_file: Path) -> dict[str, Any]:
     return identity
 
 
-def refuse_foreign_adapter(path: Path, base_weights: str, model: str) -> None:
-    """Raise ValueError for an adapter that was trained on other base weights than the model's."""
-    if recorded_fingerprint(path) not in (None, base_weights):
+def refuse_foreign_adapter(path: Path, base_weights: str, model: str, folder: Path) -> bool:
+    """Raise ValueError for an adapter that was trained on other base weights than the model's.
+
+    folder  the model's
+    Returns False where nothing tells.
+    """
+    is_foreign = _is_foreign(path, base_weights, folder)
+    if is_foreign:
         raise ValueError(f"adapter {path} was trained on other base weights than those of {model}")
+    return is_foreign is not None
+
+
+def _is_foreign(path: Path, base_weights: str, folder: Path) -> bool | None:
+    """Say whether an adapter is of other base weights than the model in a folder; None: who knows.
+
+    A run's record says it. An adapter that was copied out of its run still names its base: a folder
+    that may be here, or a name on the hub.
+    """
+    recorded = recorded_fingerprint(path)
+    if recorded is not None:
+        return recorded != base_weights
+    settings = path / CONFIG_FILE
+    named = read_object(settings).get("base_model_name_or_path") if settings.is_file() else None
+    if not isinstance(named, str):
+        return None
+    if (Path(named) / "config.json").is_file():
+        return folder_fingerprint(Path(named)) != base_weights
+    own, commit = published_name(folder)
+    if commit is None or named.count("/") != 1:
+        return None
+    if named == own:
+        return False
+    # Others publish copies of a model under its bare name, which may have its weights or not.
+    is_other = named.partition("/")[2].lower() != own.partition("/")[2].lower()
+    return True if is_other else None
 
 
 def provenance() -> dict[str, Any]:

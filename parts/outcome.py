@@ -20,6 +20,7 @@ from parts.curves import figures_of
 from parts.figures import curves_figure
 from parts.files import write_json, write_text
 from parts.metrics import Estimate, Ratio, bootstrap, difference, paired_permutation
+from parts.plan import section_marks, split_section
 from parts.prompts import find_language
 from parts.report import markdown_table
 from parts.results import KL_TITLE, Arms, Experiment, Measured, ratio_of, samples_of, share
@@ -239,18 +240,9 @@ def write_section(file: Path, name: str, text: str) -> None:
 
     A section stands between two comments, so that what a person wrote around it stays.
     """
-    begin = f"<!-- begin {name}: written by compare.py -->"
-    end = f"<!-- end {name} -->"
-    whole = file.read_text(encoding="utf-8") if file.is_file() else ""
-    section = f"{begin}\n\n{text}\n\n{end}"
-    before, found, rest = whole.partition(begin)
-    if found:
-        _, ended, after = rest.partition(end)
-        if not ended:
-            raise ValueError(f"{file} has {begin!r} without {end!r}")
-        write_text(file, before + section + after)
-    else:
-        write_text(file, (whole.rstrip() + "\n\n" if whole else "") + section + "\n")
+    begin, end = section_marks(name)
+    before, after = split_section(file, name)
+    write_text(file, f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def _mean_over_seeds(metric: str, runs: list[Measured]) -> Ratio:

@@ -7,21 +7,25 @@ compare.py does, with what this file returns.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from rich.console import Console
 
+from parts.chat import freeze_date
 from parts.data import DEV_SEED, hub_training_file, load_aloud, split_heldout, write_problems
 from parts.experiments import ATTRIBUTION, COMPARISON, FAMILY, Design, Variant
+from parts.family import context_length
 from parts.files import read_sealed, remedied
 from parts.machine import pick_device, pick_dtype
-from parts.model import resolve_model
+from parts.model import load_config, load_tokenizer, resolve_model
 from parts.prompts import Problem, find_language
 from parts.recipe import CompareConfig, Config
 from parts.runs import START_ANEW, Run
-from parts.settings import check_settings
-from parts.setup import configure, load_setup
+from parts.settings import check_settings, collapse_warnings, idle_settings
+from parts.setup import configure, fitting_problems, load_setup
 from parts.view import say
 
 SWEEP_SEED = 1000  # of the runs that pick a rate; no reported run may have it
@@ -103,8 +107,8 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
     }
     main = configs["copsd", langs[0]]
     pick_dtype(main.dtype, pick_device(main.device))  # refuses what this machine does not have
-    if options.results and not Path(options.results).parent.is_dir():
-        raise ValueError(f"--results is {options.results}: there is no such folder")
+    if options.results:
+        check_results(Path(options.results), design.name)
     if main.eval_problems < 1:
         valid = "1 or more, for arms are compared on them"
         raise ValueError(f"--eval-problems is {main.eval_problems}; valid: {valid}")
@@ -112,7 +116,9 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
         design = replace(design, variants=ablation_arms(main))
         pairs = tuple(("recipe", variant.name) for variant in design.variants[1:])
         design = replace(design, pairs=pairs)
-    refuse_equal_arms(design, {**shared, "lang": langs[0]})
+    arms = configs_of(design, {**shared, "lang": langs[0]})
+    refuse_equal_arms(arms)
+    refuse_idle_flags(design, shared, arms)
     plan = Plan(
         options=options,
         given=shared,
@@ -123,6 +129,7 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
         design=design,
         out=Path(options.out or f"runs/{design.folder}-{Path(main.model).name}-{'-'.join(langs)}"),
     )
+    warn_of_collapse(arms, console)
     open_folder(plan, console)
     return plan
 
@@ -130,7 +137,7 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
 def pick_design(options: CompareConfig) -> Design:
     """Return the experiment that the flags name; ValueError where they name two.
 
-    An ablation's arms come later, for they are those that the recipe does not have.
+    An ablation has no sweep, and its arms come later: they are those that the recipe does not have.
     """
     designs = {
         "ablate": Design("ablation", "ablate", (), (), sweep=None),
@@ -141,25 +148,63 @@ def pick_design(options: CompareConfig) -> Design:
     if len(asked) > 1:
         flags = " and ".join(f"--{name}" for name in asked)
         raise ValueError(f"{flags} are experiments of their own; ask for one of them")
+    if options.ablate and options.sweep:
+        raise ValueError("--sweep is not for --ablate: every arm has the recipe's rate")
     return designs[asked[0]] if asked else COMPARISON
 
 
-def refuse_equal_arms(design: Design, shared: dict[str, Any]) -> None:
-    """Raise ValueError where two arms would be the same run, or one's settings fit nothing.
+def configs_of(design: Design, shared: dict[str, Any]) -> dict[str, Config]:
+    """Return the settings of each trained arm by its name; ValueError where one's fit nothing.
 
     shared  the settings of all arms
     """
+    return {
+        variant.name: configure({**shared, **variant.settings, "out": "one folder"})[0]
+        for variant in design.variants
+        if variant.is_trained
+    }
+
+
+def refuse_equal_arms(arms: dict[str, Config]) -> None:
+    """Raise ValueError where two arms would be the same run."""
     names: dict[str, str] = {}
+    for name, config in arms.items():
+        other = names.setdefault(repr(config), name)
+        if other != name:
+            raise ValueError(
+                f"the arms {other!r} and {name!r} would be the same run; leave out the "
+                f"flags that set what they differ in"
+            )
+
+
+def refuse_idle_flags(design: Design, shared: dict[str, Any], arms: dict[str, Config]) -> None:
+    """Raise ValueError for a flag that no arm uses, or that leaves an arm without its difference.
+
+    shared  the settings of all arms, of which those in `arms` are made
+    """
+    unused = dict.fromkeys(shared, "")
     for variant in design.variants:
         if not variant.is_trained:
             continue
-        config, _ = configure({**shared, **variant.settings, "out": "one folder"})
-        other = names.setdefault(repr(config), variant.name)
-        if other != variant.name:
-            raise ValueError(
-                f"the arms {other!r} and {variant.name!r} would be the same run; leave out the "
-                f"flags that set what they differ in"
-            )
+        idle = idle_settings({**shared, **variant.settings}, arms[variant.name])
+        for name in variant.settings:
+            if name in idle:
+                raise ValueError(f"the arm {variant.name!r} would not differ: {idle[name]}")
+        unused = {name: idle[name] for name in unused if name in idle}
+    for why in unused.values():
+        raise ValueError(f"{why}, and no other arm uses it")
+
+
+def warn_of_collapse(arms: dict[str, Config], console: Console | None) -> None:
+    """Say each choice of settings that collapsed where others tried it, and in which arms it is."""
+    if console is None:
+        return
+    names: dict[str, list[str]] = {}
+    for name, config in arms.items():
+        for warning in collapse_warnings(config):
+            names.setdefault(warning, []).append(name)
+    for warning, those in names.items():
+        say(console, f"{warning} (in {', '.join(those)})")
 
 
 def open_folder(plan: Plan, console: Console | None) -> None:
@@ -197,11 +242,83 @@ def open_folder(plan: Plan, console: Console | None) -> None:
     if not root.record_file.is_file():
         # So is what only loading tells, such as weights that are broken.
         load_setup(plan.main, resolve_model(plan.main.model), Console(quiet=True))
+        refuse_arms_that_cannot_start(plan, splits)
     taken_over = root.create(settings, {})
     if console and taken_over:
         say(console, taken_over)
     for lang in plan.langs:
-        write_splits(root, lang, splits[lang])
+        folder = root.folder / lang
+        if splits[lang]:
+            root.disown(folder)
+            write_splits(folder, splits[lang])
+        root.vouch_anew(*(folder / f"{name}.jsonl" for name in SPLITS))
+
+
+def refuse_arms_that_cannot_start(plan: Plan, splits: dict[str, dict[str, list[Problem]]]) -> None:
+    """Raise ValueError for the first arm that its problems or its prompts would not let start.
+
+    Its turn comes hours later. It is asked what its start asks, on its own problems, which stand
+    where nobody keeps them.
+    """
+    folder = resolve_model(plan.main.model)
+    tokenizer, _ = freeze_date(load_tokenizer(folder), None)
+    context = context_length(load_config(folder))
+    reported = ("test", "dev") if plan.factors else ("test",)
+    for lang, problems in splits.items():
+        for variant in plan.design.variants:
+            missing = sum(not problem.problem_en for problem in problems["test"])
+            if variant.in_english and missing:
+                raise ValueError(
+                    f"{missing} of {len(problems['test'])} test problems in {lang} have no English "
+                    f"side, which the arm {variant.name!r} asks the base model"
+                )
+    with TemporaryDirectory() as scratch:
+        for lang, problems in splits.items():
+            write_splits(Path(scratch) / lang, problems)
+        for variant, lang, part in product(plan.trained, splits, reported):
+            own = {
+                **plan.given,
+                "lang": lang,
+                "data": f"{scratch}/{lang}/train.jsonl",
+                "eval_data": f"{scratch}/{lang}/{part}.jsonl",
+                "eval_problems": len(splits[lang][part]),
+                **variant.settings,
+            }
+            try:
+                fitting_problems(configure(own)[0], tokenizer, context, Console(quiet=True))
+            except ValueError as error:
+                raise ValueError(f"the arm {variant.name!r} in {lang}: {error}") from error
+
+
+def check_results(file: Path, name: str) -> None:
+    """Raise ValueError or OSError where --results names a file that could not take its section."""
+    if not file.parent.is_dir():
+        raise ValueError(f"--results is {file}: there is no such folder")
+    split_section(file, name)
+
+
+def section_marks(name: str) -> tuple[str, str]:
+    """Return the comments between which an experiment's section of a Markdown file stands."""
+    return f"<!-- begin {name}: written by compare.py -->", f"<!-- end {name} -->"
+
+
+def split_section(file: Path, name: str) -> tuple[str, str]:
+    """Return what stands before and after an experiment's section of a Markdown file, as it is.
+
+    Where there is none, its place is the end. ValueError or OSError where it cannot be told.
+    """
+    begin, end = section_marks(name)
+    try:
+        whole = file.read_text(encoding="utf-8") if file.exists() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8: {error}") from error
+    before, found, rest = whole.partition(begin)
+    if not found:
+        return (whole.rstrip() + "\n\n" if whole else ""), "\n"
+    _, ended, after = rest.partition(end)
+    if not ended:
+        raise ValueError(f"{file} has {begin!r} without {end!r}")
+    return before, after
 
 
 def parse_list(text: str, what: str, convert: Callable[[str], Value]) -> list[Value]:
@@ -261,12 +378,8 @@ def read_splits(plan: Plan, lang: str, console: Console | None = None) -> dict[s
     return {"train": train, "dev": dev, "test": test}
 
 
-def write_splits(root: Run, lang: str, splits: dict[str, list[Problem]]) -> None:
+def write_splits(folder: Path, splits: dict[str, list[Problem]]) -> None:
     """Write each part of a language as a data file, so that no arm can see another split."""
-    folder = root.folder / lang
     folder.mkdir(parents=True, exist_ok=True)
-    if splits:
-        root.disown(folder)
     for name, problems in splits.items():
         write_problems(folder / f"{name}.jsonl", problems)
-    root.vouch_anew(*(folder / f"{name}.jsonl" for name in SPLITS))

@@ -26,7 +26,7 @@ from parts.prompts import (
     render_prompt,
     render_turn,
 )
-from parts.recipe import Config
+from parts.recipe import LABELS, Config
 
 # transformers takes seconds to load, and only the name is needed here.
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ EXPLAIN_REQUEST = (
 EXPLANATION = "{solution}\n\nWhy it is right:\n{note}"  # takes the solution's place
 NEEDED = {  # of the readings that need other things than the one with the solution
     "plan": "an English solution and an answer",
+    "explained": "an English solution, and the English problem unless that is not shown",
     "voted": "an English problem",
 }
 VOTED = "No solution is known. Most attempts give the answer {note}."
@@ -57,6 +58,8 @@ def wordings(language: str) -> list[object]:
 
 def can_read(config: Config, problem: Problem) -> bool:
     """Say whether the problem has all that training with these settings takes from it."""
+    if config.completion in LABELS and not problem.solution_en:
+        return False
     reads = config.teacher_reads
     if reads == "brief":
         return True
@@ -122,7 +125,8 @@ def note_request(config: Config, problem: Problem, tokenizer: "Tokenizer") -> li
     """Return the prompt that asks for the note, as ids; None where no single note is asked for.
 
     A plan is asked for with the problem and its English solution, an explanation also with the
-    English problem. No opening follows, for the answer is not one to the problem.
+    English problem, unless that is not to be shown. No opening follows, for the answer is not one
+    to the problem.
     """
     language = find_language(problem.language)
     solution = f"{language.solution_begin}\n{problem.solution_en}\n{language.solution_end}"
@@ -131,8 +135,9 @@ def note_request(config: Config, problem: Problem, tokenizer: "Tokenizer") -> li
     if config.teacher_reads == "plan":
         blocks += [solution, language.plan_request]
     elif config.teacher_reads == "explained":
-        english = f"{language.english_problem_label}\n{problem.problem_en}"
-        blocks += [english, solution, EXPLAIN_REQUEST]
+        if config.english_problem:
+            blocks.append(f"{language.english_problem_label}\n{problem.problem_en}")
+        blocks += [solution, EXPLAIN_REQUEST]
     else:
         return None
     shown = ["solution_en"]
@@ -145,8 +150,13 @@ def longest_prompts(config: Config, problem: Problem, tokenizer: "Tokenizer") ->
 
     A note is not written yet, so its length limit stands in its place. The prompt that asks for it
     is among them, with room for the note in place of a completion. Raises ValueError for a problem
-    that lacks what the teacher is to read.
+    that lacks what the teacher is to read, or the student to learn as a label.
     """
+    if config.completion in LABELS and not problem.solution_en:
+        raise ValueError(
+            f"problem {problem.id!r} lacks what --completion {config.completion} needs: "
+            "an English solution"
+        )
     if config.teacher_reads in NEEDED and not can_read(config, problem):
         needed = NEEDED[config.teacher_reads]
         raise ValueError(

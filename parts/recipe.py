@@ -34,7 +34,11 @@ METHODS = tuple(PARENTS)
 GROUPED = tuple(method for method, parent in PARENTS.items() if parent == "grpo")
 DISTILLED = tuple(method for method, parent in PARENTS.items() if parent == "copsd")
 LABELS = ("reference", "garbage")  # completions that nobody samples, learned as hard labels
-COMPLETIONS = ("student", "teacher", *LABELS)
+SCORED = ("student", "teacher")  # completions on which the student learns a teacher's distribution
+COMPLETIONS = (*SCORED, *LABELS)
+# Who chose the values that a method has of its own.
+CHOSEN_BY = {"grpo": "OPSD", "opsdc": "OPSDC", "ophsd": "OPHSD", "egrsd": "EGRSD", "ssopd": "SSOPD"}
+Needs = dict[str, tuple[Any, ...]]  # of a setting: by another's name, the values it goes with
 NOTELESS = ("solution", "brief")  # what a teacher reads that is the same at every step
 
 
@@ -49,7 +53,7 @@ def setting(
     most: float = math.inf,
     below: float = math.inf,
     choices: tuple[str, ...] = (),
-    needs: dict[str, tuple[str, ...]] | None = None,
+    needs: Needs | None = None,
     **by_method: Any,
 ) -> Any:
     """Return a dataclass field that is also a flag.
@@ -59,13 +63,26 @@ def setting(
     source     who chose the default
     least ...  what check_settings holds it to: least <= value <= most, above < value < below
     choices    the words that are valid
-    needs      other settings, and for each the values with which this one has an effect
-    by_method  its default where a method's recipe has another, such as grpo=1.2
+    needs      other settings, and for each the values with which this one has an effect. The KL in
+               the tables before and after training is an effect, too, but for a setting that reads
+               as if the method's teacher were shown something that it never is
+    by_method  its default where a method's recipe has another, such as grpo=1.2, of CHOSEN_BY
     """
     metadata = {"doc": doc, "section": section, "source": source, "by_method": by_method}
     limits = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
     return field(default=default, metadata=metadata | limits | {"needs": needs or {}})
 
+
+# Whose loss is a divergence, with the teacher or behind a witness.
+DIVERGES: Needs = {"method": (*DISTILLED, "ssopd"), "completion": SCORED}
+CLIPS: Needs = {**DIVERGES, "loss_over": ("vocabulary", "top_k")}
+CLIP_MODES = ("entry", "token")  # that clip
+# Whose teacher is shown a solution of the data's, as it is or for what is written of it.
+SHOWS_SOLUTION: Needs = {
+    "method": (*DISTILLED, "egrsd"),
+    "teacher_reads": ("solution", "plan", "explained"),
+    "english_solution": (True,),
+}
 
 task = partial(setting, section="What to train")
 objective = partial(setting, section="Objective of COPSD: what the student is pulled towards")
@@ -154,21 +171,30 @@ class Config:
         ophsd="reverse_kl",
     )
     beta: float = objective(
-        0.5, "The teacher's weight in the mixture of jsd.", source="ours", above=0, below=1
+        0.5,
+        "The teacher's weight in the mixture of jsd.",
+        source="ours",
+        above=0,
+        below=1,
+        needs={"divergence": ("jsd",)},
     )
     clip_mode: str = objective(
         "entry",
         "What the clip caps: every entry of the vocabulary, a token's whole loss, or nothing.",
-        choices=("none", "entry", "token"),
+        choices=("none", *CLIP_MODES),
+        needs=CLIPS,
         opsdc="none",
         ophsd="none",
     )
-    clip: float = objective(0.05, "The cap, in nats.", above=0)
+    clip: float = objective(
+        0.05, "The cap, in nats.", above=0, needs={**CLIPS, "clip_mode": CLIP_MODES}
+    )
     reduction: str = objective(
         "token",
         "The mean over all tokens of a step, or the mean of the completions' means "
         "(the paper's text).",
         choices=("token", "trajectory"),
+        needs={"method": DISTILLED},
     )
     teacher: str = objective(
         "fixed",
@@ -185,7 +211,12 @@ class Config:
         needs={"teacher": ("copy",)},
     )
     ema_decay: float = objective(
-        0.99, "How much of the moving average is kept at a step.", source="ours", least=0, most=1
+        0.99,
+        "How much of the moving average is kept at a step.",
+        source="ours",
+        least=0,
+        most=1,
+        needs={"teacher": ("ema",)},
     )
     loss_over: str = objective(
         "vocabulary",
@@ -194,31 +225,46 @@ class Config:
         "without a clip.",
         source="paper, ours",
         choices=("vocabulary", "top_k", "sampled"),
+        needs=DIVERGES,
     )
     loss_top_k: int = objective(
         100, "So many tokens.", source="ours", least=2, needs={"loss_over": ("top_k",)}
     )
-    english_problem: bool = objective(True, "Show the teacher the English problem.")
-    english_solution: bool = objective(True, "Show the teacher the English solution.")
+    english_problem: bool = objective(
+        True,
+        "Show the teacher the English problem.",
+        needs={"teacher_reads": ("solution", "plan", "explained", "voted")},
+    )
+    english_solution: bool = objective(
+        True,
+        "Show the teacher the English solution.",
+        needs={"method": (*DISTILLED, "grpo", "egrsd"), "teacher_reads": ("solution",)},
+    )
     swap_solutions: bool = objective(
-        False, "Show it the solution of another problem, as an ablation.", source="ours"
+        False,
+        "Show it the solution of another problem, as an ablation.",
+        source="ours",
+        needs=SHOWS_SOLUTION,
     )
     answer_only: bool = objective(
         False,
         "Show it only the final answer, in a box, where the solution would stand; a control.",
         source="ours",
+        needs=SHOWS_SOLUTION,
     )
     completion: str = objective(
         "student",
         "Who writes what COPSD learns on. The student, or as a control the teacher; or, learned as "
         "hard labels: the reference solution, or its words in disorder and a box with the answer.",
         choices=COMPLETIONS,
+        needs={"method": ("copsd",)},
     )
     cosine_every: int = objective(
         10,
         "Steps between measurements of how far the clip turns the gradient. 0 is never.",
         source="ours",
         least=0,
+        needs={**DIVERGES, "loss_over": ("vocabulary",), "clip_mode": CLIP_MODES},
     )
     thinking: str = objective(
         "auto",

@@ -155,21 +155,31 @@ def refuse_idle(given: dict[str, Any], config: Config) -> None:
 
     given  what was typed, of which `config` was made
     """
+    for why in idle_settings(given, config).values():
+        raise ValueError(why)
+
+
+def idle_settings(given: dict[str, Any], config: Config) -> dict[str, str]:
+    """Return, of the typed settings, those that do nothing in this run, each with the reason."""
+    idle: dict[str, str] = {}
     for f in fields(config):
         for name, values in f.metadata["needs"].items():
             value = getattr(config, name)
             if f.name in given and value not in values:
                 other = "--" + name.replace("_", "-")
-                raise ValueError(
-                    f"{_flag(f)} is for {other} {', '.join(values)}; here {other} is {value}"
-                )
+                valid = f"{other} {', '.join(map(str, values))}"
+                idle.setdefault(f.name, f"{_flag(f)} is for {valid}; here {other} is {value}")
+    return idle
 
 
 def collapse_warnings(config: Config) -> list[str]:
     """Return a line for each choice of settings that collapsed where others tried it."""
     warnings = []
-    follows = config.teacher != "fixed" and config.method in DISTILLED
-    if follows and config.divergence == "forward_kl" and config.clip_mode == "none":
+    is_scored = config.method in (*DISTILLED, "ssopd") and config.completion not in LABELS
+    follows = config.teacher != "fixed" and is_scored
+    # The sampled token's loss estimates the reverse KL, whatever --divergence says.
+    is_forward = config.divergence == "forward_kl" and config.loss_over != "sampled"
+    if follows and is_forward and config.clip_mode == "none":
         warnings.append(
             "warning: an unclipped forward KL with a teacher that follows the student collapsed "
             "in OPSDC's paper (MATH-500 5.7 against 95.7); valid are --divergence reverse_kl, "
@@ -177,6 +187,13 @@ def collapse_warnings(config: Config) -> list[str]:
         )
     if follows and config.teacher == "copy" and config.teacher_every == 1:
         warnings.append("warning: --teacher-every 1 collapsed in OPSDC's paper; it has 50")
+    is_read = is_scored or config.method == "egrsd"
+    ends_first = config.token_budget is None and config.steps < config.teacher_every
+    if is_read and config.teacher == "copy" and ends_first:
+        warnings.append(
+            f"warning: the teacher is not renewed before the run ends: --steps is {config.steps}, "
+            f"--teacher-every {config.teacher_every}"
+        )
     return warnings
 
 

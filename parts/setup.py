@@ -135,11 +135,6 @@ def load_setup(
     )
     check_model(model, f"model {config.model}")
     check_vocabulary(model, tokenizer, f"model {config.model}")
-    if config.completion in LABELS and prompt_opens_think(tokenizer, config.thinking):
-        raise ValueError(
-            f"--completion {config.completion} would be a thought without an answer, as prompts "
-            "open a think block; valid with it: --thinking off"
-        )
     identity = {
         "base_weights": folder_fingerprint(folder),
         **files_fingerprints(folder),
@@ -161,7 +156,12 @@ def load_setup(
         copy=config.teacher == "copy",
     )
     if config.warm_start:
-        identity["warm_start"] = _warm_start(lora, config, str(identity["base_weights"]))
+        path = Path(config.warm_start)
+        base = str(identity["base_weights"])
+        is_known = refuse_foreign_adapter(path, base, config.model, folder)
+        identity["warm_start"] = _warm_start(lora, path)
+        if not is_known:
+            say(console, f"--warm-start {path}: nothing says on which base weights it was trained")
     scale = LossScale.of(dtype)
     return Setup(
         config, model, tokenizer, lora, train, heldout, dev=dev, loss_scale=scale
@@ -218,13 +218,11 @@ def student_prompt(
     return build_prompt(problem, problem.language, tokenizer, thinking=config.thinking)
 
 
-def _warm_start(lora: Lora, config: Config, base_weights: str) -> str:
+def _warm_start(lora: Lora, path: Path) -> str:
     """Put a former run's last adapter into the new one; return what identifies it.
 
-    Raises ValueError for one of another base, or with other layers, rank or scale.
+    Raises ValueError for one with other layers, rank or scale.
     """
-    path = Path(str(config.warm_start))
-    refuse_foreign_adapter(path, base_weights, config.model)
     folder = runs.last_adapter_folder(path)
     saved = read_settings(folder)
     if saved["lora_alpha"] / saved["r"] != lora.alpha / lora.rank:
@@ -310,7 +308,15 @@ def longest_prompt(
 def fitting_problems(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, console: Console
 ) -> tuple[list[Problem], list[Problem], list[Problem]]:
-    """Return read_problem_sets' three, without the problems too long to fit."""
+    """Return read_problem_sets' three, without the problems too long to fit.
+
+    Raises ValueError where they lack what training takes of them, or their prompts do not allow it.
+    """
+    if config.completion in LABELS and prompt_opens_think(tokenizer, config.thinking):
+        raise ValueError(
+            f"--completion {config.completion} would be a thought without an answer, as prompts "
+            "open a think block; valid with it: --thinking off"
+        )
     train, dev, heldout = read_problem_sets(config, console)
     graded = train if needs_answers(config) else []
     if config.teacher_reads == "voted":  # its votes are graded in the log, where they can be

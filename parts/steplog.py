@@ -42,6 +42,10 @@ class Tally:
         """Add a micro-batch: its share of the loss, its tokens' statistics, its rows' lengths."""
         self.loss += loss.item()
         self.rows += zip(rows, lengths, strict=True)
+        self.keep(stats)
+
+    def keep(self, stats: Mapping[str, Tensor]) -> None:
+        """Add tokens' statistics alone, of what is no micro-batch of the step's completions."""
         for name, tensor_N in stats.items():
             self.tokens.setdefault(name, []).append(tensor_N.float().cpu())
 
@@ -124,12 +128,17 @@ def grpo_metrics(tally: Tally, group_rewards: list[list[float]], inner_epochs: i
         ratio_N = torch.full((1,), math.nan)
     rewards = sum(sum(group) for group in group_rewards)
     dead = sum(len(set(group)) == 1 for group in group_rewards)
-    credited = {}
+    own = {}
     if "credit_N" in tally.tokens:
-        credited = {
+        own = {
             "loss/teacher_entropy_nats_per_token": tally.mean("teacher_entropy_N"),
             "credit/mean": tally.mean("credit_N"),
             "credit/flipped_token_frac": tally.mean("flipped_N"),  # 0, or something is wrong
+        }
+    if "witness/kl_nats_per_token" in tally.notes:  # the divergence of SSOPD's term
+        own = {
+            "loss/clipped_token_frac": tally.mean("clipped_N"),
+            "loss/clip_gradient_cosine": tally.clip_cosine(),
         }
     return {
         "loss/objective": tally.loss / inner_epochs,
@@ -142,7 +151,7 @@ def grpo_metrics(tally: Tally, group_rewards: list[list[float]], inner_epochs: i
         "ratio/max": ratio_N.max().item(),
         "ratio/clipped_low_frac": tally.mean("clipped_low_N"),
         "ratio/clipped_high_frac": tally.mean("clipped_high_N"),
-        **credited,
+        **own,
         **{name: total / count if count else None for name, (total, count) in tally.notes.items()},
     }
 

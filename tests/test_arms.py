@@ -96,7 +96,7 @@ def test_the_sweep_picks_what_is_best_over_all_languages(tmp_path):
 
 
 def test_an_ablations_arms_are_one_method_at_its_recipes_rate(tmp_path):
-    plan = small_plan(tmp_path, ablate=True)
+    plan = small_plan(tmp_path, ablate=True, sweep=None, group_size=None)
     arms = walk(plan, {})
     assert not any(arm.is_sweep for arm in arms) and len(arms) == 1 + 10 * 2
     trained = [arm for arm in arms if arm.is_trained]
@@ -107,7 +107,7 @@ def test_an_ablations_arms_are_one_method_at_its_recipes_rate(tmp_path):
 
 def attributed(tmp_path: Path, seconds: dict[str, float]) -> list[Arm]:
     """Return an attribution's arms, which trained for these seconds by their folder's name."""
-    plan = small_plan(tmp_path, attribute=True)
+    plan = small_plan(tmp_path, attribute=True, group_size=None)
     found: dict[Path, Any] = {}
     arms = []
     for stage in stages_of(plan, found):

@@ -13,7 +13,7 @@ from bench.all import TARGETS, TARGETS_BY_DTYPE, make_quick, make_rows, parse_ar
 from bench.process import own_process
 from bench.records import Record, Target
 from parts import commands
-from parts.files import append_rows, json_lines, read_json
+from parts.files import append_rows, json_lines, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = Record("step", "ours", "s", (1.0, 2.0, 4.0), 100.0)
@@ -128,5 +128,43 @@ def test_the_clip_is_drawn_with_the_accuracy_that_training_led_to(tmp_path, monk
     assert found["runs"][0]["after"] == stored
     cosines = [row["cosine"] for row in found["clips"]]
     assert cosines == sorted(cosines) and out.stat().st_size > 10_000
+    lab = {"model": "lab/tiny", "clip_mode": "entry"}
     with pytest.raises(ValueError, match="has no evaluation in yor"):
-        clip.read_accuracies([tmp_path / "plain"], "yor")
+        clip.read_accuracies([tmp_path / "plain"], "yor", **lab)
+    with pytest.raises(ValueError, match="whose model is 'lab/tiny'; valid: smollm2"):
+        clip.read_accuracies([tmp_path / "plain"], "hau", model="smollm2", clip_mode="entry")
+    with pytest.raises(ValueError, match="whose clip_mode is 'entry'; valid: none, token"):
+        clip.read_accuracies([tmp_path / "clipped"], "hau", model="lab/tiny", clip_mode="token")
+    # Runs that no curve is of: GRPO's, which clips something else, and one on other problems.
+    for name, flags, said in (
+        ("grpo", ["--method", "grpo", "--group-size", "2"], "whose method is 'grpo'; valid: copsd"),
+        ("other", ["--data", "lab/problems/hau/test.jsonl"], "is a run on other problems than"),
+    ):
+        done = CliRunner().invoke(commands.copsd, [*small, *flags, "--out", str(tmp_path / name)])
+        assert done.exit_code == 0, done.output
+        with pytest.raises(ValueError, match=said):
+            clip.read_accuracies([tmp_path / "plain", tmp_path / name], "hau", **lab)
+    (tmp_path / "none").mkdir()
+    write_json(tmp_path / "none" / "config.json", {"clip": 1})
+    with pytest.raises(ValueError, match="is no training run's folder: its record has no config"):
+        clip.read_accuracies([tmp_path / "none"], "hau", **lab)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--problems", "0"], "--problems is 0; valid: 1 or more"),
+        (["--out", "nowhere/x.png"], "--out is nowhere/x.png: there is no such folder"),
+        (["--out", "x.abc"], "--out is x.abc; valid: a name in .png or .svg"),
+        (["--runs", "tests"], "tests"),
+    ],
+)
+def test_the_clips_figure_is_refused_in_a_line_before_the_model_is_loaded(
+    monkeypatch, capsys, flags, said
+):
+    monkeypatch.setattr(sys, "argv", ["clip.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        clip.main()
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and said in told.err and told.err.count("\n") == 1
+    assert not told.out

@@ -24,7 +24,7 @@ from parts.adapters import load_adapter
 from parts.arms import Arm
 from parts.data import load_problems
 from parts.experiments import ATTRIBUTION, EVIDENCE
-from parts.files import CannotWrite, read_json, read_rows, write_json
+from parts.files import CannotWrite, json_lines, read_json, read_rows, write_json
 from parts.metrics import ratios
 from parts.model import load_model, load_tokenizer
 from parts.recipe import METHODS, Config
@@ -40,6 +40,12 @@ SMALL = [
 
 def run_cli(*arguments: str):
     return CliRunner().invoke(commands.comparison, list(arguments))
+
+
+def small_but(*flags: str) -> list[str]:
+    """Return SMALL without some of its flags, for which an experiment has no use."""
+    pairs = zip(SMALL[::2], SMALL[1::2], strict=True)
+    return [word for flag, value in pairs if flag not in flags for word in (flag, value)]
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -353,7 +359,8 @@ def test_an_arm_whose_gradient_is_lost_ends_the_comparison_with_its_name(tmp_pat
 
 def test_an_ablation_is_one_table(tmp_path, monkeypatch):
     monkeypatch.setattr(plans, "ABLATIONS", (("clip_mode", ("none", "entry")),))
-    flags = [*SMALL, "--ablate", "--seeds", "1", "--out", str(tmp_path / "out")]
+    small = small_but("--sweep", "--group-size")
+    flags = [*small, "--ablate", "--seeds", "1", "--out", str(tmp_path / "out")]
     result = run_cli(*flags, "--results", str(tmp_path / "RESULTS.md"))
     assert result.exit_code == 0, result.output
     for title in ("clip mode=entry", "clip mode=entry against recipe"):
@@ -366,7 +373,8 @@ def test_an_attribution_writes_both_tables_and_the_whole_prompts(tmp_path, monke
     small = replace(ATTRIBUTION, variants=tuple(kept), pairs=(("copsd", "reference"),))
     monkeypatch.setattr(plans, "ATTRIBUTION", small)
     out = tmp_path / "out"
-    flags = [*SMALL, "--attribute", "--seeds", "1", "--sweep", "1", "--token-budget", "700"]
+    small = small_but("--group-size")
+    flags = [*small, "--attribute", "--seeds", "1", "--sweep", "1", "--token-budget", "700"]
     result = run_cli(*flags, "--out", str(out))
     assert result.exit_code == 0, result.output
     text = (out / "RESULTS.md").read_text(encoding="utf-8")
@@ -441,6 +449,13 @@ def test_a_budget_is_enough_for_a_step_of_the_arm_that_samples_most(tmp_path):
         (["--attribute", "--family"], "experiments of their own; ask for one of them"),
         (["--attribute", "--completion", "teacher"], "would be the same run; leave out"),
         (["--attribute", "--data", "tests/none.jsonl"], "tests/none.jsonl"),
+        (["--ablate", "--sweep", "0.3,1"], "--sweep is not for --ablate"),
+        (["--witness-tokens", "9"], "--witness-tokens is for --method ssopd; here --method is"),
+        (["--attribute", "--group-size", "4"], "--group-size is for --method grpo, egrsd, ssopd"),
+        (["--attribute", "--teacher-reads", "brief"], "the arm 'answer' would not differ: --"),
+        (["--ablate", "--teacher-reads", "brief"], "the arm 'english problem=False' would not"),
+        (["--ablate", "--teacher-reads", "plan"], "the arm 'english solution=False' would not"),
+        (["--ablate", "--loss-over", "sampled"], "the arm 'clip mode=entry' would not differ: --"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
@@ -448,6 +463,76 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
     assert result.exit_code == 2, result.output
     assert said in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def problems_file(path: Path, source: str, **changed: Any) -> str:
+    """Write a file's first problems, the last of them changed; return the new file's name."""
+    rows = read_rows(Path(source))[:12]
+    rows[-1] |= changed
+    path.write_text(json_lines(rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--attribute"], "the arm 'reference' in hau: --completion reference would be a thought"),
+        (["--family", "--note-tokens", "999"], "the arm 'ophsd' in hau: no problem fits"),
+    ],
+    ids=["thought", "long"],
+)
+def test_an_arm_that_could_not_start_is_refused_before_anything_is_made(
+    tmp_path, monkeypatch, flags, said
+):
+    """Each was found out when the arm's turn came, hours later."""
+    monkeypatch.setattr("parts.setup.prompt_opens_think", lambda *_: "--attribute" in flags)
+    result = run_cli(*flags, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2 and said in result.stderr, result.output
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "changed", "flags", "said"),
+    [
+        ("--eval-data", {"problem": None}, ["--attribute"], "1 of 12 test problems in hau have no"),
+        ("--data", {"answer": None}, ["--dev-problems", "2"], "the arm 'grpo' in hau: problem"),
+    ],
+    ids=["English side", "answer"],
+)
+def test_problems_that_lack_what_an_arm_takes_are_refused_before_anything_is_made(
+    tmp_path, flag, changed, flags, said
+):
+    files = {"--data": "lab/problems/hau/train.jsonl", "--eval-data": "lab/problems/hau/test.jsonl"}
+    files[flag] = problems_file(tmp_path / "some.jsonl", files[flag], **changed)
+    named = [word for pair in files.items() for word in pair]
+    result = run_cli(*flags, *named, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2 and said in result.stderr, result.output
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"\xff", b"<!-- begin comparison: written by compare.py -->\n"]
+)
+def test_a_results_file_that_could_not_take_its_section_is_refused_at_the_start(tmp_path, content):
+    """It was read when all arms were done, an hour later."""
+    file = tmp_path / "RESULTS.md"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    result = run_cli(*SMALL, "--results", str(file), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2 and str(file) in result.stderr, result.output
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert content is None or file.read_bytes() == content
+
+
+def test_a_comparison_warns_of_what_collapsed_elsewhere_and_says_in_which_arms(tmp_path):
+    console = Console(record=True, width=300)
+    flags = {"teacher": "copy", "steps": 5, "eval_problems": 6, "dev_problems": 5}
+    plans.make_plan({**flags, "out": str(tmp_path / "out")}, console)
+    said = console.export_text().splitlines()
+    assert len(said) == 2 and all(line.endswith(" (in copsd)") for line in said)
+    assert "an unclipped forward KL" in said[0] and "the teacher is not renewed" in said[1]
 
 
 @pytest.mark.parametrize(

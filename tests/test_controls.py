@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_the_reference_is_the_solution_and_the_end_of_the_turn_behind_the_studen
         assert rollout.prompt_ids == setup.student_prompt(problem)
         assert rollout.finish_reason == "stop" and math.isnan(rollout.logprobs[0])
         assert len(rollout.logprobs) == len(rollout.completion_ids)
+
+
+def test_a_label_is_not_made_of_a_solution_that_is_not_there(tmp_path):
+    """It was "None", and so was a word of the garbage."""
+    setup, _ = make_setup(tmp_path)
+    bare = replace(setup.train[0], solution_en=None)
+    for write in (controls.reference_label, controls.garbage_label):
+        with pytest.raises(ValueError, match="has no English solution to be learned as a label"):
+            write(setup, [bare], seed=0)
 
 
 def test_a_label_is_cut_where_a_completion_of_the_student_is(tmp_path):

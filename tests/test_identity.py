@@ -66,13 +66,35 @@ def test_an_adapter_of_other_base_weights_is_refused(tmp_path):
     write_json(tmp_path / "config.json", {"identity": {"base_weights": "abc"}})
     assert recorded_fingerprint(tmp_path) == recorded_fingerprint(last) == "abc"
     for path in (tmp_path, last):
-        refuse_foreign_adapter(path, "abc", "lab/tiny")
+        refuse_foreign_adapter(path, "abc", "lab/tiny", Path("lab/tiny"))
         with pytest.raises(ValueError, match="trained on other base weights than those of M"):
-            refuse_foreign_adapter(path, "def", "M")
+            refuse_foreign_adapter(path, "def", "M", Path("M"))
 
 
 def test_an_adapter_whose_base_nobody_recorded_is_not_refused(tmp_path):
-    refuse_foreign_adapter(tmp_path, "abc", "lab/tiny")
+    refuse_foreign_adapter(tmp_path, "abc", "lab/tiny", Path("lab/tiny"))
+
+
+@pytest.mark.parametrize(
+    ("named", "known"),
+    [
+        ("Qwen/Qwen2.5-1.5B-Instruct", None),  # refused
+        ("Qwen/Qwen2.5-1.5B", True),
+        ("someone/qwen2.5-1.5b", False),
+        ("/no/longer/here", False),
+        (None, False),
+    ],
+)
+def test_an_adapter_without_a_record_is_held_to_the_hubs_name_that_it_has(tmp_path, named, known):
+    folder = tmp_path / "models--Qwen--Qwen2.5-1.5B" / "snapshots" / ("a" * 40)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_json(adapter / "adapter_config.json", {"base_model_name_or_path": named})
+    if known is None:
+        with pytest.raises(ValueError, match="trained on other base weights than those of Qwen2"):
+            refuse_foreign_adapter(adapter, "abc", "Qwen2.5-1.5B", folder)
+    else:
+        assert refuse_foreign_adapter(adapter, "abc", "Qwen2.5-1.5B", folder) is known
 
 
 def test_provenance_names_versions_and_commit():

@@ -21,6 +21,8 @@ from parts import commands
 from parts.experiments import EVIDENCE
 from parts.lora import teacher_view
 from parts.microbatch import Limit
+from parts.prompts import encode_prompt, find_language, render_prompt
+from parts.readings import render_witness
 from parts.recipe import METHODS
 from parts.sampler import Rollout
 from parts.settings import collapse_warnings
@@ -152,6 +154,39 @@ def test_every_reading_ends_as_the_students_prompt_so_that_the_same_tokens_are_s
     assert len(loss_N) == len(rollouts[0].completion_ids) and loss_N.abs().max() > 0
 
 
+def test_ssopds_reading_ends_as_the_students_prompt_with_the_opening(tmp_path):
+    setup, _ = make_setup(tmp_path, method="ssopd", **GROUPS)
+    problem = setup.train[0]
+    student = setup.student_prompt(problem)
+    text = render_witness(setup.config, problem, setup.tokenizer, "First 14, then 27.")
+    teacher = encode_prompt(text, setup.tokenizer)
+    start = setup.tokenizer.encode("<|im_start|>", add_special_tokens=False)[0]
+    assistant = student[len(student) - 1 - student[::-1].index(start) :]
+    assert teacher[-len(assistant) :] == assistant and teacher != student
+    assert text.endswith(f"{find_language('hau').opening}\n")
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_ssopds_term_is_nothing_where_its_teacher_reads_what_the_student_reads(
+    tmp_path, monkeypatch, kind
+):
+    every_second_is_right(monkeypatch)
+    given = {"divergence": kind, "clip_mode": "none", "teacher": "current", **GROUPS}
+    setup, _ = make_setup(tmp_path, method="ssopd", **given)
+    groups = roll_out_groups(setup, setup.train[:3], seed=0)
+    monkeypatch.setattr(
+        methods, "render_witness", lambda config, problem, *_: render_student(setup, problem)
+    )
+    tally = Tally()
+    methods.add_ssopd_term(setup, groups, len(groups), tally, Limit(2))
+    assert tally.updated > 0, "a group is mixed"
+    assert tally.loss == 0 and gradient(setup).abs().max() == 0
+
+
+def render_student(setup, problem) -> str:
+    return render_prompt(problem, "hau", setup.tokenizer, thinking=setup.config.thinking)
+
+
 # OPSDC
 
 
@@ -211,12 +246,29 @@ def test_what_collapsed_elsewhere_is_warned_of(tmp_path):
     assert any("unclipped forward KL" in said for said in collapse_warnings(config))
     for other in ({"divergence": "reverse_kl"}, {"clip_mode": "entry"}, {"teacher": "fixed"}):
         assert collapse_warnings(replace(config, **other)) == []
+    # The loss over the sampled token estimates the reverse KL.
+    assert collapse_warnings(replace(config, loss_over="sampled")) == []
+    ssopd, _ = configure({"method": "ssopd", "teacher": "copy"})
+    assert any("unclipped forward KL" in said for said in collapse_warnings(ssopd))
+    assert collapse_warnings(replace(ssopd, clip_mode="entry")) == []
     every = replace(config, divergence="reverse_kl", teacher_every=1)
     assert any("--teacher-every 1 collapsed" in said for said in collapse_warnings(every))
     result = run_cli(
         "--method", "opsdc", "--divergence", "forward_kl", "--out", str(tmp_path / "r")
     )
     assert "warning: an unclipped forward KL" in result.stdout
+
+
+@pytest.mark.parametrize("method", ["opsdc", "egrsd", "ssopd"])
+def test_a_copied_teacher_that_is_never_renewed_is_warned_of(method):
+    given = {"method": method, "teacher": "copy", "divergence": "reverse_kl", "steps": 49}
+    config, _ = configure({**given, "teacher_every": 50})
+    (said,) = collapse_warnings(config)
+    assert "not renewed before the run ends: --steps is 49, --teacher-every 50" in said
+    for other in ({"steps": 50}, {"teacher": "fixed"}, {"token_budget": 10**6}):
+        assert collapse_warnings(replace(config, **other)) == []
+    # GRPO's loss has no teacher.
+    assert collapse_warnings(replace(config, method="grpo")) == []
 
 
 # EGRSD
@@ -357,6 +409,21 @@ def test_ssopds_term_is_the_weighted_mean_over_groups_of_the_means_over_tokens(
     assert tally.loss == pytest.approx(total.item(), abs=1e-5)
     scale = expected.abs().max().item()
     torch.testing.assert_close(found, expected, atol=1e-5 * scale, rtol=0)
+
+
+def test_the_clip_of_ssopds_term_is_logged_as_copsds_is(tmp_path, monkeypatch):
+    every_second_is_right(monkeypatch)
+    given = {"method": "ssopd", **GROUPS, "steps": 3}
+    clipped = train(tmp_path / "clipped", **given, clip_mode="entry", cosine_every=2)
+    rows = jsonl(clipped / "metrics.jsonl")
+    cosines = [row["loss/clip_gradient_cosine"] for row in rows]
+    assert cosines[1] is None and all(-1 <= cosines[step] < 0.99 for step in (0, 2))
+    assert all(0 < row["loss/clipped_token_frac"] <= 1 for row in rows)
+    plain = jsonl(train(tmp_path / "plain", **given) / "metrics.jsonl")
+    assert [row["loss/clip_gradient_cosine"] for row in plain] == [None] * 3
+    never = train(tmp_path / "never", **given, clip_mode="entry", cosine_every=0)
+    name = "adapters/step_00003/adapter_model.safetensors"
+    assert (never / name).read_bytes() == (clipped / name).read_bytes()
 
 
 # Out of memory, and prompts that are kept

@@ -12,6 +12,7 @@ from test_methods import make_setup, train
 import methods
 from methods import read_notes, usable_text
 from parts.model import eos_ids
+from parts.prompts import languages
 from parts.readings import longest_prompts, note_request
 from parts.sampler import Rollout
 
@@ -98,6 +99,21 @@ def test_an_explanation_is_the_teachers_and_stands_beside_the_solution(tmp_path)
     assert str(problem.solution_en) in text and "Why it is right:" in text
     nudge(setup, 0.3)
     assert read_notes(setup, [problem], 1).prompts == first.prompts, "the teacher is fixed"
+
+
+def test_an_explanation_is_asked_for_without_the_english_problem_where_that_is_not_shown(tmp_path):
+    """The one who explains read it all the same, or a problem that was called "None"."""
+    asked = {}
+    for shown in (True, False):
+        given = {"teacher_reads": "explained", "english_problem": shown}
+        setup, _ = make_setup(tmp_path / str(shown), **given)
+        problem = setup.train[0]
+        request = note_request(setup.config, problem, setup.tokenizer)
+        asked[shown] = str(setup.tokenizer.decode(request or []))
+        assert problem.problem in asked[shown] and str(problem.solution_en) in asked[shown]
+    label = languages()["hau"].english_problem_label
+    block = f"{label}\n{problem.problem_en}\n\n"
+    assert block in asked[True] and asked[False] == asked[True].replace(block, "")
 
 
 def test_the_answer_that_most_attempts_agree_on_takes_the_solutions_place(tmp_path, monkeypatch):

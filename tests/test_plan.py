@@ -12,7 +12,10 @@ from parts.recipe import Config
 
 
 def small_plan(tmp_path: Path, **given: Any) -> plans.Plan:
-    """Return the plan of a small experiment, whose folder is made and in which nothing ran."""
+    """Return the plan of a small experiment, whose folder is made and in which nothing ran.
+
+    given  a setting that is None is not typed, as one that the experiment has no use for
+    """
     small = {
         "lang": "ha",
         "seeds": "0,4",
@@ -25,7 +28,8 @@ def small_plan(tmp_path: Path, **given: Any) -> plans.Plan:
         "steps": 12,
         "out": str(tmp_path / "out"),
     }
-    return plans.make_plan({**small, **given})
+    typed = {name: value for name, value in {**small, **given}.items() if value is not None}
+    return plans.make_plan(typed)
 
 
 def test_seeds_are_a_count_or_a_list():

@@ -8,7 +8,7 @@ import pytest
 import kernels
 from parts.commands import help_text
 from parts.prompts import THINKING
-from parts.recipe import METHODS, CompareConfig, Config, EvalConfig
+from parts.recipe import CHOSEN_BY, METHODS, PARENTS, CompareConfig, Config, EvalConfig
 from parts.settings import check_settings, range_text
 
 CONFIGS = {"run": Config, "comparison": CompareConfig, "evaluation": EvalConfig}
@@ -51,13 +51,21 @@ def test_a_flags_help_is_whole_sentences_that_name_its_default(config, f):
         assert "default" not in rest
     else:
         assert f"default {f.default}" in rest
-        assert f.metadata["source"] and rest.endswith(f"; {f.metadata['source']})")
+        assert f.metadata["source"] and f"default {f.default}, {f.metadata['source']}" in rest
     for method, value in f.metadata["by_method"].items():
-        assert method in METHODS and f", {method} {value}" in rest
+        # Not the default's source: COPSD's scripts say nothing of another method.
+        assert method in METHODS and f"; {method} {value}, {CHOSEN_BY[method]}" in rest
     for word in f.metadata["choices"]:
         assert word in rest
     assert range_text(f) in said
     assert f.metadata["section"]
+
+
+def test_each_method_but_copsd_has_a_source_for_the_values_of_its_own():
+    assert CHOSEN_BY.keys() == PARENTS.keys() - {"copsd"}
+    assert not any("paper" in source for source in CHOSEN_BY.values())
+    of_lr = help_text(next(f for f in fields(Config) if f.name == "lr"))
+    assert of_lr.endswith("(0 or more; default 5e-06, paper; opsdc 1e-06, OPSDC)")
 
 
 def test_a_default_is_valid_and_of_its_fields_type():

@@ -10,6 +10,11 @@ import pytest
 from test_copsd import run_cli
 from test_methods import run_cli as run_small
 
+from parts.settings import idle_settings
+from parts.setup import configure
+
+BARE = ["--no-english-problem", "--no-english-solution"]  # a teacher's prompt of nothing else
+
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
@@ -104,6 +109,61 @@ def test_bad_input_of_a_member_is_one_line_exit_code_2_and_nothing_written(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["--clip", "0.2"], "--clip is for --clip-mode entry, token; here --clip-mode is none"),
+        (["--method", "opsdc", "--clip", "0.1"], "--clip is for --clip-mode entry, token"),
+        (["--method", "grpo", "--clip-mode", "entry"], "--clip-mode is for --method copsd, opsdc"),
+        (["--loss-over", "sampled", "--clip-mode", "entry"], "is for --loss-over vocabulary, top"),
+        (["--completion", "reference", "--clip-mode", "entry"], "is for --completion student, tea"),
+        (["--beta", "0.3"], "--beta is for --divergence jsd; here --divergence is forward_kl"),
+        (["--ema-decay", "0.9"], "--ema-decay is for --teacher ema; here --teacher is fixed"),
+        (["--method", "grpo", "--reduction", "token"], "--reduction is for --method copsd, opsdc"),
+        (["--method", "grpo", "--loss-over", "top_k"], "--loss-over is for --method copsd, opsdc"),
+        (["--method", "grpo", "--cosine-every", "5"], "--cosine-every is for --method copsd"),
+        (["--cosine-every", "5"], "--cosine-every is for --clip-mode entry, token"),
+        (["--method", "grpo", "--swap-solutions"], "--swap-solutions is for --method copsd"),
+        (["--method", "grpo", "--answer-only"], "--answer-only is for --method copsd"),
+        (["--method", "grpo", "--completion", "student"], "--completion is for --method copsd;"),
+        (["--method", "opsdc", "--no-english-problem"], "--english-problem is for --teacher-reads"),
+        (["--method", "opsdc", "--swap-solutions"], "--swap-solutions is for --teacher-reads solu"),
+        (["--method", "opsdc", "--answer-only"], "--answer-only is for --teacher-reads solution"),
+        (["--method", "ophsd", "--no-english-solution"], "--english-solution is for --teacher-re"),
+        (["--teacher-reads", "voted", "--swap-solutions"], "--swap-solutions is for --teacher-rea"),
+        (["--no-english-solution", "--swap-solutions"], "is for --english-solution True; here"),
+        (["--method", "ssopd", "--reduction", "token"], "--reduction is for --method copsd"),
+        (["--method", "ssopd", "--cosine-every", "5"], "--cosine-every is for --clip-mode entry"),
+        (["--method", "ssopd", "--no-english-solution"], "--english-solution is for --method cops"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused_with_what_it_needs(tmp_path, arguments, needed):
+    """They were accepted, and the run was the one without them."""
+    out = tmp_path / "run"
+    result = run_small("--out", str(out), *arguments)
+    assert result.exit_code == 2 and needed in result.stderr, result.output
+    assert result.stderr.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ({"method": "grpo", "divergence": "jsd", "beta": 0.3}, []),  # of the KL in the tables
+        ({"method": "grpo", "english_problem": False, "english_solution": False}, []),
+        ({"method": "grpo", "teacher": "ema", "ema_decay": 0.9}, []),
+        ({"method": "ssopd", "clip_mode": "entry", "clip": 0.2, "cosine_every": 5}, []),
+        ({"method": "egrsd", "swap_solutions": True, "english_problem": False}, []),
+        ({"method": "ophsd", "answer_only": True}, []),
+        ({"completion": "garbage", "swap_solutions": True, "reduction": "trajectory"}, []),
+        ({"loss_over": "top_k", "loss_top_k": 5, "clip_mode": "token", "clip": 0.1}, []),
+        ({"loss_over": "top_k", "clip_mode": "token", "cosine_every": 5}, ["cosine_every"]),
+    ],
+)
+def test_what_a_run_or_its_tables_read_is_not_refused(given, idle):
+    config, _ = configure(given)
+    assert list(idle_settings(given, config)) == idle
+
+
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)
@@ -139,6 +199,10 @@ def test_a_bad_data_file_is_one_line_that_names_it(tmp_path, name, text, said):
         (["--method", "ophsd"], "lacks what --teacher-reads plan needs: an English solution"),
         (["--teacher-reads", "voted"], "lacks what --teacher-reads voted needs: an English"),
         (["--method", "egrsd", "--batch-size", "8"], "has no problem_en"),
+        (["--teacher-reads", "explained", BARE[0]], "what --teacher-reads explained needs: an Eng"),
+        (["--completion", "reference", *BARE], "what --completion reference needs: an English sol"),
+        (["--completion", "garbage", *BARE], "what --completion garbage needs: an English solut"),
+        (["--completion", "reference", "--teacher-reads", "brief"], "--completion reference needs"),
     ],
 )
 def test_data_that_lacks_what_the_teacher_reads_is_one_line(tmp_path, flags, said):

@@ -4,11 +4,12 @@ import json
 import shutil
 
 import torch
+from safetensors.torch import load_file, save_file
 from test_copsd import QUIET, SMALL
 from test_methods import GROUPS, make_setup, run_cli, train
 
 from parts.adapters import read_adapter_tensors
-from parts.files import read_json, read_sealed, write_sealed
+from parts.files import read_json, read_sealed, write_json, write_sealed
 from parts.setup import configure, prepare
 
 
@@ -40,6 +41,32 @@ def test_a_warm_start_from_another_base_or_another_shape_is_one_line(tmp_path):
         result = run_cli(*flags, "--out", str(tmp_path / "run"))
         assert result.exit_code == 2 and said in result.stderr, result.output
         assert result.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_warm_start_from_a_copied_adapter_is_held_to_the_base_that_it_names(tmp_path, lab_folder):
+    """Where no run's record stood beside it, any base was taken for its own."""
+    step = train(tmp_path / "first") / "adapters" / "step_00002"
+    copied = shutil.copytree(step, tmp_path / "copied")
+    small = ["--warm-start", str(copied), "--out"]
+    result = run_cli(*small, str(tmp_path / "same"))
+    assert result.exit_code == 0 and "nothing says on which base" not in result.stdout
+    # The same layers with other numbers: the adapter fits, and means something else.
+    other = shutil.copytree(lab_folder, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file(
+        {name: tensor + 0.001 for name, tensor in tensors.items()},
+        other / "model.safetensors",
+        {"format": "pt"},
+    )
+    named = read_json(copied / "adapter_config.json")
+    write_json(copied / "adapter_config.json", {**named, "base_model_name_or_path": str(other)})
+    result = run_cli(*small, str(tmp_path / "others"))
+    assert result.exit_code == 2 and "was trained on other base weights" in result.stderr
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "others").exists()
+    write_json(copied / "adapter_config.json", {**named, "base_model_name_or_path": "gone/away"})
+    result = run_cli(*small, str(tmp_path / "unknown"))
+    assert result.exit_code == 0, result.output
+    assert "nothing says on which base weights it was trained" in result.stdout
 
 
 def test_a_run_goes_on_tomorrow_with_the_date_that_its_template_wrote_today(tmp_path):
