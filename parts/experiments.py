@@ -67,7 +67,7 @@ COPSD = Variant("copsd", "COPSD", {"method": "copsd"}, EVIDENCE["copsd"])
 # On the lab, runs learn little at the lowest of these rates and collapse at the highest.
 SWEEP = "0.03,0.1,0.3,1,3,9,27"
 WIDE_SWEEP = "0.1,0.3,1,3,9"
-HIGH_SWEEP = "0.3,1,3,9,27"  # no control was near its best below
+HIGH_SWEEP = "0.3,1,3,9,27"  # below, controls that teach learn less
 MANY_ARMS_STEPS = 30  # keeps dozens of runs below an hour on two cores
 
 COMPARISON = Design(

@@ -55,7 +55,7 @@ def test_ablations_change_one_setting_at_a_time():
     [
         ({}, 100, [0.03, 0.1, 0.3, 1, 3, 9, 27]),
         ({"family": True}, 30, [0.1, 0.3, 1, 3, 9]),
-        ({"attribute": True}, 30, [0.3, 1, 3, 9]),
+        ({"attribute": True}, 30, [0.3, 1, 3, 9, 27]),
         ({"attribute": True, "steps": 7, "sweep": "2"}, 7, [2]),
     ],
 )
