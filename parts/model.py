@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from parts.chat import turn_end_ids
 from parts.family import (
@@ -143,14 +144,21 @@ def load_model(
 
     The model has no noise of its own in any mode: dropout is off, and its train() leaves random
     routers as they are. From safetensors only, never with remote code. Raises ValueError for a
-    family that is not honoured (parts/family.py), and for weights that the files lack.
+    family that is not honoured (parts/family.py), for weights that are not those of its
+    configuration, and for an adapter in the same folder.
     """
     name = f"model {folder}"
+    if (folder / "adapter_config.json").is_file():
+        # Where peft is installed, transformers puts it on unasked, and "the base" is no longer it.
+        raise ValueError(
+            f"{name} holds an adapter beside the model, adapter_config.json: move it out and name "
+            "it with --adapter"
+        )
     config = load_config(folder)
     state_precision(dtype)
     switch_off_dropout(config)
     # It may also be of a family without this kind of attention.
-    with loading(folder, f"{name} ({config.model_type})"):
+    with loading(folder, f"{name} ({config.model_type})"), _without_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -158,11 +166,11 @@ def load_model(
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, in one line
             output_loading_info=True,
         )
     model, info = loaded
-    if info["missing_keys"]:  # transformers fills them with random numbers and goes on
-        raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
+    _refuse_other_weights(info, name)
     refuse_not_finite(dict(model.named_parameters()), name)
     check_modules(model, name)
     if model.get_output_embeddings().bias is not None:
@@ -199,6 +207,39 @@ def loading(folder: Path, name: str) -> Iterator[None]:
         if not isinstance(error, LIBRARY_ERRORS) and type(error) is not Exception:
             raise
         raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers' table of weights that do not fit, of many lines, off the terminal."""
+    kept = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(kept)
+
+
+def _refuse_other_weights(info: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError where the files hold other weights than the configuration describes.
+
+    info  what transformers says of its loading; it leaves out what a family ignores on purpose
+    transformers fills what is missing, or of another size, with random numbers, drops what has no
+    place, and goes on.
+    """
+    if info["mismatched_keys"]:
+        part, stored, described = min(info["mismatched_keys"])
+        raise ValueError(
+            f"{name} has {part} of the sizes {tuple(stored)}, and its config.json describes "
+            f"{tuple(described)}"
+        )
+    if info["missing_keys"]:
+        raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        raise ValueError(
+            f"{name} has weights that its config.json has no place for, such as "
+            f"{min(info['unexpected_keys'])}"
+        )
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:

@@ -1,6 +1,7 @@
 """parts/model.py: finding models, loading them, and what is refused."""
 
 import json
+import logging
 from pathlib import Path
 
 import huggingface_hub.constants as hub_constants
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -193,6 +195,56 @@ def test_weights_that_the_safetensors_lack_are_neither_unpickled_nor_made_up(tin
         ours.load_model(tmp_path, **CPU)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(OSError):
+        ours.load_model(tmp_path, **CPU)
+
+
+@pytest.mark.parametrize(
+    ("changed", "refusal"),
+    [
+        (
+            {"num_hidden_layers": 1},
+            r"no place for, such as model\.layers\.1\.input_layernorm\.weight",
+        ),
+        (
+            {"intermediate_size": 48},
+            r"mlp\.down_proj\.weight of the sizes \(32, 64\), and .* describes \(32, 48\)",
+        ),
+        ({"num_hidden_layers": 3}, r"lacks weights, such as model\.layers\.2"),
+    ],
+)
+def test_weights_of_another_configuration_are_refused_in_one_line(
+    tiny_model, tmp_path, changed, refusal
+):
+    """A model with fewer layers than its files hold was used without the rest.
+
+    The others were refused below a report of transformers' of many lines.
+    """
+    tiny_model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = {**json.loads(file.read_text()), **changed}
+    config.pop("layer_types")
+    file.write_text(json.dumps(config))
+    reported: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = reported.append
+    library = logging.getLogger("transformers")
+    level = library.level
+    library.addHandler(listener)
+    try:
+        with pytest.raises(ValueError, match=refusal) as error:
+            ours.load_model(tmp_path, **CPU)
+    finally:
+        library.removeHandler(listener)
+    assert "\n" not in str(error.value)
+    assert reported == [] and library.level == level
+
+
+def test_an_adapter_in_the_models_folder_is_refused(tiny_model, tmp_path):
+    """Where peft is installed it was put on unasked, and its numbers were called the base's."""
+    tiny_model.save_pretrained(tmp_path)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(tiny_model, config).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="move it out and name it with --adapter$"):
         ours.load_model(tmp_path, **CPU)
 
 
