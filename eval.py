@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             say(console, taken_over)
     # An evaluation that goes on keeps the day that its template writes.
     days = [run.recorded_day() for run in kept.values()]
-    day = ranks.decide(next(filter(None, days), None))
+    day = ranks.decide(next(filter(None, days), date.today().isoformat()))
     tokenizer, day = freeze_date(load_tokenizer(folder), day)
     model, weights = load_weights(settings, folder, tokenizer, config.device, config.dtype)
     context = context_length(model.config)
@@ -182,6 +183,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             "problems": len(problems),
             "problem_ids": ids_fingerprint([problem.id for problem in problems]),
         }
+        ranks.refuse_another(identity)
         run = kept.get(language.iso3)
         done = []
         if run:

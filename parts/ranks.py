@@ -95,6 +95,15 @@ def decide(value: Any) -> Any:
     return values[0]
 
 
+def refuse_another(identity: dict[str, Any]) -> None:
+    """Raise ValueError where this rank works on something else than rank 0 does.
+
+    identity  fingerprints of model, data and prompts, by name
+    """
+    if decide(identity) != identity:
+        raise ValueError("this machine has another model, data or prompts than that of rank 0")
+
+
 def sum_gradients(parameters: list[Tensor]) -> None:
     """Replace every rank's gradient by the sum over the ranks, in one message."""
     if count() == 1:
