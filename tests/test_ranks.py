@@ -211,3 +211,14 @@ def test_a_program_for_one_process_refuses_several(monkeypatch):
     monkeypatch.setattr(ranks, "count", lambda: 2)
     with pytest.raises(ValueError, match="without torchrun"):
         ranks.refuse("compare.py")
+    for program, name in (
+        (commands.copsd, "copsd.py show"),
+        (commands.copsd, "copsd.py plan"),
+        (commands.copsd, "copsd.py export-data"),
+        (commands.evaluation, "eval.py report"),
+        (commands.comparison, "compare.py"),
+    ):
+        command = name.split()[1:]
+        result = CliRunner().invoke(program, [*command, *(["any"] if "report" in name else [])])
+        assert result.exit_code == 2, result.output
+        assert result.stderr == f"error: {name} is for one process: start it without torchrun\n"
