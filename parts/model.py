@@ -246,7 +246,12 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:
     """Raise ValueError for weights with NaN or an infinity: whatever they compute is no number."""
     for part, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name} has weights that are not finite, such as those of {part}")
+            remedy = ""
+            if tensor.dtype == torch.float16:  # the files may hold more than it can
+                remedy = "; if they leave float16's range: --dtype float32 or bfloat16"
+            raise ValueError(
+                f"{name} has weights that are not finite, such as those of {part}{remedy}"
+            )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -1,5 +1,6 @@
 """parts/selfcheck.py: a model that would be sampled or scored wrongly is refused, with figures."""
 
+import copy
 from typing import cast
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
+from parts.model import load_model
 from parts.selfcheck import check_model
 
 
@@ -19,6 +21,22 @@ def test_a_model_that_is_read_rightly_passes_and_keeps_its_modes(tiny_model):
     assert [module.training for module in tiny_model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     check_model(tiny_model.to(torch.bfloat16), "the model")
+
+
+def test_a_model_beyond_float16s_range_is_told_the_dtypes_that_hold_it(tiny_model, tmp_path):
+    """Both messages spoke of a model, or weights, that are wrong."""
+    with torch.no_grad():
+        tiny_model.model.norm.weight *= 1e4
+        check_model(tiny_model, "the model")
+        said = "leave float16's range; valid: --dtype float32 or bfloat16$"
+        with pytest.raises(ValueError, match=said) as error:
+            check_model(copy.deepcopy(tiny_model).half(), "the model")
+        assert "\n" not in str(error.value)
+        tiny_model.model.norm.weight *= 1e4
+    tiny_model.save_pretrained(tmp_path)
+    load_model(tmp_path, device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="if they leave float16's range: --dtype float32"):
+        load_model(tmp_path, device="cpu", dtype=torch.float16)
 
 
 class Scaled(Qwen2ForCausalLM):
