@@ -64,17 +64,18 @@ FAMILIES = {
     "SmolLM2-": "HuggingFaceTB",
     "gemma-": "google",
 }
-TEXTS = ["*.json", "*.txt", "*.jinja"]  # a model's files beside its weights
+TEXTS = ["*.json", "*.txt", "*.jinja", "*.model"]  # a model's files beside its weights
+# Subfolders, and Mistral's "consolidated", hold the same weights in other formats; an adapter is
+# another model.
+IGNORED = ["*/*", "consolidated*", "adapter_*"]
 
 
-def resolve_model(name: str, *, revision: str | None = None, weights: bool = True) -> Path:
+def resolve_model(name: str, *, weights: bool = True) -> Path:
     """Return a model's folder: a local one, or else the hub's snapshot, downloaded or cached.
 
-    name      a folder, also one beside the program, as "lab/tiny" is; "org/name"; or a bare name of
-              a known family, such as "Qwen2.5-1.5B"
-    revision  hub branch, tag or commit (None: main); the name of the snapshot's folder is the
-              commit, to be recorded
-    weights   False: its configuration and tokenizer will do, and no more is then fetched
+    name     a folder, also one beside the program, as "lab/tiny" is; "org/name"; or a bare name of
+             a known family, such as "Qwen2.5-1.5B"
+    weights  False: its configuration and tokenizer will do, and no more is then fetched
 
     Never takes pickles or code. Raises ValueError for an unknown bare name, FileNotFoundError for
     what is not there.
@@ -83,7 +84,7 @@ def resolve_model(name: str, *, revision: str | None = None, weights: bool = Tru
     if not folder.is_dir():
         folder = PROJECT / name
     if not folder.is_dir():
-        folder = _snapshot(name, revision, [*TEXTS, "*.safetensors"] if weights else TEXTS)
+        folder = _snapshot(name, [*TEXTS, "*.safetensors"] if weights else TEXTS)
     for pattern in ("config.json", "*.safetensors") if weights else ("config.json",):
         if not any(folder.glob(pattern)):
             raise FileNotFoundError(f"model {name}: there is no {pattern} in {folder}")
@@ -102,7 +103,7 @@ def published_name(folder: Path) -> tuple[str, str | None]:
     return str(folder.resolve()), None
 
 
-def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(name: str, patterns: list[str]) -> Path:
     """Return the folder of the hub's snapshot."""
     owners = [owner for prefix, owner in FAMILIES.items() if name.startswith(prefix)]
     if "/" not in name and not owners:
@@ -113,9 +114,8 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         folder = snapshot_download(
             name if "/" in name else f"{owners[0]}/{name}",
-            revision=revision,
             allow_patterns=patterns,
-            ignore_patterns="*/*",  # subfolders hold the same weights in other formats
+            ignore_patterns=IGNORED,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())

@@ -50,14 +50,7 @@ def hub_cache(tmp_path, monkeypatch):
 )
 def test_full_and_bare_names_find_the_snapshot_and_a_local_folder_wins(hub_cache, tmp_path, repo):
     bare, snapshot = repo.split("/")[1], hub_cache(repo)
-    assert (
-        ours.resolve_model(repo)
-        == ours.resolve_model(bare)
-        == ours.resolve_model(bare, revision=SHA)
-        == snapshot
-    )
-    with pytest.raises(FileNotFoundError):
-        ours.resolve_model(bare, revision="b" * 40)
+    assert ours.resolve_model(repo) == ours.resolve_model(bare) == snapshot
     fake_folder(tmp_path / bare)
     assert ours.resolve_model(bare) == Path(bare)
 
@@ -69,14 +62,18 @@ def test_cache_serves_when_the_hub_cannot_be_reached(hub_cache, monkeypatch):
     assert ours.resolve_model("SmolLM2-135M") == snapshot
 
 
-def test_only_safetensors_json_and_text_of_the_top_level_are_downloaded(tmp_path, monkeypatch):
+def test_only_what_loading_reads_is_downloaded(tmp_path, monkeypatch):
     wanted = [
         "model-00001-of-00002.safetensors",
         "tokenizer.json",
         "merges.txt",
+        "tokenizer.model",
         "chat_template.jinja",
     ]
     others = [
+        "consolidated.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
         "pytorch_model.bin",
         "consolidated.pth",
         "model.pt",
@@ -84,13 +81,13 @@ def test_only_safetensors_json_and_text_of_the_top_level_are_downloaded(tmp_path
         "onnx/config.json",
     ]
 
-    def download(repo_id, *, revision, **patterns):
-        assert (repo_id, revision) == ("org/name", "v2")
+    def download(repo_id, **patterns):
+        assert repo_id == "org/name"
         assert list(filter_repo_objects(wanted + others, **patterns)) == wanted
         return str(fake_folder(tmp_path / "model"))
 
     monkeypatch.setattr(ours, "snapshot_download", download)
-    assert ours.resolve_model("org/name", revision="v2") == tmp_path / "model"
+    assert ours.resolve_model("org/name") == tmp_path / "model"
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-1.5B", "no/such", "./no/such/folder", "/no/such/folder"])
