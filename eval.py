@@ -174,16 +174,15 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
         problems = keep_fitting(
             problems, prompts, console, context=context, max_new_tokens=one.max_new_tokens
         )
-        identity = {
+        identity = ranks.agreed(
             **weights,
-            "prompt_template": template_hash(tokenizer, language, one.thinking),
-            "template_date": day,
-            "data": fingerprint(problems),
-            "data_revision": commit,
-            "problems": len(problems),
-            "problem_ids": ids_fingerprint([problem.id for problem in problems]),
-        }
-        ranks.refuse_another(identity)
+            prompt_template=template_hash(tokenizer, language, one.thinking),
+            template_date=day,
+            data=fingerprint(problems),
+            data_revision=commit,
+            problems=len(problems),
+            problem_ids=ids_fingerprint([problem.id for problem in problems]),
+        )
         run = kept.get(language.iso3)
         done = []
         if run:

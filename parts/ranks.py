@@ -95,13 +95,14 @@ def decide(value: Any) -> Any:
     return values[0]
 
 
-def refuse_another(identity: dict[str, Any]) -> None:
-    """Raise ValueError where this rank works on something else than rank 0 does.
+def agreed(**identity: Any) -> dict[str, Any]:
+    """Return the identity of what this rank works on; ValueError where rank 0's is another.
 
     identity  fingerprints of model, data and prompts, by name
     """
     if decide(identity) != identity:
         raise ValueError("this machine has another model, data or prompts than that of rank 0")
+    return identity
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:

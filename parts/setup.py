@@ -185,7 +185,7 @@ def prepare(
         day = run.recorded_day() or day
     day = ranks.decide(day or date.today().isoformat())  # it may turn while the ranks start
     setup, identity = load_setup(config, folder, console, day)
-    ranks.refuse_another(identity)
+    ranks.agreed(**identity)
     if ranks.is_first():
         run.check(settings, identity)
         check_state(run.folder, setup.lora.state_dict(), setup.lora.parameters())
