@@ -565,13 +565,14 @@ def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     kl_sums = [0.0] * len(rollouts)
     limit = Limit.of(setup.config)
-    for rows in micro_batches(rollouts, limit, teacher_prompts=teacher_prompts):
+    mine = list(range(len(rollouts)))[ranks.share(len(rollouts))]
+    for rows in micro_batches(rollouts, limit, mine, teacher_prompts):
         batch = [rollouts[row] for row in rows]
         _, stats = copsd_loss(setup, [teacher_prompts[row] for row in rows], batch)
         by_row = stats["kl_N"].split([lengths[row] for row in rows])
         for row, kl_C in zip(rows, by_row, strict=True):
             kl_sums[row] = kl_C.sum().item()
-    return kl_sums, [float(length) for length in lengths]
+    return ranks.gather([kl_sums[row] for row in mine]), [float(length) for length in lengths]
 
 
 # By --completion: what writes the completions of COPSD's step, and the loss on them. All but the

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             say(console, taken_over)
     # An evaluation that goes on keeps the day that its template writes.
     days = [run.recorded_day() for run in kept.values()]
-    day = ranks.decide(next(filter(None, days), None))
+    day = ranks.decide(next(filter(None, days), date.today().isoformat()))
     tokenizer, day = freeze_date(load_tokenizer(folder), day)
     model, weights = load_weights(settings, folder, tokenizer, config.device, config.dtype)
     context = context_length(model.config)
@@ -171,15 +172,15 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
         problems = keep_fitting(
             problems, prompts, console, context=context, max_new_tokens=one.max_new_tokens
         )
-        identity = {
+        identity = ranks.agreed(
             **weights,
-            "prompt_template": template_hash(tokenizer, language, one.thinking),
-            "template_date": day,
-            "data": fingerprint(problems),
-            "data_revision": commit,
-            "problems": len(problems),
-            "problem_ids": ids_fingerprint([problem.id for problem in problems]),
-        }
+            prompt_template=template_hash(tokenizer, language, one.thinking),
+            template_date=day,
+            data=fingerprint(problems),
+            data_revision=commit,
+            problems=len(problems),
+            problem_ids=ids_fingerprint([problem.id for problem in problems]),
+        )
         run = kept.get(language.iso3)
         if run:
             run.check(asdict(one), identity)

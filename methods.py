@@ -41,6 +41,7 @@ from copsd import (
     train_grpo,
 )
 from kernels import reduce_loss
+from parts import ranks
 from parts.chat import CLOSE, completion_text, prompt_opens_think
 from parts.family import context_length
 from parts.grading import extract_answer, is_correct, is_gradable, normalise
@@ -157,19 +158,23 @@ def ask(
     """Sample from prompts other than the student's, with a random stream apart from the rollouts'.
 
     limit  new tokens at most
+    Each rank samples from some of the prompts, all receive all.
     """
     config = setup.config
+    mine = ranks.share(len(prompts))
     seed = NOTE_SEEDS + rollout_seed(config, step)
     params = SamplingParams(limit, config.temperature, config.top_p, config.top_k, seed)
-    return sample(
+    groups = sample(
         setup.model,
-        prompts,
+        prompts[mine],
         params,
         samples_per_prompt=samples,
+        first_index=mine.start,
         max_rows=config.sample_rows,
         eos_ids=eos_ids(setup.model, setup.tokenizer),
         valid_ids=valid_ids(setup.tokenizer),
     )
+    return ranks.gather(groups)
 
 
 def usable_text(setup: Setup, rollout: Rollout) -> str:

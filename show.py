@@ -35,6 +35,7 @@ from parts.model import check_vocabulary, eos_ids, head_weight, load_model, load
 from parts.prompts import Problem, template_hash
 from parts.recipe import DISTILLED, GROUPED, Config, divergence_options
 from parts.sampler import Rollout
+from parts.selfcheck import check_model
 from parts.setup import Setup, longest_prompt, needs_answers, needs_teacher
 from parts.tokens import TokenRow, explain_tokens, tokens_table, write_tokens_page
 from parts.view import say
@@ -75,6 +76,7 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
     """
     device = ranks.own_device(pick_device(config.device))
     model = load_model(folder, device=device, dtype=pick_dtype(config.dtype, device))
+    check_model(model, f"model {config.model}")
     day = runs.Run(adapter).recorded_day() if adapter else None  # the day it was trained with
     tokenizer, _ = freeze_date(load_tokenizer(folder), day)
     source = Path(config.data) if config.data else hub_training_file(config.lang)

@@ -214,12 +214,21 @@ def freeze_date(tokenizer: "Tokenizer", day: str | None) -> tuple["Tokenizer", s
     moments = [datetime(2001, 2, 3, 4, 5, 6), datetime(2014, 11, 25, 18, 37, 59)]
     copies = [_at(tokenizer, moment) for moment in moments]
     template = read_template(tokenizer)
-    first, second = [
-        _render_turns(
-            dated, [("user", ASKED)], as_parts=template.as_parts, add_generation_prompt=True
-        )
-        for dated in copies
-    ]
+
+    def _texts(dated: "Tokenizer") -> list[str]:
+        """Return a turn in each mode: some write the date in one of them only."""
+        return [
+            _render_turns(
+                dated,
+                [("user", ASKED)],
+                as_parts=template.as_parts,
+                add_generation_prompt=True,
+                **template.keywords(thinking),
+            )
+            for thinking in THINKING
+        ]
+
+    first, second = map(_texts, copies)
     if first == second:
         return tokenizer, None
     chosen = datetime.fromisoformat(day) if day else datetime.now()

@@ -219,10 +219,12 @@ def show_command(
     """Carry one problem through: both prompts, a rollout, and what each token adds to the loss."""
     console = start()
     import show
+    from parts import ranks
     from parts.files import refuse_no_file
     from parts.setup import configure
 
     with bad_input():
+        ranks.refuse("copsd.py show")
         if html:
             refuse_no_file(html, "--html")
         config, folder = configure(given)
@@ -256,11 +258,13 @@ def plan_command(
     Exit code 1: a card does not hold it, whatever the settings of Machine.
     """
     console = start()
+    from parts import ranks
     from parts.fitting import CARDS_GB, plan
     from parts.footprint import Lengths
 
     cards = CARDS_GB if gpu is None else [gpu]
     with bad_input():
+        ranks.refuse("copsd.py plan")
         code = plan(given, Lengths(prompt_tokens, teacher_tokens), cards, console)
     raise typer.Exit(code)
 
@@ -276,9 +280,11 @@ def export_command(
 ) -> None:
     """Write the training problems, with the prompts of both roles, for another trainer to read."""
     console = start()
+    from parts import ranks
     from parts.exports import export_data
 
     with bad_input():
+        ranks.refuse("copsd.py export-data")
         export_data(given, format, file, console)
 
 
@@ -355,9 +361,10 @@ def report_command(
 ) -> None:
     """Write tables, figures and a page for the browser; test each evaluation against the first."""
     console = start()
-    from parts import evaluations
+    from parts import evaluations, ranks
 
     with bad_input():
+        ranks.refuse("eval.py report")
         found = evaluations.prepare_report(folders, out, console)
     with working(console, lambda: "the evaluations are as they were"):
         evaluations.report(found, out, console)

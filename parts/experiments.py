@@ -78,8 +78,8 @@ COMPARISON = Design(
     sweep=SWEEP,
 )
 
-# The neighbours of COPSD, each with its recipe; see parts/recipe.py for what they set. At OPSDC's own
-# 50 steps its teacher would not be renewed once in so short a run.
+# The neighbours of COPSD, each with its recipe; see parts/recipe.py for what they set. At the 50
+# steps of OPSDC's recipe its teacher would not be renewed once in so short a run.
 OWN = {"opsdc": {"teacher_every": MANY_ARMS_STEPS // 3}}
 NEIGHBOURS = tuple(
     Variant(method, method.upper(), {"method": method, **OWN.get(method, {})}, EVIDENCE[method])

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from parts.chat import freeze_date
 from parts.family import context_length
 from parts.files import json_lines, refuse_no_file, write_text
-from parts.model import load_config, load_tokenizer, resolve_model
+from parts.model import load_config, load_tokenizer, published_name, resolve_model
 from parts.prompts import Problem, render_prompt
 from parts.recipe import Config
 from parts.settings import fill, settle
@@ -46,7 +46,9 @@ def export_data(given: dict[str, Any], kind: str, file: Path | None, console: Co
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, json_lines(trl_rows(config, train, tokenizer)))
     say(console, f"{len(train)} problems for TRL's SDFTTrainer: {target}")
-    say(console, f"next: python bench/trl_sdft.py --data {target} --model {config.model}")
+    name, _ = published_name(folder)  # TRL knows no short names and no folders beside the program
+    command = f"python bench/trl_sdft.py --data {target} --model {name}"
+    say(console, f"next: {command} --max-new-tokens {config.max_new_tokens}")
 
 
 def trl_rows(

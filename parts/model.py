@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from parts.chat import turn_end_ids
 from parts.family import (
@@ -63,17 +64,18 @@ FAMILIES = {
     "SmolLM2-": "HuggingFaceTB",
     "gemma-": "google",
 }
-TEXTS = ["*.json", "*.txt", "*.jinja"]  # a model's files beside its weights
+TEXTS = ["*.json", "*.txt", "*.jinja", "*.model"]  # a model's files beside its weights
+# Subfolders, and Mistral's "consolidated", hold the same weights in other formats; an adapter is
+# another model.
+IGNORED = ["*/*", "consolidated*", "adapter_*"]
 
 
-def resolve_model(name: str, *, revision: str | None = None, weights: bool = True) -> Path:
+def resolve_model(name: str, *, weights: bool = True) -> Path:
     """Return a model's folder: a local one, or else the hub's snapshot, downloaded or cached.
 
-    name      a folder, also one beside the program, as "lab/tiny" is; "org/name"; or a bare name of
-              a known family, such as "Qwen2.5-1.5B"
-    revision  hub branch, tag or commit (None: main); the name of the snapshot's folder is the
-              commit, to be recorded
-    weights   False: its configuration and tokenizer will do, and no more is then fetched
+    name     a folder, also one beside the program, as "lab/tiny" is; "org/name"; or a bare name of
+             a known family, such as "Qwen2.5-1.5B"
+    weights  False: its configuration and tokenizer will do, and no more is then fetched
 
     Never takes pickles or code. Raises ValueError for an unknown bare name, FileNotFoundError for
     what is not there.
@@ -82,7 +84,7 @@ def resolve_model(name: str, *, revision: str | None = None, weights: bool = Tru
     if not folder.is_dir():
         folder = PROJECT / name
     if not folder.is_dir():
-        folder = _snapshot(name, revision, [*TEXTS, "*.safetensors"] if weights else TEXTS)
+        folder = _snapshot(name, [*TEXTS, "*.safetensors"] if weights else TEXTS)
     for pattern in ("config.json", "*.safetensors") if weights else ("config.json",):
         if not any(folder.glob(pattern)):
             raise FileNotFoundError(f"model {name}: there is no {pattern} in {folder}")
@@ -101,7 +103,7 @@ def published_name(folder: Path) -> tuple[str, str | None]:
     return str(folder.resolve()), None
 
 
-def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(name: str, patterns: list[str]) -> Path:
     """Return the folder of the hub's snapshot."""
     owners = [owner for prefix, owner in FAMILIES.items() if name.startswith(prefix)]
     if "/" not in name and not owners:
@@ -112,9 +114,8 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         folder = snapshot_download(
             name if "/" in name else f"{owners[0]}/{name}",
-            revision=revision,
             allow_patterns=patterns,
-            ignore_patterns="*/*",  # subfolders hold the same weights in other formats
+            ignore_patterns=IGNORED,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())
@@ -143,14 +144,21 @@ def load_model(
 
     The model has no noise of its own in any mode: dropout is off, and its train() leaves random
     routers as they are. From safetensors only, never with remote code. Raises ValueError for a
-    family that is not honoured (parts/family.py), and for weights that the files lack.
+    family that is not honoured (parts/family.py), for weights that are not those of its
+    configuration, and for an adapter in the same folder.
     """
     name = f"model {folder}"
+    if (folder / "adapter_config.json").is_file():
+        # Where peft is installed, transformers puts it on unasked, and "the base" is no longer it.
+        raise ValueError(
+            f"{name} holds an adapter beside the model, adapter_config.json: move it out and name "
+            "it with --adapter"
+        )
     config = load_config(folder)
     state_precision(dtype)
     switch_off_dropout(config)
     # It may also be of a family without this kind of attention.
-    with loading(folder, f"{name} ({config.model_type})"):
+    with loading(folder, f"{name} ({config.model_type})"), _without_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -158,11 +166,11 @@ def load_model(
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, in one line
             output_loading_info=True,
         )
     model, info = loaded
-    if info["missing_keys"]:  # transformers fills them with random numbers and goes on
-        raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
+    _refuse_other_weights(info, name)
     refuse_not_finite(dict(model.named_parameters()), name)
     check_modules(model, name)
     if model.get_output_embeddings().bias is not None:
@@ -201,11 +209,49 @@ def loading(folder: Path, name: str) -> Iterator[None]:
         raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers' table of weights that do not fit, of many lines, off the terminal."""
+    kept = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(kept)
+
+
+def _refuse_other_weights(info: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError where the files hold other weights than the configuration describes.
+
+    info  what transformers says of its loading; it leaves out what a family ignores on purpose
+    transformers fills what is missing, or of another size, with random numbers, drops what has no
+    place, and goes on.
+    """
+    if info["mismatched_keys"]:
+        part, stored, described = min(info["mismatched_keys"])
+        raise ValueError(
+            f"{name} has {part} of the sizes {tuple(stored)}, and its config.json describes "
+            f"{tuple(described)}"
+        )
+    if info["missing_keys"]:
+        raise ValueError(f"{name} lacks weights, such as {min(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        raise ValueError(
+            f"{name} has weights that its config.json has no place for, such as "
+            f"{min(info['unexpected_keys'])}"
+        )
+
+
 def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:
     """Raise ValueError for weights with NaN or an infinity: whatever they compute is no number."""
     for part, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name} has weights that are not finite, such as those of {part}")
+            remedy = ""
+            if tensor.dtype == torch.float16:  # the files may hold more than it can
+                remedy = "; if they leave float16's range: --dtype float32 or bfloat16"
+            raise ValueError(
+                f"{name} has weights that are not finite, such as those of {part}{remedy}"
+            )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -190,7 +190,9 @@ def refuse_idle_flags(design: Design, shared: dict[str, Any], arms: dict[str, Co
         for name in variant.settings:
             if name in idle:
                 raise ValueError(f"the arm {variant.name!r} would not differ: {idle[name]}")
-        unused = {name: idle[name] for name in unused if name in idle}
+        own = {name: f"the arm {variant.name!r} has its own {name}" for name in variant.settings}
+        unheard = own | idle
+        unused = {name: unheard[name] for name in unused if name in unheard}
     for why in unused.values():
         raise ValueError(f"{why}, and no other arm uses it")
 

@@ -114,6 +114,16 @@ def decide(value: Any) -> Any:
     return values[0]
 
 
+def agreed(**identity: Any) -> dict[str, Any]:
+    """Return the identity of what this rank works on; ValueError where rank 0's is another.
+
+    identity  fingerprints of model, data and prompts, by name
+    """
+    if decide(identity) != identity:
+        raise ValueError("this machine has another model, data or prompts than that of rank 0")
+    return identity
+
+
 def sum_gradients(parameters: list[Tensor]) -> None:
     """Replace every rank's gradient by the sum over the ranks, in one message."""
     if count() == 1:

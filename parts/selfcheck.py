@@ -7,6 +7,7 @@ says the plain way is compared with what it says our ways.
 """
 
 from collections.abc import Iterator
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,11 @@ def check_model(model: PreTrainedModel, name: str) -> None:
     tolerance = 2 * torch.finfo(model.dtype).eps ** 0.5
     try:
         for what, difference, spread in _differences(model):
+            if model.dtype == torch.float16 and not isfinite(spread):
+                raise ValueError(
+                    f"{called} cannot be used: its numbers leave float16's range; "
+                    "valid: --dtype float32 or bfloat16"
+                )
             if not difference <= tolerance * spread:  # NaN is refused, too
                 raise ValueError(
                     f"{called} cannot be used: {what} differ by {difference:.2g} nats, "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +196,9 @@ def prepare(
                 if (stored := run.read_evaluation(when)) is not None:
                     check_columns(stored, run.folder / f"{when}.json")
         day = run.recorded_day() or day
-    setup, identity = load_setup(config, folder, console, ranks.decide(day), aside)
-    if ranks.decide(identity) != identity:
-        raise ValueError("this machine has another model, data or prompts than that of rank 0")
+    day = ranks.decide(day or date.today().isoformat())  # it may turn while the ranks start
+    setup, identity = load_setup(config, folder, console, day, aside)
+    ranks.agreed(**identity)
     if ranks.is_first():
         run.check(settings, identity)
         check_state(run.folder, setup.lora.state_dict(), setup.lora.parameters())

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from typing import TypeVar
@@ -83,10 +83,13 @@ def _ended_at_exit(
 
 
 def pass_on(signals: list[int], running: list[tuple[Piece, ForkServerProcess]]) -> None:
-    """Send each signal to every process."""
+    """Send each signal to every process that is still at work."""
     for number in signals:
         for _, process in running:
-            os.kill(int(process.pid or 0), number)
+            # It may also end between the question and the signal.
+            with suppress(ProcessLookupError):
+                if process.is_alive():
+                    os.kill(int(process.pid or 0), number)
 
 
 def _work_alone(work: Callable[[Piece], int], piece: Piece, threads: int) -> None:

@@ -149,6 +149,9 @@ MODELS = {
     "no weights": model_with(lambda model: (model / "model.safetensors").unlink()),
     "empty weights": model_with(lambda model: (model / "model.safetensors").write_bytes(b"")),
     "a hidden size of other weights": json_with("config.json", hidden_size=64),
+    "fewer layers than weights": json_with(
+        "config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3
+    ),
     "layers below 0": json_with("config.json", num_hidden_layers=-1),
     "heads as text": json_with("config.json", num_attention_heads="four"),
     "an unknown family": json_with("config.json", model_type="abacus"),

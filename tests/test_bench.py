@@ -8,7 +8,7 @@ from threading import Lock
 import pytest
 from typer.testing import CliRunner
 
-from bench import clip, records
+from bench import clip, records, trl_sdft
 from bench.all import TARGETS, TARGETS_BY_DTYPE, make_quick, make_rows, parse_arguments, run_row
 from bench.process import own_process
 from bench.records import Record, Target
@@ -76,6 +76,22 @@ def test_a_row_that_fails_is_a_record(tmp_path):
     (record,) = records.read(tmp_path / "results.jsonl")
     assert record.who == "failed" and record.row == "broken" and not record.values
     assert record.note
+
+
+def test_a_step_of_trls_has_as_many_completions_as_was_asked_for(monkeypatch, capsys):
+    """Two processes took twice as many, and 6 in micro-batches of 4 became 4."""
+    flags = ["trl_sdft.py", "--data", "data.jsonl", "--model", "any"]
+    for batch, processes, found in (("32", "1", 8), ("32", "2", 4), ("6", "1", 0), ("36", "2", 0)):
+        monkeypatch.setattr(sys, "argv", [*flags, "--batch-size", batch])
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        if found:
+            assert trl_sdft.parse_arguments().accumulation == found
+            continue
+        with pytest.raises(SystemExit) as end:
+            trl_sdft.parse_arguments()
+        assert end.value.code == 2
+        said = f"a multiple of --micro-batch 4 times the number of processes, {processes}"
+        assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_every_target_is_of_a_row_that_is_measured(monkeypatch):

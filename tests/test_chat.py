@@ -224,6 +224,16 @@ def test_a_date_is_frozen_where_a_template_writes_one(source, written):
     assert template_hash(again, "hau") != template_hash(frozen, "hau")
 
 
+@pytest.mark.parametrize("asked", ["enable_thinking", "enable_thinking is false"])
+def test_a_date_that_is_written_in_one_mode_only_is_frozen(asked):
+    """It was looked for where no keyword is given, and not found."""
+    source = f"{{% if {asked} %}}{{{{ strftime_now('%F') }}}}{{% endif %}}"
+    frozen, day = freeze_date(make_tokenizer(source + QWEN3), "2025-01-09")
+    assert day == "2025-01-09"
+    mode = "off" if "false" in asked else "on"
+    assert render_prompt(SUM, "hau", frozen, thinking=mode).startswith(day)
+
+
 def test_a_template_without_a_date_stays_as_it_is():
     tokenizer = make_tokenizer(QWEN3)
     assert freeze_date(tokenizer, "2025-01-09") == (tokenizer, None)

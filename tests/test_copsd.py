@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import copsd
 from copsd import completion_hidden, copsd_loss, roll_out
 from kernels import chunked_logprob, divergence, reduce_loss
-from parts import commands, steplog, steps
+from parts import commands, ranks, steplog, steps
 from parts.lora import teacher_view
 from parts.microbatch import Limit, micro_batches
 from parts.model import head_weight
@@ -65,6 +65,25 @@ def read_by_teacher(setup, problems: list) -> list[list[int]]:
 
 
 # What is scored
+
+
+def test_each_rank_scores_its_share_of_the_held_out_rollouts(tmp_path, monkeypatch):
+    """Every rank scored all of them."""
+    setup, _ = make_setup(tmp_path)
+    nudge(setup)
+    problems = setup.train[:5]
+    rollouts = roll_out(setup, problems, seed=3)
+    monkeypatch.setattr(copsd, "roll_out", lambda *given, **options: rollouts)
+    whole, lengths = copsd.heldout_kl(setup, problems, seed=3)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "gather", lambda items: items)
+    found = []
+    for number in range(2):
+        monkeypatch.setattr(ranks, "number", lambda number=number: number)
+        share, of_all = copsd.heldout_kl(setup, problems, seed=3)
+        assert of_all == lengths and 0 < len(share) < len(whole)
+        found += share
+    assert found == pytest.approx(whole, rel=1e-4)
 
 
 def test_training_scores_the_tokens_with_the_log_probs_they_were_sampled_with(tmp_path):

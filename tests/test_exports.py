@@ -20,6 +20,9 @@ def test_trl_reads_the_ids_that_are_trained_on(tmp_path, lab_folder):
     flags = ["export-data", "--format", "trl", "--lang", "hau", "--file", str(file)]
     result = CliRunner().invoke(commands.copsd, flags)
     assert result.exit_code == 0, result.output
+    # The short name "lab/tiny" is for our programs only.
+    printed = " ".join(result.stdout.split())
+    assert printed.endswith(f"--data {file} --model {lab_folder} --max-new-tokens 64"), printed
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     problems = load_problems(lab_folder.parent / "problems" / "hau" / "train.jsonl", language="hau")
     assert [row["id"] for row in rows] == [problem.id for problem in problems]

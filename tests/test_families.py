@@ -72,7 +72,12 @@ REFUSED = {
     "bert": ({"is_decoder": True}, "bias in its head"),
     "bloom": ({"n_layer": 2, "n_head": 4}, r"\(bloom\) cannot be loaded"),
     "cohere": ({}, "logit_scale=0.0625"),
+    "bitnet": (
+        {"quantization_config": {"quant_method": "bitnet"}},
+        r"\(bitnet\) is quantised \(bitnet\)",
+    ),
     "gemma2": ({"head_dim": 8}, "final_logit_softcapping=30.0"),
+    "granite": ({"logits_scaling": 8.0}, "logits_scaling=8.0"),
     "jamba": ({"mamba_d_state": 4}, r"\(jamba\) has layers of LinearAttentionLayer"),
     "mamba": ({}, r"\(mamba\) has layers of LinearAttentionLayer"),
     "marian": ({"d_model": 32}, r"\(marian\) is of an encoder-decoder family"),
@@ -80,6 +85,9 @@ REFUSED = {
     "mistral": ({"sliding_window": 63}, r"\(mistral\) has layers of .*a window of 63 tokens"),
     "pegasus": ({"d_model": 32}, r"\(pegasus\) is of an encoder-decoder family"),
     "phi": ({}, "bias in its head"),
+    "phi3": ({"sliding_window": 63}, r"\(phi3\) has layers of .*a window of 63 tokens"),
+    "phimoe": ({**EXPERTS, "lm_head_bias": True}, "bias in its head"),
+    "starcoder2": ({"sliding_window": 63}, r"\(starcoder2\) has .*a window of 63 tokens"),
 }
 NOT_HONOURED = [  # by their configuration alone
     "bailing_hybrid",

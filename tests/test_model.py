@@ -1,6 +1,7 @@
 """parts/model.py: finding models, loading them, and what is refused."""
 
 import json
+import logging
 from pathlib import Path
 
 import huggingface_hub.constants as hub_constants
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -48,14 +50,7 @@ def hub_cache(tmp_path, monkeypatch):
 )
 def test_full_and_bare_names_find_the_snapshot_and_a_local_folder_wins(hub_cache, tmp_path, repo):
     bare, snapshot = repo.split("/")[1], hub_cache(repo)
-    assert (
-        ours.resolve_model(repo)
-        == ours.resolve_model(bare)
-        == ours.resolve_model(bare, revision=SHA)
-        == snapshot
-    )
-    with pytest.raises(FileNotFoundError):
-        ours.resolve_model(bare, revision="b" * 40)
+    assert ours.resolve_model(repo) == ours.resolve_model(bare) == snapshot
     fake_folder(tmp_path / bare)
     assert ours.resolve_model(bare) == Path(bare)
 
@@ -67,14 +62,18 @@ def test_cache_serves_when_the_hub_cannot_be_reached(hub_cache, monkeypatch):
     assert ours.resolve_model("SmolLM2-135M") == snapshot
 
 
-def test_only_safetensors_json_and_text_of_the_top_level_are_downloaded(tmp_path, monkeypatch):
+def test_only_what_loading_reads_is_downloaded(tmp_path, monkeypatch):
     wanted = [
         "model-00001-of-00002.safetensors",
         "tokenizer.json",
         "merges.txt",
+        "tokenizer.model",
         "chat_template.jinja",
     ]
     others = [
+        "consolidated.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
         "pytorch_model.bin",
         "consolidated.pth",
         "model.pt",
@@ -82,13 +81,13 @@ def test_only_safetensors_json_and_text_of_the_top_level_are_downloaded(tmp_path
         "onnx/config.json",
     ]
 
-    def download(repo_id, *, revision, **patterns):
-        assert (repo_id, revision) == ("org/name", "v2")
+    def download(repo_id, **patterns):
+        assert repo_id == "org/name"
         assert list(filter_repo_objects(wanted + others, **patterns)) == wanted
         return str(fake_folder(tmp_path / "model"))
 
     monkeypatch.setattr(ours, "snapshot_download", download)
-    assert ours.resolve_model("org/name", revision="v2") == tmp_path / "model"
+    assert ours.resolve_model("org/name") == tmp_path / "model"
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-1.5B", "no/such", "./no/such/folder", "/no/such/folder"])
@@ -203,6 +202,53 @@ def test_weights_that_the_safetensors_lack_are_neither_unpickled_nor_made_up(tin
         ours.load_model(tmp_path, **CPU)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(OSError):
+        ours.load_model(tmp_path, **CPU)
+
+
+@pytest.mark.parametrize(
+    ("changed", "refusal"),
+    [
+        (
+            {"num_hidden_layers": 1},
+            r"no place for, such as model\.layers\.1\.input_layernorm\.weight",
+        ),
+        (
+            {"intermediate_size": 48},
+            r"mlp\.down_proj\.weight of the sizes \(32, 64\), and .* describes \(32, 48\)",
+        ),
+        ({"num_hidden_layers": 3}, r"lacks weights, such as model\.layers\.2"),
+    ],
+)
+def test_weights_of_another_configuration_are_refused_in_one_line(
+    tiny_model, tmp_path, caplog, changed, refusal
+):
+    """A model with fewer layers than its files hold was used without the rest.
+
+    The others were refused below a report of transformers' of many lines.
+    """
+    tiny_model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = {**json.loads(file.read_text()), **changed}
+    config.pop("layer_types")
+    file.write_text(json.dumps(config))
+    library = logging.getLogger("transformers")
+    level = library.level
+    library.addHandler(caplog.handler)
+    try:
+        with pytest.raises(ValueError, match=refusal) as error:
+            ours.load_model(tmp_path, **CPU)
+    finally:
+        library.removeHandler(caplog.handler)
+    assert "\n" not in str(error.value)
+    assert caplog.records == [] and library.level == level
+
+
+def test_an_adapter_in_the_models_folder_is_refused(tiny_model, tmp_path):
+    """Where peft is installed it was put on unasked, and its numbers were called the base's."""
+    tiny_model.save_pretrained(tmp_path)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(tiny_model, config).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"move it out and name it with --adapter$"):
         ours.load_model(tmp_path, **CPU)
 
 

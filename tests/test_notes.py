@@ -11,6 +11,7 @@ from test_methods import make_setup, train
 
 import methods
 from methods import read_notes, usable_text
+from parts import ranks
 from parts.model import eos_ids
 from parts.prompts import languages
 from parts.readings import longest_prompts, note_request
@@ -36,6 +37,25 @@ def test_a_plan_is_the_current_students_and_does_not_touch_the_rollouts(tmp_path
     assert "Tsari:" in text and f"kawai:\n{problems[0].answer}" in text
     assert str(problems[0].solution_en) not in text
     assert first.sampled_tokens > 0 and first.metrics["note/plain_frac"] == 0
+
+
+def test_each_rank_asks_for_its_share_of_the_texts(tmp_path, monkeypatch):
+    """Every rank wrote all of them, as slowly as one process does."""
+    setup, _ = make_setup(tmp_path)
+    prompts = [setup.student_prompt(problem) for problem in setup.train[:3]]
+    whole = methods.ask(setup, prompts, step=1, limit=8, samples=2)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "gather", lambda items: items)
+    shares = []
+    for number in range(2):
+        monkeypatch.setattr(ranks, "number", lambda number=number: number)
+        shares.append(methods.ask(setup, prompts, step=1, limit=8, samples=2))
+    assert [len(share) for share in shares] == [1, 2]
+    texts = [
+        [rollout.completion_ids for group in groups for rollout in group]
+        for groups in (whole, [*shares[0], *shares[1]])
+    ]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("note", ["", "  \n", "so <|im_end|> it"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -210,7 +211,49 @@ def test_shares_are_neighbours_that_add_up(monkeypatch, items):
     assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [(commands.copsd, ["train", *SMALL]), (commands.evaluation, ["--limit", "2"])],
+    ids=["train", "eval"],
+)
+def test_rank_0_decides_the_day_and_refuses_another_model(tmp_path, monkeypatch, program, flags):
+    """An evaluation asked neither, and each rank of both programs had a today of its own."""
+    model = tmp_path / "dated"
+    shutil.copytree("lab/tiny", model)
+    template = (model / "chat_template.jinja").read_text(encoding="utf-8")
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
+    identities = []
+
+    def _as_rank_0_says(value):
+        if isinstance(value, dict) and "base_weights" in value:
+            identities.append(value)
+            return {**value, "base_weights": "0" * 16}
+        return "2001-02-03" if isinstance(value, str) else value
+
+    monkeypatch.setattr(ranks, "decide", _as_rank_0_says)
+    data = ["--data", "lab/problems/hau/train.jsonl"]
+    if program is commands.evaluation:
+        data = ["--benchmark", "lab"]
+    out = ["--model", str(model), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(program, [*flags, *data, *out])
+    assert result.exit_code == 2, result.output
+    assert "another model, data or prompts than that of rank 0" in result.stderr
+    assert [each["template_date"] for each in identities] == ["2001-02-03"]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_program_for_one_process_refuses_several(monkeypatch):
     monkeypatch.setattr(ranks, "count", lambda: 2)
     with pytest.raises(ValueError, match="without torchrun"):
         ranks.refuse("compare.py")
+    for program, name in (
+        (commands.copsd, "copsd.py show"),
+        (commands.copsd, "copsd.py plan"),
+        (commands.copsd, "copsd.py export-data"),
+        (commands.evaluation, "eval.py report"),
+        (commands.comparison, "compare.py"),
+    ):
+        command = name.split()[1:]
+        result = CliRunner().invoke(program, [*command, *(["any"] if "report" in name else [])])
+        assert result.exit_code == 2, result.output
+        assert result.stderr == f"error: {name} is for one process: start it without torchrun\n"

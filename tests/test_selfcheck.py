@@ -1,5 +1,6 @@
 """parts/selfcheck.py: a model that would be sampled or scored wrongly is refused, with figures."""
 
+import copy
 from typing import cast
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from parts import batch
+from parts.model import load_model
 from parts.selfcheck import check_model
 
 
@@ -36,6 +38,22 @@ def test_the_check_asks_a_recorded_step_too(tiny_model, monkeypatch):
     monkeypatch.setattr(batch.Recorder, "record", record)
     check_model(tiny_model, "the model")
     assert len(recorded) == 3  # of two rows alone, and of the two beside each other
+
+
+def test_a_model_beyond_float16s_range_is_told_the_dtypes_that_hold_it(tiny_model, tmp_path):
+    """Both messages spoke of a model, or weights, that are wrong."""
+    with torch.no_grad():
+        tiny_model.model.norm.weight *= 1e4
+        check_model(tiny_model, "the model")
+        said = "leave float16's range; valid: --dtype float32 or bfloat16$"
+        with pytest.raises(ValueError, match=said) as error:
+            check_model(copy.deepcopy(tiny_model).half(), "the model")
+        assert "\n" not in str(error.value)
+        tiny_model.model.norm.weight *= 1e4
+    tiny_model.save_pretrained(tmp_path)
+    load_model(tmp_path, device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="if they leave float16's range: --dtype float32"):
+        load_model(tmp_path, device="cpu", dtype=torch.float16)
 
 
 class Scaled(Qwen2ForCausalLM):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, write_file
 from rich.console import Console
+from test_selfcheck import Scaled
 from typer.testing import CliRunner
 
 from kernels import divergence
@@ -152,6 +153,16 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_one_line(tmp_path):
     result = run_cli("show", "--model", str(model), "--data", data_of(tmp_path, **ENGLISH))
     assert result.exit_code == 2, result.output
     assert "eos_token_id 9999" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_model_that_is_read_wrongly_is_refused(monkeypatch, tiny_model):
+    """It was walked through, and its losses were those of other logits than its own."""
+    tiny_model.__class__ = Scaled
+    monkeypatch.setattr("show.load_model", lambda folder, **options: tiny_model)
+    result = run_cli("show")
+    assert result.exit_code == 2, result.output
+    assert "cannot be used: hidden states times the head" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

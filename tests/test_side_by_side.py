@@ -7,10 +7,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from parts.side_by_side import work_through
+from parts.side_by_side import pass_on, work_through
 
 
 def note_and_sleep(folder: Path, seconds: float, piece: int) -> int:
@@ -51,6 +53,15 @@ def test_pieces_at_work_are_asked_to_end_when_no_more_is_asked_for(tmp_path):
     pieces.close()
     assert time.monotonic() - began < 30
     assert found(tmp_path, "ended") == [0]
+
+
+@pytest.mark.parametrize("seems_alive", [False, True])
+def test_a_signal_for_a_piece_that_is_gone_is_no_error(seems_alive):
+    """A traceback took the place of the line that says what is kept."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    process: Any = SimpleNamespace(pid=ended.pid, is_alive=lambda: seems_alive)
+    pass_on([signal.SIGTERM], [(0, process)])
 
 
 def sleep_by_piece(folder: Path, piece: int) -> int:
