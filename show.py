@@ -54,6 +54,7 @@ class Walk:
     completion: str
     rows: list[TokenRow]  # a row a token, of the untrained student
     after: list[TokenRow] | None  # the same tokens under the trained student
+    mean_is: str  # what the method makes of the rows' mean; "" where it does not train on it
     notes: list[str]  # what stands below the table
 
 
@@ -144,6 +145,7 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
         completion=_text(setup, rollout),
         rows=rows,
         after=after,
+        mean_is=_mean_is(setup.config, lesson),
         notes=notes,
     )
 
@@ -155,8 +157,7 @@ def print_walk(setup: Setup, found: Walk, console: Console) -> None:
         say(console, f"{text}<<< the completion begins here >>>\n")
     say(console, f"===== the student writes, {len(found.rows)} tokens =====\n{found.completion}\n")
     config = setup.config
-    is_loss = config.method in (*DISTILLED, "ssopd")
-    console.print(tokens_table(found.rows, after=found.after, is_loss=is_loss))
+    console.print(tokens_table(found.rows, after=found.after, mean_is=found.mean_is))
     for note in found.notes:
         say(console, note)
     say(console, f"template hash {template_hash(setup.tokenizer, config.lang, config.thinking)}")
@@ -173,8 +174,16 @@ def write_page(found: Walk, path: Path) -> None:
         },
         rows=found.rows,
         after=found.after,
+        mean_is=found.mean_is,
         notes=found.notes,
     )
+
+
+def _mean_is(config: Config, lesson: Lesson) -> str:
+    """Return what the method makes of the mean of what the tokens add, "" where nothing."""
+    if config.method in DISTILLED:
+        return "loss"
+    return "SSOPD's term" if config.method == "ssopd" and lesson.weight else ""
 
 
 def _hidden(setup: Setup, lesson: Lesson) -> tuple[Tensor, Tensor]:
