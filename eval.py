@@ -69,7 +69,7 @@ from parts.recipe import EvalConfig
 from parts.sampler import SamplingParams
 from parts.selfcheck import check_model
 from parts.settings import check_settings, read_recipe
-from parts.view import SamplingProgress, estimates_table, say
+from parts.view import SamplingProgress, estimates_table, print_table, say
 
 # Shown where several languages share a table, beside pass@k.
 MAIN_METRICS = ("format rate", "accuracy given a box", "in the problem's language")
@@ -382,7 +382,7 @@ def run(job: Job, console: Console) -> None:
             plain = {name: asdict(estimate) for name, estimate in summary.items()}
             write_json(part.run.folder / "summary.json", plain)
             part.run.vouch(part.run.folder / "summary.json")
-    console.print(results_table(job.settings, results))
+    print_table(results_table(job.settings, results), console)
     if job.out:
         say(console, f"completions, verdicts and settings: {job.out}")
 

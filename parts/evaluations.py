@@ -24,7 +24,7 @@ from parts.metrics import (
 )
 from parts.report import Evaluation, report_tables, write_report
 from parts.typed import typed
-from parts.view import cell, say, text_table
+from parts.view import cell, print_table, say, text_table
 
 # Of the identity of an evaluation, what its languages have in common.
 SHARED = ("base_weights", "adapter_weights", "dtype")
@@ -196,7 +196,8 @@ def report(found: Comparison, out: Path, console: Console) -> None:
         title = "The prompts differ: the chat template writes today's date, and it was another"
         tables.append(text_table(title, ["run", "language", "date"], found.days))
     files = write_report(found.evaluations, tables, out)
-    console.print(*found.tables, *tables, sep="\n")
+    for table in (*found.tables, *tables):
+        print_table(table, console)
     say(console, f"report: {', '.join(map(str, files))}")
 
 

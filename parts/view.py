@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -377,13 +378,55 @@ def cell(name: str, estimate: "Estimate") -> str:
 def text_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     """Return a table whose first column names the rows; nothing in it is read as markup."""
     columns = [
-        Column(Text(shown(name)), justify="right" if place else "left")
+        # "fold": a word that is wider than its column is broken, never cut.
+        Column(Text(shown(name)), justify="right" if place else "left", overflow="fold")
         for place, name in enumerate(header)
     ]
     table = Table(*columns, title=Text(shown(title)), title_justify="left", header_style="bold")
     for row in rows:
         table.add_row(*(Text(shown(text)) for text in row))
     return table
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print a text_table with every number of it whole.
+
+    Without a terminal it is as wide as its texts. On a terminal that is too narrow its columns are
+    printed as several tables, each of which begins with the first column.
+    """
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    title = str(table.title)
+    for sizes in _fitting_columns(columns, console.width if console.is_terminal else None):
+        lines = zip(*(columns[place] for place in sizes), strict=True)
+        header, *rows = [list(line) for line in lines]
+        part = text_table(title, header, rows)
+        part.width = sum(sizes.values()) + 1
+        for column, size in zip(part.columns, sizes.values(), strict=True):
+            column.width = size - 3
+        console.print(part, crop=False)
+        title = ""
+
+
+def _fitting_columns(columns: list[list[str]], width: int | None) -> list[dict[int, int]]:
+    """Return the columns of each table, by place, with the room that each takes.
+
+    columns  their texts, the header first
+    width    of the terminal; None: there is none
+    A column takes three more than its texts: a space on both sides, and the line before it.
+    """
+    whole = [3 + max(map(cell_len, texts)) for texts in columns]
+    if width is None or sum(whole) < width:
+        return [dict(enumerate(whole))]
+    # A header may be wrapped, and so may the first column; a number stands on one line.
+    tight = [3 + max(map(cell_len, [*header.split(), *cells])) for header, *cells in columns[1:]]
+    first = max(11, min(whole[0], width - 1 - max(tight, default=0)))
+    found = [{0: first}]
+    for place, size in enumerate(tight, 1):
+        size = max(4, min(size, width - 1 - first))
+        if len(found[-1]) > 1 and sum(found[-1].values()) + size >= width:
+            found.append({0: first})
+        found[-1][place] = size
+    return found
 
 
 def estimates_table(title: str, columns: Mapping[str, Summary]) -> Table:

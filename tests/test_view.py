@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from parts.metrics import Estimate
@@ -17,6 +18,7 @@ from parts.view import (
     StepView,
     cell,
     estimates_table,
+    print_table,
     say,
     sparkline,
     text_table,
@@ -228,8 +230,46 @@ def test_a_metric_that_one_summary_lacks_is_a_dash_there():
 
 def test_a_table_shows_names_as_they_are():
     stream = io.StringIO()
-    Console(file=stream, width=80).print(text_table(NAME, ["metric", NAME], [[NAME, NAME]]))
+    print_table(text_table(NAME, ["metric", NAME], [[NAME, NAME]]), Console(file=stream, width=80))
     assert stream.getvalue().count(NAME) == 4
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_number_of_a_table_is_cut_or_broken(width, terminal):
+    """Of six metrics in several languages rich cut or broke the numbers where it had no room."""
+    header = ["pass@1", "pass@8", "accuracy given a box", "in the problem's language", "", "猫猫"]
+    values = [f"0.9{place}4 [0.{place}40, 0.98{place}]" for place in range(12)]
+    rows = [["Hausa", *values[:6]], ["mean", *values[6:]]]
+    table = text_table("lab/tiny, lab", ["95 % intervals in brackets", *header], rows)
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=terminal, color_system=None)
+    print_table(table, console)
+    text = stream.getvalue()
+    assert "…" not in text and text.count("lab/tiny, lab") == 1
+    assert all(text.count(value) == 1 for value in values)
+    for value in values:
+        (line,) = (line for line in text.splitlines() if value in line)
+        assert line.split()[1] == rows[value in values[6:]][0]
+    assert all(word in text for name in header for word in name.split())
+    lengths = {cell_len(line) for line in text.splitlines()[1:]}
+    assert max(lengths) <= width if terminal else len(lengths) == 1
+
+
+def test_a_table_that_fits_is_printed_as_one():
+    """These are the lines that the README shows."""
+    summary = {"greedy accuracy": estimate(0.5), "in the problem's language": estimate(0.25)}
+    table = estimates_table("Hausa", {"before": summary, "after": summary})
+    shown = []
+    for terminal in (True, False):
+        stream = io.StringIO()
+        console = Console(file=stream, width=80, force_terminal=terminal, color_system=None)
+        print_table(table, console)
+        shown.append(stream.getvalue())
+        stream.truncate(stream.seek(0))
+        console.print(table)
+        assert stream.getvalue() == shown[-1]
+    assert shown[0] == shown[1]
 
 
 def test_a_table_is_shown_without_the_large_libraries():
