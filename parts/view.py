@@ -252,7 +252,7 @@ class SamplingProgress:
 
     def __exit__(self, kind: type | None, *raised: Any) -> None:
         if kind is None:
-            self._print(end="\n")
+            self._print(last=True)
 
     def update(self, finished: int, rows: int, tokens: int) -> None:
         """Take the sampler's progress: finished rows, all rows, tokens generated."""
@@ -263,12 +263,12 @@ class SamplingProgress:
         pause = self.TERMINAL_EVERY_S if terminal else self.LINE_EVERY_S
         if time.monotonic() - self.printed > pause:
             self.printed = time.monotonic()
-            self._print(end="\r" if terminal else "\n")
+            self._print(last=False)
 
-    def _print(self, end: str) -> None:
+    def _print(self, *, last: bool) -> None:
         seconds = time.monotonic() - self.started
         done = f"{self.finished}/{self.rows} completions, {self.tokens} tokens, {seconds:.0f} s"
-        self.console.print(Text(f"{self.title}: {done}"), end=end, soft_wrap=True)
+        _print_progress(self.console, f"{self.title}: {done}", last=last)
 
 
 class ArmsProgress:
@@ -330,12 +330,24 @@ class ArmsProgress:
         line = f"{self.arm}/{self.arms} {self.title}: {said}"
         if done_here:
             left_s = (self.printed - self.started) / done_here * (self.units - done)
-            line += f"; {left_s / 60:.0f} min left" if left_s > 1 else ""
-        end = "\n"
-        if self.console.is_terminal:
-            line = line.ljust(100)  # over what is left of a longer line
-            end = "\n" if last else "\r"
-        self.console.print(Text(line), end=end, soft_wrap=True)
+            line += f"; {duration(left_s)} left" if left_s > 1 else ""
+        _print_progress(self.console, line, last=last)
+
+
+def _print_progress(console: Console, line: str, *, last: bool) -> None:
+    """Print a line of progress; on a terminal each but the last is written over by the next.
+
+    Only a line that fits the terminal can be: of a longer one the end is left out.
+    """
+    text = Text(line)
+    end = "\n"
+    if console.is_terminal:
+        room = console.width - 1
+        if not last:
+            text.truncate(room, overflow="ellipsis")
+            end = "\r"
+        text.pad_right(max(0, room - text.cell_len))  # over what is left of a longer line
+    console.print(text, end=end, soft_wrap=True)
 
 
 def say(console: Console, text: str) -> None:

@@ -176,6 +176,44 @@ def test_progress_shows_a_name_as_it_is(terminal):
     assert stream.getvalue() == f"{NAME}: 3/8 completions, 99 tokens, 0 s\n"
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_what_is_written_over_fits_its_terminal(width, monkeypatch):
+    """A longer line was wrapped, and the carriage return went back over its last part only."""
+    clock = iter(range(100))
+    monkeypatch.setattr("parts.view.time.monotonic", lambda: float(next(clock)))
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=True, color_system=None)
+    title = "before training: Hausa, 8 samples a problem, problems 1 to 64 of 250"
+    with SamplingProgress(console, title) as sampling:
+        sampling.update(3, 2000, 99)
+    arms = ArmsProgress(console, arms=2, units=2.0)
+    arms.start(f"Hausa: {title}", 1.0)
+    arms.show({"step": 4, "progress": 0.5})
+    arms.finish("greedy accuracy 0.500")
+    arms.start("short", 1.0)
+    arms.show({"step": 4, "progress": 0.5})
+    parts = stream.getvalue().replace("\n", "\n\r").split("\r")
+    passing = [part for part in parts if part and not part.endswith("\n")]
+    lasting = [part for part in parts if part.endswith("\n")]
+    assert [len(part) for part in passing] == [width - 1] * 3  # and so nothing is left of the last
+    assert "…" in passing[0] + passing[1] and "…" not in passing[2] + "".join(lasting)
+    assert "3/2000 completions" in lasting[0] and "greedy accuracy 0.500" in lasting[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left"), [(20.0, "20 s left"), (360.0, "6 min left"), (7800.0, "2 h 10 min left")]
+)
+def test_the_time_that_is_left_of_arms_is_said_as_a_person_says_it(monkeypatch, seconds, left):
+    """It was "0 min left" and "130 min left"."""
+    clock = iter([0.0, seconds])
+    monkeypatch.setattr("parts.view.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    progress = ArmsProgress(Console(file=stream), arms=2, units=2.0)
+    progress.start("first", 1.0)
+    progress.finish("done")
+    assert stream.getvalue() == f"1/2 first: done; {left}\n"
+
+
 def test_the_progress_of_arms_counts_the_time_that_is_left(monkeypatch):
     clock = iter([0.0, 30.0, 120.0, 120.0, 180.0])
     monkeypatch.setattr("parts.view.time.monotonic", lambda: next(clock))
