@@ -15,9 +15,10 @@ import eval as evaluator
 import methods
 import show
 from parts import commands, evaluations
+from parts.experiments import ATTRIBUTION, FAMILY
 from parts.files import write_json
 from parts.prompts import languages
-from parts.recipe import CompareConfig, Config, EvalConfig
+from parts.recipe import OWN_SETTINGS, CompareConfig, Config, EvalConfig
 
 APPS = {"copsd": commands.copsd, "eval": commands.evaluation, "compare": commands.comparison}
 CONFIGS = {
@@ -116,9 +117,22 @@ def test_every_setting_is_a_flag_with_its_help_under_its_heading(command):
         if command == "copsd show" and f.name not in commands.SHOWN:
             continue  # what a walk through one problem does not depend on
         flag = "--" + f.name.replace("_", "-")
+        if command == "compare" and f.name in OWN_SETTINGS:
+            assert f"{flag} " not in text, flag  # it is refused, and tests/test_compare.py sees it
+            continue
         assert f"{flag} " in text, flag
         assert commands.help_text(f).split(". ")[0][:60] in text, flag
         assert f.metadata["section"] in text
+
+
+def test_the_comparisons_help_is_of_the_comparison():
+    """It was a run's: one language, the run's folder, and nothing of the budget."""
+    text = " ".join(run_cli("compare", "--help").output.split())
+    assert "what --steps of COPSD sample at the base's mean length" in text
+    assert "The same command goes on with a comparison that was stopped" in text
+    assert "codes, separated by commas" in text and "runs/METHOD" not in text
+    assert "--family and --attribute: 30." in text and "grpo 500" not in text
+    assert ATTRIBUTION.steps == FAMILY.steps == 30
 
 
 def test_languages_are_all_listed_with_codes_and_benchmarks():
