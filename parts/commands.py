@@ -280,12 +280,17 @@ def export_command(
 @copsd.command("languages")
 def languages_command() -> None:
     """List the languages: codes, names, script, and the benchmarks that have them."""
+    from parts.benchmarks import BENCHMARKS
+
     table = Table(box=None, header_style="bold")
     for column in ("639-3", "639-1", "English name", "own name", "script", "benchmarks"):
         table.add_column(column)
     for language in languages().values():
         names = (language.iso3, language.iso1 or "-", language.english, language.own)
-        table.add_row(*names, language.script, ", ".join(language.benchmarks))
+        held = [
+            name for name, each in BENCHMARKS.items() if language.iso3 in each.languages.split()
+        ]
+        table.add_row(*names, language.script, ", ".join(held))
     Console().print(table)
 
 

@@ -229,7 +229,7 @@ def hub_training_file(language: str | Language) -> Path:
     """
     if isinstance(language, str):
         language = find_language(language)
-    benchmark = "AfriMGSM" if "afrimgsm" in language.benchmarks else "PolyMath"
+    benchmark = "AfriMGSM" if "afrimgsm" in language.training_sets else "PolyMath"
     repo = f"yihongLiu/COPSD-{benchmark}-TrainDataset"
     patterns = []
     for name in language.names:

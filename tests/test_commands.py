@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import eval as evaluator
 import methods
 import show
 from parts import commands, evaluations
+from parts.benchmarks import BENCHMARKS, has_language
 from parts.experiments import ATTRIBUTION, FAMILY
 from parts.files import write_json
 from parts.prompts import languages
@@ -136,12 +137,15 @@ def test_the_comparisons_help_is_of_the_comparison():
 
 
 def test_languages_are_all_listed_with_codes_and_benchmarks():
-    lines = run_cli("copsd languages").output.splitlines()
+    lines = [line.rstrip() for line in run_cli("copsd languages").output.splitlines()]
     assert len(lines) == 1 + len(languages())
     for line, language in zip(lines[1:], languages().values(), strict=True):
         codes = line.split()[:2]
         assert codes == [language.iso3, language.iso1 or "-"]
-        assert language.own in line and ", ".join(language.benchmarks) in line
+        held = [name for name in BENCHMARKS if has_language(name, asdict(language))]
+        assert language.own in line and line.endswith(f" {', '.join(held)}")
+    # It listed no benchmark for English, and PolyMath alone for German.
+    assert lines[1 + [*languages()].index("eng")].endswith("lab, afrimgsm, mgsm, msvamp, polymath")
 
 
 @pytest.mark.parametrize("command", ["copsd train", "copsd show"])
