@@ -115,7 +115,8 @@ def bootstrap_mean(languages: list[Ratio], *, seed: int = 0) -> Estimate:
         ratios.append(above / np.where(below > 0, below, math.nan))
     value, *resampled = np.mean(ratios, axis=0)
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return Estimate(float(value), float(low), float(high))
+    # Where all problems have the same share, rounding alone puts an end beyond the value.
+    return Estimate(float(value), float(np.fmin(low, value)), float(np.fmax(high, value)))
 
 
 def bootstrap_percentile(values: list[list[int]], percent: float, *, seed: int = 0) -> Estimate:
