@@ -146,13 +146,14 @@ class StepView:
                 ends = f"{course[0]:.3f} to {course[-1]:.3f}"
                 room = max(1, min(60, width - len(ends) - 8))
                 lines.append(f"{title:<6} {sparkline(course, room, ramp)} {ends}")
-        below = [bar, *map(Text, filter(None, lines))]
-        below += [Text(f"alarm: {name} {said}", style="red") for name, said in self.alarms.items()]
-        room = self.console.height - len(below) - 2
+        texts = [Text(line) for line in lines if line]
+        texts += [Text(f"alarm: {name} {said}", style="red") for name, said in self.alarms.items()]
+        below = [line for text in texts for line in text.wrap(self.console, width)]
         if rollout := self._rollout():
-            below.append(Text(rollout[: SHOWN_ROLLOUT_LINES * width]))
-            room -= SHOWN_ROLLOUT_LINES
-        return Group(self._table(max(3, room)), *below)
+            text = Text(rollout[: SHOWN_ROLLOUT_LINES * width])
+            below += text.wrap(self.console, width)[:SHOWN_ROLLOUT_LINES]
+        # Beside the rows stand their header, the bar, and the line of the cursor.
+        return Group(self._table(max(3, self.console.height - len(below) - 3)), bar, *below)
 
     def _table(self, height: int) -> Table:
         """Return the last steps, as many as the terminal has room for, and so with the columns."""
@@ -180,7 +181,7 @@ class StepView:
             return None
         # An escape code that a model wrote would act on the terminal.
         text = "".join(c if c.isprintable() else " " for c in str(row["completion"]))
-        return f"{row['problem_id']}, answer {row['answer']}: {text}"
+        return f"{row['problem_id']}, right answer {row['answer']}: {text}"
 
     def _print_line(self) -> None:
         """Print the newest step as one line, however narrow the console is."""

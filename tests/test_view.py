@@ -103,7 +103,18 @@ def test_a_picture_fits_its_terminal_and_what_has_no_room_is_left_out_whole(widt
     assert len(titles) == len(METRICS_TITLES) if width == 200 else len(titles) >= 2
     joined = " ".join(text.split())
     assert "100 tokens/s" in joined and "alarm: KL 0.9, at the start 0.1" in joined
-    assert "7, answer 5: so so" in joined
+    assert "7, right answer 5: so so" in joined
+
+
+@pytest.mark.parametrize("completion", ["so " * 400, "猫" * 400])
+def test_a_picture_is_no_higher_than_its_terminal_where_its_lines_are_wrapped(completion):
+    """A wrapped alarm counted as one line, and a wide letter as one column."""
+    rows = [{**METRICS, "step": step, "progress": step / 40} for step in range(1, 31)]
+    rows[-1] |= {"alarms": {"KL": "0.9, at the start 0.1, " * 20}}
+    rollout = {"problem_id": "7", "answer": "5", "completion": completion}
+    lines = shown(rows, 40, last_rollout=lambda: rollout)
+    assert len(lines) == 29 and max(map(cell_len, lines)) <= 40
+    assert "0.9, at the start" in " ".join(lines) and lines[-1].strip(" so猫") == ""
 
 
 def test_a_step_without_a_metric_that_others_have_has_an_empty_cell():
