@@ -24,7 +24,7 @@ from methods import reader, witness_pair
 from parts import runs
 from parts.adapters import load_adapter
 from parts.chat import completion_text, freeze_date, prompt_opens_think
-from parts.data import hub_training_file, keep_fitting, load_problems
+from parts.data import hub_training_file, keep_fitting, load_problems, replace_solutions
 from parts.family import context_length
 from parts.grading import grade, is_gradable
 from parts.identity import folder_fingerprint, refuse_foreign_adapter
@@ -80,7 +80,7 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
     tokenizer, _ = freeze_date(load_tokenizer(folder), day)
     source = Path(config.data) if config.data else hub_training_file(config.lang)
     check_vocabulary(model, tokenizer, f"model {config.model}")
-    problem = load_problems(source, language=config.lang)[0]
+    problem = replace_solutions(config, load_problems(source, language=config.lang))[0]
     if needs_answers(config) or is_gradable(problem.answer):
         check_answers([problem])
     if adapter is None:

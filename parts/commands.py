@@ -47,6 +47,8 @@ SHOWN = (
     "clip",
     "english_problem",
     "english_solution",
+    "swap_solutions",
+    "answer_only",
     "thinking",
     "teacher_reads",
     "brief",

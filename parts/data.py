@@ -286,13 +286,18 @@ def read_problem_sets(
     dev: list[Problem] = []
     if config.eval_every:
         train, dev = split_heldout(train, config.dev_problems, DEV_SEED)
+    return replace_solutions(config, train), dev, heldout
+
+
+def replace_solutions(config: Config, train: list[Problem]) -> list[Problem]:
+    """Return training problems with the solutions that --swap-solutions or --answer-only shows."""
     if config.swap_solutions:
         train = _swap_solutions(train)
     if config.answer_only:
         train = [
             replace(p, solution_en=f"\\boxed{{{p.answer}}}" if p.answer else None) for p in train
         ]
-    return train, dev, heldout
+    return train
 
 
 def _without(

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from kernels import divergence
 from parts import commands
+from parts.data import load_problems
 from parts.files import read_json
 from parts.recipe import METHODS, Config
 from parts.sampler import Rollout
@@ -46,6 +47,18 @@ def test_both_prompts_are_printed_with_the_boundary():
     assert "template hash" in teacher
     without = run_cli("show", "--lang", "swa", "--no-english-problem")
     assert "Swali kwa Kiingereza" not in without.stdout
+
+
+def test_the_controls_of_what_the_teacher_reads_are_shown():
+    """Both flags were none of show's, though they decide what the teacher reads."""
+    plain, answer, swapped = (
+        run_cli("show", *flag).stdout.partition("the teacher reads")[2]
+        for flag in ([], ["--answer-only"], ["--swap-solutions"])
+    )
+    problems = load_problems(Path("lab/problems/hau/train.jsonl"))[:2]
+    own, other = (str(problem.solution_en) for problem in problems)
+    assert own in plain and own not in answer and own not in swapped
+    assert f"\\boxed{{{problems[0].answer}}}" in answer and other in swapped
 
 
 def test_the_mean_below_the_table_is_the_loss_of_that_rollout():
