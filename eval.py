@@ -269,6 +269,8 @@ def sampling_plan(config: EvalConfig) -> tuple[list[int], int, float]:
             raise ValueError(
                 "--greedy is one completion at temperature 0: leave out --samples and --temperature"
             )
+        if asked != "1":
+            raise ValueError("--greedy is one completion: leave out --pass-at-k")
         samples = 1
         temperature = 0.0
     largest = max_samples()
@@ -403,7 +405,8 @@ def evaluate_resumably(job: Job, part: Part, console: Console) -> list[Graded]:
         kept = len(done) - start
         if kept >= len(chunk):
             continue
-        title = f"{part.language.english}, {settings.samples} samples a problem"
+        attempts = "1 sample" if settings.samples == 1 else f"{settings.samples} samples"
+        title = f"{part.language.english}, {attempts} a problem"
         place = f"problems {start + 1} to {start + len(chunk)} of {count}"
         with SamplingProgress(console, f"{title}, {place}") as progress:
             graded = evaluate(

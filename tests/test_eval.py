@@ -37,7 +37,7 @@ def lines(folder: Path) -> list[dict]:
         (["--pass-at-k", "0"], "valid: 1 <= k <= samples"),
         (["--pass-at-k", "1;8"], "--pass-at-k is 1;8; valid: numbers such as 8 or 1,4,8,12"),
         (["--greedy", "--samples", "4"], "--greedy is one completion"),
-        (["--greedy", "--pass-at-k", "4"], "--pass-at-k is 4 and --samples 1"),
+        (["--greedy", "--pass-at-k", "4"], "--greedy is one completion: leave out --pass-at-k"),
         (["--greedy", "--temperature", "0.7"], "--greedy is one completion"),
         (["--temperature", "0", "--pass-at-k", "4"], "4 completions would be equal"),
         (["--temperature", "0", "--samples", "2"], "2 completions would be equal"),
@@ -179,7 +179,8 @@ def test_other_settings_or_problems_in_the_folder_are_refused_and_kept(tmp_path)
 def test_greedy_is_one_completion_at_temperature_0(tmp_path):
     spelled = ["--temperature", "0", "--pass-at-k", "1", "--seed", "0"]
     for name, flags in {"greedy": ["--greedy"], "zero": spelled}.items():
-        run_cli(*flags, "--limit", "4", "--out", str(tmp_path / name))
+        result = run_cli(*flags, "--limit", "4", "--out", str(tmp_path / name))
+        assert "Hausa, 1 sample a problem" in result.stdout
     greedy = (tmp_path / "greedy" / "problems.jsonl").read_bytes()
     assert greedy == (tmp_path / "zero" / "problems.jsonl").read_bytes()
     assert all(len(line["attempts"]) == 1 for line in lines(tmp_path / "greedy"))
