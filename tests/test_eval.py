@@ -1,6 +1,7 @@
 """eval.py: one result for one seed, a stop costs nothing finished, bad input is one line."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,8 @@ def test_several_languages_have_a_folder_each_a_row_each_and_a_mean(tmp_path):
     assert lines(tmp_path / "swa")[0]["problem"] != lines(tmp_path / "hau")[0]["problem"]
     rows = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("│")]
     assert [name for name in rows if name in ("swa", "hau", "mean")] == ["swa", "hau", "mean"]
+    # In a pipe it was as wide as a terminal, and the numbers were on three lines each.
+    assert len(re.findall(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", result.stdout)) == 3 * 4
 
 
 def test_all_means_every_language_of_the_benchmark():

@@ -305,6 +305,16 @@ def test_no_number_of_a_table_is_cut_or_broken(width, terminal):
     assert max(lengths) <= width if terminal else len(lengths) == 1
 
 
+def test_on_a_terminal_narrower_than_a_number_its_digits_go_on_below():
+    table = text_table("lab", ["metric", "pass@1"], [["accuracy", "0.964 [0.940, 0.984]"]])
+    stream = io.StringIO()
+    console = Console(file=stream, width=18, force_terminal=True, color_system=None)
+    print_table(table, console)
+    digits = "".join(letter for letter in stream.getvalue() if letter in "[.,]0123456789")
+    assert digits == "10.964[0.940,0.984]"  # the first is pass@1's
+    assert max(map(cell_len, stream.getvalue().splitlines())) <= 18
+
+
 def test_a_table_that_fits_is_printed_as_one():
     """These are the lines that the README shows."""
     summary = {"greedy accuracy": estimate(0.5), "in the problem's language": estimate(0.25)}
