@@ -61,7 +61,7 @@ from parts.packing import packed_hidden, packing_pays
 from parts.prompts import Problem, find_language
 from parts.recipe import LABELS, Config, divergence_options, keeps_prompts
 from parts.sampler import Rollout, SamplingParams, sample
-from parts.setup import Reader, Setup, read_solutions
+from parts.setup import Reader, Setup, evaluation_command, read_solutions
 from parts.steplog import Tally, count_tokens
 from parts.steps import count_skipped, rows_in_the_loss, share_done, take_step
 from parts.view import Watcher, say
@@ -627,8 +627,7 @@ def train(
     measure.print_change(before, after, console)
     took = f"done in {time.monotonic() - started:.0f} s"
     say(console, f"{took}; logs, completions and adapters: {run.folder}")
-    command = f"python eval.py --pass-at-k 8 --model {config.model} --lang {config.lang}"
-    say(console, f"next: {command} --adapter {run.folder}")
+    say(console, f"next: {evaluation_command(setup, run.folder)}")
     return 0
 
 

@@ -66,7 +66,7 @@ from parts.recipe import EvalConfig
 from parts.sampler import SamplingParams
 from parts.selfcheck import check_model
 from parts.settings import check_settings, read_recipe
-from parts.view import SamplingProgress, estimates_table, say
+from parts.view import SamplingProgress, estimates_table, print_table, say
 
 # Shown where several languages share a table, beside pass@k.
 MAIN_METRICS = ("format rate", "accuracy given a box", "in the problem's language")
@@ -283,6 +283,8 @@ def sampling_plan(config: EvalConfig) -> tuple[list[int], int, float]:
             raise ValueError(
                 "--greedy is one completion at temperature 0: leave out --samples and --temperature"
             )
+        if asked != "1":
+            raise ValueError("--greedy is one completion: leave out --pass-at-k")
         samples = 1
         temperature = 0.0
     largest = max_samples()
@@ -396,7 +398,7 @@ def run(job: Job, console: Console) -> None:
             summary = summarise(graded, part.settings.ks)
             plain = {name: asdict(estimate) for name, estimate in summary.items()}
             part.run.write_evaluation("summary", plain)
-    console.print(results_table(job.settings, results))
+    print_table(results_table(job.settings, results), console)
     if job.out:
         say(console, f"completions, verdicts and settings: {job.out}")
 
@@ -417,7 +419,8 @@ def evaluate_resumably(job: Job, part: Part, console: Console) -> list[Graded]:
         kept = len(done) - start
         if kept >= len(chunk):
             continue
-        title = f"{part.language.english}, {settings.samples} samples a problem"
+        attempts = "1 sample" if settings.samples == 1 else f"{settings.samples} samples"
+        title = f"{part.language.english}, {attempts} a problem"
         place = f"problems {start + 1} to {start + len(chunk)} of {count}"
         with SamplingProgress(console, f"{title}, {place}") as progress:
             graded = evaluate(

@@ -24,7 +24,7 @@ from methods import reader, witness_pair
 from parts import ranks, runs
 from parts.adapters import load_adapter
 from parts.chat import completion_text, freeze_date, prompt_opens_think
-from parts.data import hub_training_file, keep_fitting, load_problems
+from parts.data import hub_training_file, keep_fitting, load_problems, replace_solutions
 from parts.family import context_length
 from parts.grading import grade, is_gradable
 from parts.identity import folder_fingerprint, refuse_foreign_adapter
@@ -55,6 +55,7 @@ class Walk:
     completion: str
     rows: list[TokenRow]  # a row a token, of the untrained student
     after: list[TokenRow] | None  # the same tokens under the trained student
+    mean_is: str  # what the method makes of the rows' mean; "" where it does not train on it
     notes: list[str]  # what stands below the table
 
 
@@ -81,7 +82,7 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
     tokenizer, _ = freeze_date(load_tokenizer(folder), day)
     source = Path(config.data) if config.data else hub_training_file(config.lang)
     check_vocabulary(model, tokenizer, f"model {config.model}")
-    problem = load_problems(source, language=config.lang)[0]
+    problem = replace_solutions(config, load_problems(source, language=config.lang))[0]
     if needs_answers(config) or is_gradable(problem.answer):
         check_answers([problem])
     if adapter is None:
@@ -146,6 +147,7 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
         completion=_text(setup, rollout),
         rows=rows,
         after=after,
+        mean_is=_mean_is(setup.config, lesson),
         notes=notes,
     )
 
@@ -157,8 +159,7 @@ def print_walk(setup: Setup, found: Walk, console: Console) -> None:
         say(console, f"{text}<<< the completion begins here >>>\n")
     say(console, f"===== the student writes, {len(found.rows)} tokens =====\n{found.completion}\n")
     config = setup.config
-    is_loss = config.method in (*DISTILLED, "ssopd")
-    console.print(tokens_table(found.rows, after=found.after, is_loss=is_loss))
+    console.print(tokens_table(found.rows, after=found.after, mean_is=found.mean_is))
     for note in found.notes:
         say(console, note)
     say(console, f"template hash {template_hash(setup.tokenizer, config.lang, config.thinking)}")
@@ -175,8 +176,16 @@ def write_page(found: Walk, path: Path) -> None:
         },
         rows=found.rows,
         after=found.after,
+        mean_is=found.mean_is,
         notes=found.notes,
     )
+
+
+def _mean_is(config: Config, lesson: Lesson) -> str:
+    """Return what the method makes of the mean of what the tokens add, "" where nothing."""
+    if config.method in DISTILLED:
+        return "loss"
+    return "SSOPD's term" if config.method == "ssopd" and lesson.weight else ""
 
 
 def _hidden(setup: Setup, lesson: Lesson) -> tuple[Tensor, Tensor]:

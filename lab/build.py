@@ -143,7 +143,7 @@ def build_tokenizer(rng: random.Random, vocabulary: int = 1536) -> PreTrainedTok
     texts = ["user\n", "assistant\n"] * 2000
     for code in LANGUAGES:
         wordings = asdict(find_language(code))
-        del wordings["benchmarks"]
+        del wordings["training_sets"]
         texts += [str(wording) for wording in wordings.values()] * 2000
     for _ in range(4000):
         drawn = draw_training(rng)

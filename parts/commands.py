@@ -6,7 +6,7 @@ its program when it runs. What all programs have around their commands is in par
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from parts.program import bad_input, make_program, other_ranks, start, working
 from parts.prompts import languages
-from parts.recipe import CHOSEN_BY, CompareConfig, Config, EvalConfig
+from parts.recipe import CHOSEN_BY, OWN_SETTINGS, CompareConfig, Config, EvalConfig
 from parts.settings import range_text, refuse_idle
 
 Given = dict[str, Any]  # the values of the flags that were typed
@@ -27,7 +27,11 @@ copsd = make_program(
     no_args_is_help=True,
 )
 evaluation = make_program("Sample, grade, and print pass@k with its companions and 95 % intervals.")
-comparison = make_program("Compare methods at an equal budget of sampled tokens.")
+comparison = make_program(
+    "Compare methods at an equal budget of sampled tokens; write tables and figures. The budget is "
+    "--token-budget, or what --steps of COPSD sample at the base's mean length. The same command "
+    "goes on with a comparison that was stopped."
+)
 
 
 # Of a run's settings, those that a walk through one problem depends on.
@@ -43,6 +47,8 @@ SHOWN = (
     "clip",
     "english_problem",
     "english_solution",
+    "swap_solutions",
+    "answer_only",
     "thinking",
     "teacher_reads",
     "brief",
@@ -117,11 +123,12 @@ def path_option(text: str) -> Any:
 
 
 def flags_of(
-    config: type, only: Sequence[str] | None = None
+    config: type, only: Sequence[str] | None = None, hidden: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that gives a command one flag per field of the dataclass `config`.
 
-    only  the fields that have a flag; None: all
+    only    the fields that have a flag; None: all
+    hidden  those whose flag is not offered: it is there to be refused with the reason
     The command receives, first, the values of the flags that were typed and no others, so that a
     recipe can fill the rest. Parameters of its own follow them.
     """
@@ -138,7 +145,10 @@ def flags_of(
         flags = []
         for f in flagged:
             option = typer.Option(
-                help=help_text(f), show_default=False, rich_help_panel=f.metadata["section"]
+                help=help_text(f),
+                show_default=False,
+                rich_help_panel=f.metadata["section"],
+                hidden=f.name in hidden,
             )
             flags.append(
                 inspect.Parameter(
@@ -291,12 +301,17 @@ def export_command(
 @copsd.command("languages")
 def languages_command() -> None:
     """List the languages: codes, names, script, and the benchmarks that have them."""
+    from parts.benchmarks import BENCHMARKS
+
     table = Table(box=None, header_style="bold")
     for column in ("639-3", "639-1", "English name", "own name", "script", "benchmarks"):
         table.add_column(column)
     for language in languages().values():
         names = (language.iso3, language.iso1 or "-", language.english, language.own)
-        table.add_row(*names, language.script, ", ".join(language.benchmarks))
+        held = [
+            name for name, each in BENCHMARKS.items() if language.iso3 in each.languages.split()
+        ]
+        table.add_row(*names, language.script, ", ".join(held))
     Console().print(table)
 
 
@@ -313,13 +328,9 @@ def compare_command() -> None:
 
 
 @comparison.callback(invoke_without_command=True)
-@flags_of(CompareConfig)
+@flags_of(CompareConfig, hidden=OWN_SETTINGS)
 def run_comparison(given: Given) -> None:
-    """Train base, GRPO and COPSD at an equal budget of sampled tokens; write tables and figures.
-
-    The budget is --token-budget, or what --steps of COPSD sample at the base's mean length. The
-    same command goes on with a comparison that was stopped.
-    """
+    """Run an experiment: its help is the program's."""
     console = start()
     import compare
     from parts import ranks

@@ -257,7 +257,7 @@ def hub_training_file(language: str | Language) -> Path:
     """
     if isinstance(language, str):
         language = find_language(language)
-    benchmark = "AfriMGSM" if "afrimgsm" in language.benchmarks else "PolyMath"
+    benchmark = "AfriMGSM" if "afrimgsm" in language.training_sets else "PolyMath"
     repo = f"yihongLiu/COPSD-{benchmark}-TrainDataset"
     patterns = []
     for name in language.names:
@@ -314,13 +314,18 @@ def read_problem_sets(
     dev: list[Problem] = []
     if config.eval_every:
         train, dev = split_heldout(train, config.dev_problems, DEV_SEED)
+    return replace_solutions(config, train), dev, heldout
+
+
+def replace_solutions(config: Config, train: list[Problem]) -> list[Problem]:
+    """Return training problems with the solutions that --swap-solutions or --answer-only shows."""
     if config.swap_solutions:
         train = _swap_solutions(train)
     if config.answer_only:
         train = [
             replace(p, solution_en=f"\\boxed{{{p.answer}}}" if p.answer else None) for p in train
         ]
-    return train, dev, heldout
+    return train
 
 
 def _without(

@@ -24,7 +24,7 @@ from parts.metrics import (
 )
 from parts.report import Evaluation, report_tables, write_report
 from parts.typed import typed
-from parts.view import cell, say, text_table
+from parts.view import cell, print_table, say, text_table
 
 MAKE_AGAIN = "remove it, and the command that began the evaluation makes it again"
 # Of the identity of an evaluation, what its languages have in common.
@@ -213,7 +213,8 @@ def report(found: Comparison, out: Path, console: Console) -> None:
         header = ["language", "setting", "value by run"]
         tables.append(text_table("These runs were sampled differently", header, found.sampling))
     files = write_report(found.evaluations, tables, out)
-    console.print(*found.tables, *tables, sep="\n")
+    for table in (*found.tables, *tables):
+        print_table(table, console)
     say(console, f"report: {', '.join(map(str, files))}")
 
 

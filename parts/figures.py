@@ -148,9 +148,9 @@ def _draw(axes: Any, panel: Panel, labels: list[str]) -> dict[str, Any]:
 
 
 def _look(place: int) -> Look:
-    """Return the look of a label by its place; past the last look, the colours meet other lines."""
-    line = LOOKS[(place + place // len(LOOKS)) % len(LOOKS)].line
-    return LOOKS[place % len(LOOKS)]._replace(line=line)
+    """Return the look of a label by its place; past the last, colours meet other shapes."""
+    other = LOOKS[(place + place // len(LOOKS)) % len(LOOKS)]
+    return other._replace(colour=LOOKS[place % len(LOOKS)].colour)
 
 
 def _arrays(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ from parts.prompts import (
 )
 from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
-from parts.view import SamplingProgress, estimates_table, say
+from parts.view import SamplingProgress, estimates_table, print_table, say
 
 GREEDY_NAME = "greedy accuracy"
 ENGLISH_METRICS = ("format rate", "in the problem's language", "mean tokens")  # beside it
@@ -256,7 +256,7 @@ def print_change(before: Columns, after: Columns, console: Console) -> None:
     """Print a table a language, with both evaluations side by side, then a line a language."""
     for code in before:
         both = {"before": before[code], "after": after[code]}
-        console.print(estimates_table(find_language(code).english, both))
+        print_table(estimates_table(find_language(code).english, both), console)
     for code in before:
         ends = [found[code][GREEDY_NAME].value for found in (before, after)]
         accuracy = "greedy accuracy {:.3f} before, {:.3f} after".format(*ends)

@@ -121,7 +121,9 @@ def mean_of_languages(languages: list[Ratio], *, seed: int = 0) -> tuple[str, Es
     value, *resampled = np.mean(ratios, axis=0)
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
     some = f" of {len(ratios)} of {len(languages)}" if len(ratios) < len(languages) else ""
-    return f"mean{some}", Estimate(float(value), float(low), float(high))
+    # Where all problems have the same share, rounding alone puts an end beyond the value.
+    ends = float(np.fmin(low, value)), float(np.fmax(high, value))
+    return f"mean{some}", Estimate(float(value), *ends)
 
 
 def bootstrap_percentile(values: list[list[int]], percent: float, *, seed: int = 0) -> Estimate:

@@ -219,8 +219,8 @@ def write_experiment(experiment: Experiment, out: Path, results: Path | None) ->
     for file in (out / "RESULTS.md", *([results] if results else [])):
         figures = figures_of(experiment)
         for name, panels in figures.items():
-            # One picture holds a panel a language in a row; the others are two panels wide.
-            columns = len(panels) if name == experiment.name else 2
+            # One picture holds a panel a language, three in a row; the others are two panels wide.
+            columns = 3 if name == experiment.name else 2
             pictures = [file.with_name(f"{name}.{suffix}") for suffix in ("png", "svg")]
             curves_figure(panels, pictures[:1] if file == results else pictures, columns=columns)
             files += pictures[:1]

@@ -22,7 +22,7 @@ from parts.files import read_sealed, remedied
 from parts.machine import pick_device, pick_dtype
 from parts.model import load_config, load_tokenizer, resolve_model
 from parts.prompts import Problem, find_language
-from parts.recipe import CompareConfig, Config
+from parts.recipe import OWN_SETTINGS, CompareConfig, Config
 from parts.runs import START_ANEW, Run
 from parts.settings import check_settings, collapse_warnings, idle_settings
 from parts.setup import configure, fitting_problems, load_setup
@@ -41,12 +41,6 @@ ABLATIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("english_solution", (True, False)),
     ("swap_solutions", (False, True)),
 )
-OWN_SETTINGS = {  # flags of a run that an experiment sets by itself
-    "method": "it trains with several",
-    "seed": "--seeds says which",
-    "save_every": "it says by itself when an arm is measured",
-    "eval_every": "it says by itself when an arm is measured",
-}
 Value = TypeVar("Value")
 
 

@@ -50,7 +50,7 @@ class Language:
     english: str  # its name in English
     own: str  # its name in itself
     script: str
-    benchmarks: tuple[str, ...]  # the benchmarks that cover it: "afrimgsm", "polymath"
+    training_sets: tuple[str, ...]  # COPSD's that have it: "afrimgsm", "polymath"
     problem_label: str
     english_problem_label: str
     english_solution_label: str
@@ -96,13 +96,14 @@ def read_languages(path: Path) -> dict[str, Language]:
     found = {}
     for iso3, record in read_object(path).items():
         try:
-            language = Language(iso3=iso3, **{**record, "benchmarks": (*record["benchmarks"],)})
+            sets = (*record["training_sets"],)
+            language = Language(iso3=iso3, **{**record, "training_sets": sets})
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: {iso3} is no language: {error}") from error
         texts = {**asdict(language), "iso1": language.iso1 or "none"}
-        del texts["benchmarks"]
-        wanted = [*texts.values(), *language.benchmarks]
-        is_list = isinstance(record["benchmarks"], list)
+        del texts["training_sets"]
+        wanted = [*texts.values(), *language.training_sets]
+        is_list = isinstance(record["training_sets"], list)
         if not is_list or not all(isinstance(text, str) for text in wanted):
             raise ValueError(f"{path}: {iso3} has something else where a text is to be")
         found[iso3] = language

@@ -40,6 +40,12 @@ COMPLETIONS = (*SCORED, *LABELS)
 CHOSEN_BY = {"grpo": "OPSD", "opsdc": "OPSDC", "ophsd": "OPHSD", "egrsd": "EGRSD", "ssopd": "SSOPD"}
 Needs = dict[str, tuple[Any, ...]]  # of a setting: by another's name, the values it goes with
 NOTELESS = ("solution", "brief")  # what a teacher reads that is the same at every step
+OWN_SETTINGS = {  # flags of a run that an experiment sets by itself
+    "method": "it trains with several",
+    "seed": "--seeds says which",
+    "save_every": "it says by itself when an arm is measured",
+    "eval_every": "it says by itself when an arm is measured",
+}
 
 
 def setting(
@@ -115,7 +121,7 @@ ssopd = partial(
 rollouts = partial(setting, section="Rollouts: what the student writes in training")
 optimiser = partial(setting, section="Optimiser")
 adapter = partial(setting, section="Adapter (LoRA): the few weights that are trained")
-machine = partial(setting, section="Machine: speed and memory, not results", source="ours")
+machine = partial(setting, section="Machine: device, precision, memory, saving", source="ours")
 evaluation = partial(
     setting, section="Evaluation: before and after training, and on the way", source="ours"
 )
@@ -228,7 +234,11 @@ class Config:
         needs=DIVERGES,
     )
     loss_top_k: int = objective(
-        100, "So many tokens.", source="ours", least=2, needs={"loss_over": ("top_k",)}
+        100,
+        "With --loss-over top_k: how many of the teacher's most likely tokens.",
+        source="ours",
+        least=2,
+        needs={"loss_over": ("top_k",)},
     )
     english_problem: bool = objective(
         True,
@@ -242,13 +252,14 @@ class Config:
     )
     swap_solutions: bool = objective(
         False,
-        "Show it the solution of another problem, as an ablation.",
+        "Show the teacher the solution of another problem, as an ablation.",
         source="ours",
         needs=SHOWS_SOLUTION,
     )
     answer_only: bool = objective(
         False,
-        "Show it only the final answer, in a box, where the solution would stand; a control.",
+        "Show the teacher only the final answer, in a box, where the solution would stand; a "
+        "control.",
         source="ours",
         needs=SHOWS_SOLUTION,
     )
@@ -320,7 +331,7 @@ class Config:
         0.1, "The least weight of an unsure token, before weights are normalised.", above=0, most=1
     )
     gate_lookahead: int = gate(
-        0, "A token's entropy is the least of its own and of so many tokens after it.", least=0
+        0, "Judge a token by the least entropy of itself and this many tokens after it.", least=0
     )
     loss_prefix: float = weights(
         1.0, "The share of each completion, from its start, that is learned from.", above=0, most=1
@@ -335,15 +346,16 @@ class Config:
     inner_epochs: int = grpo(1, "Updates on each batch.", source="TRL", least=1)
     clip_low: float = grpo(
         0.2,
-        "A wrong token gains nothing more once its probability is below 1 - this times the old.",
+        "Tokens of completions below their group's mean are pushed down no further once their "
+        "probability is below the old times (1 - this).",
         source="PPO, TRL",
         least=0,
         most=1,
     )
     clip_high: float = grpo(
         0.2,
-        "A right token gains nothing more once its probability is above 1 + this times the old. "
-        "DAPO has 0.28.",
+        "Tokens of completions above their group's mean are pushed up no further once it is above "
+        "the old times (1 + this). DAPO has 0.28.",
         source="PPO, TRL",
         least=0,
     )
@@ -377,13 +389,20 @@ class Config:
         most=1,
     )
     credit_clip: float = egrsd(
-        0.2, "The teacher changes a token's advantage by no more than this share.", least=0, below=1
+        0.2,
+        "The teacher's ratio is held to 1 plus or minus this; --credit-mix of that changes the "
+        "advantage.",
+        least=0,
+        below=1,
     )
     witness_weight: float = ssopd(
         0.5, "The most that the term weighs, in groups that are half right.", least=0
     )
     witness_tokens: int = ssopd(
-        256, "So many first tokens of the longest wrong completion learn.", source="ours", least=1
+        256,
+        "How many of the first tokens of the longest wrong completion are learned from.",
+        source="ours",
+        least=1,
     )
 
     batch_size: int = rollouts(
@@ -500,6 +519,15 @@ class Config:
 class CompareConfig(Config):
     """The settings of a comparison, beside those of its runs. `lang` may name several languages."""
 
+    lang: str = task("hau", "ISO 639-1 or 639-3 codes, separated by commas.", source="ours")
+    out: str | None = task(
+        None, "The experiment's folder. Without it: runs/EXPERIMENT-MODEL-LANGUAGES.", source="ours"
+    )
+    steps: int = task(
+        100,
+        "How many steps of COPSD give the budget of sampled tokens. --family and --attribute: 30.",
+        least=1,
+    )
     seeds: str = comparison("3", "Runs of each arm: a count, or seeds such as 0,4,7.")
     sweep: str | None = comparison(
         None,

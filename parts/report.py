@@ -24,7 +24,7 @@ from parts.view import Summary, estimates_table
 
 Grid = dict[str, dict[str, "Evaluation"]]  # language -> name of the run -> its evaluation
 PAGE = Path(__file__).with_name("page.html")  # all of the page but its data
-PAGE_BYTES = 8_000_000  # of completions on one page, about
+PAGE_BYTES = 8_000_000  # of problems and attempts on one page, about
 LATEX_WORDS = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
@@ -341,8 +341,9 @@ def _page_problems(evaluations: list[Evaluation]) -> list[set[tuple[str, str]]]:
     sizes: Counter[tuple[str, str]] = Counter()
     for e in evaluations:
         for problem in e.problems:
-            length = sum(len(attempt["completion"]) for attempt in problem["attempts"])
-            sizes[e.settings["lang"], problem["id"]] += length
+            sizes[e.settings["lang"], problem["id"]] += len(
+                _embedded(problem).encode(errors="replace")
+            )
     parts: list[set[tuple[str, str]]] = [set()]
     filled = 0
     for problem, size in sizes.items():
@@ -356,10 +357,12 @@ def _page_problems(evaluations: list[Evaluation]) -> list[set[tuple[str, str]]]:
 
 def _page(data: Mapping[str, Any]) -> str:
     """Return one page with its data."""
-    embedded = json.dumps(data, ensure_ascii=False, allow_nan=False)
-    # Only "</script>" can end the script that holds the data, so no completion may write a "<".
-    embedded = embedded.replace("<", "\\u003c")
-    return PAGE.read_text(encoding="utf-8").replace("@DATA@", embedded)
+    return PAGE.read_text(encoding="utf-8").replace("@DATA@", _embedded(data))
+
+
+def _embedded(data: Mapping[str, Any]) -> str:
+    """Return data as JSON for a page's script, which nothing but "</script>" can end."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 
 def _markdown(tables: list[Table], figures: list[str]) -> str:

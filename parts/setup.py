@@ -1,5 +1,6 @@
 """All that a training run works with: loaded from its settings, checked, then given a folder."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -49,7 +50,7 @@ from parts.prompts import (
 )
 from parts.recipe import DISTILLED, GROUPED, LABELS, Config
 from parts.selfcheck import check_model
-from parts.settings import collapse_warnings, fill, settle
+from parts.settings import collapse_warnings, fill, read_recipe, settle
 from parts.view import say
 
 
@@ -210,6 +211,20 @@ def prepare(
             say(console, taken_over)
         run.vouch_anew(*(run.folder / f"{when}.json" for when in ("before", "after")))
     return setup, run
+
+
+def evaluation_command(setup: Setup, adapter: Path) -> str:
+    """Return the command, as a shell takes it, that evaluates a run's adapter as it was trained."""
+    config = setup.config
+    words = ["python", "eval.py", "--pass-at-k", "8", "--model", config.model]
+    words += ["--lang", config.lang]
+    # eval.py knows the file of the model's recipe, and no other.
+    known = read_recipe(Path(str(setup.model.name_or_path))).get("eval_data")
+    if config.eval_data and config.eval_data != str(known).replace("{lang}", config.lang):
+        words += ["--benchmark", config.eval_data]
+    if config.thinking != "auto":
+        words += ["--thinking", config.thinking]
+    return shlex.join([*words, "--adapter", str(adapter)])
 
 
 def student_prompt(

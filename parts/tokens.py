@@ -139,7 +139,7 @@ def visible(text: str) -> str:
 
 
 def tokens_table(
-    rows: list[TokenRow], *, after: list[TokenRow] | None = None, is_loss: bool = True
+    rows: list[TokenRow], *, after: list[TokenRow] | None = None, mean_is: str = "loss"
 ) -> Table:
     """Return a table of at most 80 columns: a line per token and, last, the mean: it is the loss.
 
@@ -148,14 +148,14 @@ def tokens_table(
 
     after    the same tokens after training, for two more columns; ValueError if they are other
              tokens
-    is_loss  whether the mean is the loss that the method trains on. Where tokens weigh unlike each
-             other, it is the mean of what the clip leaves times the weight
+    mean_is  what the method makes of the mean, "" where it does not train on it. Where a weight is
+             not 1, it is the mean of what the clip leaves times the weight
     """
     _check_same_tokens(rows, after)
     kl, loss = _means(rows)
     clips = any(row.clipped for row in rows)
     weighted = any(row.weight != 1 for row in rows)
-    mark = "\n= loss" if is_loss else ""
+    mark = f"\n= {mean_is}".replace(" term", "\nterm") if mean_is else ""
     columns = [
         Column("token", "mean", max_width=13),
         Column("student", justify="right"),
@@ -167,8 +167,8 @@ def tokens_table(
         said = _nats(loss) + ("" if weighted else mark)
         columns.append(Column("clip\nleaves", said, justify="right"))
     if weighted:
-        total = fmean(row.weight * row.loss for row in rows)
-        columns.append(Column("weight", _nats(total) + mark if is_loss else "", justify="right"))
+        said = _nats(_means(rows, weighted=True)[1]) + mark if mean_is else ""
+        columns.append(Column("weight", said, justify="right"))
     if after:
         columns.append(Column("student\nafter", justify="right"))
         columns.append(Column("KL\nafter", _nats(_means(after)[0]), justify="right"))
@@ -203,12 +203,14 @@ def write_tokens_page(
     prompts: dict[str, str],
     rows: list[TokenRow],
     after: list[TokenRow] | None = None,
+    mean_is: str = "loss",
     notes: list[str],
 ) -> None:
     """Write an HTML file that loads nothing: the completion coloured by KL, with both opinions.
 
     prompts  what to call each prompt -> its text
     after    the same tokens after training, for a switch; ValueError if they are other tokens
+    mean_is  as for tokens_table; where it is "", the page shows the divergences as they are
     notes    lines to end with, such as what GRPO hears of this rollout
     All of it enters the page as text. Half a surrogate pair, which UTF-8 cannot write, becomes
     BROKEN. Raises ValueError for a number that is not finite.
@@ -218,7 +220,8 @@ def write_tokens_page(
     data = {
         "title": title,
         "prompts": prompts,
-        "views": {name: _view(tokens) for name, tokens in views.items()},
+        "mean_is": mean_is,
+        "views": {name: _view(tokens, mean_is) for name, tokens in views.items()},
         "notes": notes,
     }
     embedded = json.dumps(data, ensure_ascii=False, allow_nan=False)
@@ -227,9 +230,9 @@ def write_tokens_page(
     write_text(path, PAGE.read_text(encoding="utf-8").replace("@DATA@", embedded))
 
 
-def _view(rows: list[TokenRow]) -> dict[str, Any]:
+def _view(rows: list[TokenRow], mean_is: str) -> dict[str, Any]:
     """Return what the page shows of one scoring of the tokens."""
-    kl, loss = _means(rows)
+    kl, loss = _means(rows, weighted=mean_is != "")
     return {"kl": kl, "loss": loss, "rows": [asdict(row) | _words(row) for row in rows]}
 
 
@@ -278,9 +281,11 @@ def _check_same_tokens(rows: list[TokenRow], after: list[TokenRow] | None) -> No
         raise ValueError(f"`after` must score the same {len(rows)} tokens; got others")
 
 
-def _means(rows: list[TokenRow]) -> tuple[float, float]:
-    """Return the mean KL and the mean loss, in nats per token."""
-    return fmean(row.kl for row in rows), fmean(row.loss for row in rows)
+def _means(rows: list[TokenRow], *, weighted: bool = False) -> tuple[float, float]:
+    """Return the mean KL and the mean loss, in nats per token; `weighted`: times the weights."""
+    weights = [row.weight if weighted else 1.0 for row in rows]
+    kl = fmean(weight * row.kl for weight, row in zip(weights, rows, strict=True))
+    return kl, fmean(weight * row.loss for weight, row in zip(weights, rows, strict=True))
 
 
 def _nats(value: float) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -158,13 +159,14 @@ class StepView:
                 ends = f"{course[0]:.3f} to {course[-1]:.3f}"
                 room = max(1, min(60, width - len(ends) - 8))
                 lines.append(f"{title:<6} {sparkline(course, room, ramp)} {ends}")
-        below = [bar, *map(Text, filter(None, lines))]
-        below += [Text(f"alarm: {name} {said}", style="red") for name, said in self.alarms.items()]
-        room = self.console.height - len(below) - 2
+        texts = [Text(line) for line in lines if line]
+        texts += [Text(f"alarm: {name} {said}", style="red") for name, said in self.alarms.items()]
+        below = [line for text in texts for line in text.wrap(self.console, width)]
         if rollout := self._rollout():
-            below.append(Text(rollout[: SHOWN_ROLLOUT_LINES * width]))
-            room -= SHOWN_ROLLOUT_LINES
-        return Group(self._table(max(3, room)), *below)
+            text = Text(rollout[: SHOWN_ROLLOUT_LINES * width])
+            below += text.wrap(self.console, width)[:SHOWN_ROLLOUT_LINES]
+        # Beside the rows stand their header, the bar, and the line of the cursor.
+        return Group(self._table(max(3, self.console.height - len(below) - 3)), bar, *below)
 
     def _table(self, height: int) -> Table:
         """Return the last steps, as many as the terminal has room for, and so with the columns."""
@@ -192,7 +194,7 @@ class StepView:
             return None
         # An escape code that a model wrote would act on the terminal.
         text = "".join(c if c.isprintable() else " " for c in str(row["completion"]))
-        return f"{row['problem_id']}, answer {row['answer']}: {text}"
+        return f"{row['problem_id']}, right answer {row['answer']}: {text}"
 
     def _print_line(self) -> None:
         """Print the newest step as one line, however narrow the console is."""
@@ -264,7 +266,7 @@ class SamplingProgress:
 
     def __exit__(self, kind: type | None, *raised: Any) -> None:
         if kind is None:
-            self._print(end="\n")
+            self._print(last=True)
 
     def update(self, finished: int, rows: int, tokens: int) -> None:
         """Take the sampler's progress: finished rows, all rows, tokens generated."""
@@ -275,12 +277,12 @@ class SamplingProgress:
         pause = self.TERMINAL_EVERY_S if terminal else self.LINE_EVERY_S
         if time.monotonic() - self.printed > pause:
             self.printed = time.monotonic()
-            self._print(end="\r" if terminal else "\n")
+            self._print(last=False)
 
-    def _print(self, end: str) -> None:
+    def _print(self, *, last: bool) -> None:
         seconds = time.monotonic() - self.started
         done = f"{self.finished}/{self.rows} completions, {self.tokens} tokens, {seconds:.0f} s"
-        self.console.print(Text(f"{self.title}: {done}"), end=end, soft_wrap=True)
+        _print_progress(self.console, f"{self.title}: {done}", last=last)
 
 
 class ArmsProgress:
@@ -342,12 +344,24 @@ class ArmsProgress:
         line = f"{self.arm}/{self.arms} {self.title}: {said}"
         if done_here:
             left_s = (self.printed - self.started) / done_here * (self.units - done)
-            line += f"; {left_s / 60:.0f} min left" if left_s > 1 else ""
-        end = "\n"
-        if self.console.is_terminal:
-            line = line.ljust(100)  # over what is left of a longer line
-            end = "\n" if last else "\r"
-        self.console.print(Text(line), end=end, soft_wrap=True)
+            line += f"; {duration(left_s)} left" if left_s > 1 else ""
+        _print_progress(self.console, line, last=last)
+
+
+def _print_progress(console: Console, line: str, *, last: bool) -> None:
+    """Print a line of progress; on a terminal each but the last is written over by the next.
+
+    Only a line that fits the terminal can be: of a longer one the end is left out.
+    """
+    text = Text(line)
+    end = "\n"
+    if console.is_terminal:
+        room = console.width - 1
+        if not last:
+            text.truncate(room, overflow="ellipsis")
+            end = "\r"
+        text.pad_right(max(0, room - text.cell_len))  # over what is left of a longer line
+    console.print(text, end=end, soft_wrap=True)
 
 
 def say(console: Console, text: str) -> None:
@@ -390,13 +404,55 @@ def cell(name: str, estimate: "Estimate") -> str:
 def text_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     """Return a table whose first column names the rows; nothing in it is read as markup."""
     columns = [
-        Column(Text(shown(name)), justify="right" if place else "left")
+        # "fold": a word that is wider than its column is broken, never cut.
+        Column(Text(shown(name)), justify="right" if place else "left", overflow="fold")
         for place, name in enumerate(header)
     ]
     table = Table(*columns, title=Text(shown(title)), title_justify="left", header_style="bold")
     for row in rows:
         table.add_row(*(Text(shown(text)) for text in row))
     return table
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print a text_table with every number of it whole.
+
+    Without a terminal it is as wide as its texts. On a terminal that is too narrow its columns are
+    printed as several tables, each of which begins with the first column.
+    """
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    title = str(table.title)
+    for sizes in _fitting_columns(columns, console.width if console.is_terminal else None):
+        lines = zip(*(columns[place] for place in sizes), strict=True)
+        header, *rows = [list(line) for line in lines]
+        part = text_table(title, header, rows)
+        part.width = sum(sizes.values()) + 1
+        for column, size in zip(part.columns, sizes.values(), strict=True):
+            column.width = size - 3
+        console.print(part, crop=False)
+        title = ""
+
+
+def _fitting_columns(columns: list[list[str]], width: int | None) -> list[dict[int, int]]:
+    """Return the columns of each table, by place, with the room that each takes.
+
+    columns  their texts, the header first
+    width    of the terminal; None: there is none
+    A column takes three more than its texts: a space on both sides, and the line before it.
+    """
+    whole = [3 + max(map(cell_len, texts)) for texts in columns]
+    if width is None or sum(whole) < width:
+        return [dict(enumerate(whole))]
+    # A header may be wrapped, and so may the first column; a number stands on one line.
+    tight = [3 + max(map(cell_len, [*header.split(), *cells])) for header, *cells in columns[1:]]
+    first = max(11, min(whole[0], width - 1 - max(tight, default=0)))
+    found = [{0: first}]
+    for place, size in enumerate(tight, 1):
+        size = max(4, min(size, width - 1 - first))
+        if len(found[-1]) > 1 and sum(found[-1].values()) + size >= width:
+            found.append({0: first})
+        found[-1][place] = size
+    return found
 
 
 def estimates_table(title: str, columns: Mapping[str, Summary]) -> Table:

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
@@ -15,9 +15,11 @@ import eval as evaluator
 import methods
 import show
 from parts import commands, evaluations
+from parts.benchmarks import BENCHMARKS, has_language
+from parts.experiments import ATTRIBUTION, FAMILY
 from parts.files import write_json
 from parts.prompts import languages
-from parts.recipe import CompareConfig, Config, EvalConfig
+from parts.recipe import OWN_SETTINGS, CompareConfig, Config, EvalConfig
 
 APPS = {"copsd": commands.copsd, "eval": commands.evaluation, "compare": commands.comparison}
 CONFIGS = {
@@ -116,18 +118,34 @@ def test_every_setting_is_a_flag_with_its_help_under_its_heading(command):
         if command == "copsd show" and f.name not in commands.SHOWN:
             continue  # what a walk through one problem does not depend on
         flag = "--" + f.name.replace("_", "-")
+        if command == "compare" and f.name in OWN_SETTINGS:
+            assert f"{flag} " not in text, flag  # it is refused, and tests/test_compare.py sees it
+            continue
         assert f"{flag} " in text, flag
         assert commands.help_text(f).split(". ")[0][:60] in text, flag
         assert f.metadata["section"] in text
 
 
+def test_the_comparisons_help_is_of_the_comparison():
+    """It was a run's: one language, the run's folder, and nothing of the budget."""
+    text = " ".join(run_cli("compare", "--help").output.split())
+    assert "what --steps of COPSD sample at the base's mean length" in text
+    assert "The same command goes on with a comparison that was stopped" in text
+    assert "codes, separated by commas" in text and "runs/METHOD" not in text
+    assert "--family and --attribute: 30." in text and "grpo 500" not in text
+    assert ATTRIBUTION.steps == FAMILY.steps == 30
+
+
 def test_languages_are_all_listed_with_codes_and_benchmarks():
-    lines = run_cli("copsd languages").output.splitlines()
+    lines = [line.rstrip() for line in run_cli("copsd languages").output.splitlines()]
     assert len(lines) == 1 + len(languages())
     for line, language in zip(lines[1:], languages().values(), strict=True):
         codes = line.split()[:2]
         assert codes == [language.iso3, language.iso1 or "-"]
-        assert language.own in line and ", ".join(language.benchmarks) in line
+        held = [name for name in BENCHMARKS if has_language(name, asdict(language))]
+        assert language.own in line and line.endswith(f" {', '.join(held)}")
+    # It listed no benchmark for English, and PolyMath alone for German.
+    assert lines[1 + [*languages()].index("eng")].endswith("lab, afrimgsm, mgsm, msvamp, polymath")
 
 
 @pytest.mark.parametrize("command", ["copsd train", "copsd show"])

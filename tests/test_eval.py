@@ -1,6 +1,7 @@
 """eval.py: one result for one seed, a stop costs nothing finished, bad input is one line."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def lines(folder: Path) -> list[dict]:
         (["--pass-at-k", "0"], "valid: 1 <= k <= samples"),
         (["--pass-at-k", "1;8"], "--pass-at-k is 1;8; valid: numbers such as 8 or 1,4,8,12"),
         (["--greedy", "--samples", "4"], "--greedy is one completion"),
-        (["--greedy", "--pass-at-k", "4"], "--pass-at-k is 4 and --samples 1"),
+        (["--greedy", "--pass-at-k", "4"], "--greedy is one completion: leave out --pass-at-k"),
         (["--greedy", "--temperature", "0.7"], "--greedy is one completion"),
         (["--temperature", "0", "--pass-at-k", "4"], "4 completions would be equal"),
         (["--temperature", "0", "--samples", "2"], "2 completions would be equal"),
@@ -180,7 +181,8 @@ def test_other_settings_or_problems_in_the_folder_are_refused_and_kept(tmp_path)
 def test_greedy_is_one_completion_at_temperature_0(tmp_path):
     spelled = ["--temperature", "0", "--pass-at-k", "1", "--seed", "0"]
     for name, flags in {"greedy": ["--greedy"], "zero": spelled}.items():
-        run_cli(*flags, "--limit", "4", "--out", str(tmp_path / name))
+        result = run_cli(*flags, "--limit", "4", "--out", str(tmp_path / name))
+        assert "Hausa, 1 sample a problem" in result.stdout
     greedy = (tmp_path / "greedy" / "problems.jsonl").read_bytes()
     assert greedy == (tmp_path / "zero" / "problems.jsonl").read_bytes()
     assert all(len(line["attempts"]) == 1 for line in lines(tmp_path / "greedy"))
@@ -194,6 +196,8 @@ def test_several_languages_have_a_folder_each_a_row_each_and_a_mean(tmp_path):
     assert lines(tmp_path / "swa")[0]["problem"] != lines(tmp_path / "hau")[0]["problem"]
     rows = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("│")]
     assert [name for name in rows if name in ("swa", "hau", "mean")] == ["swa", "hau", "mean"]
+    # In a pipe it was as wide as a terminal, and the numbers were on three lines each.
+    assert len(re.findall(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", result.stdout)) == 3 * 4
 
 
 def test_all_means_every_language_of_the_benchmark():

@@ -53,6 +53,7 @@ def test_report_compares_evaluations_and_writes_its_files(tmp_path, two_evaluati
     change, p_value, _ = metrics.paired_tests(*pair)
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert f"{cell('pass@1', change)} | {p_value:.3g}" in text
+    assert cell("pass@1", change) in result.stdout  # whole: in a pipe it was on three lines
     assert run_cli("report", two_evaluations[0], "--out", str(tmp_path / "one")).exit_code == 0
 
 

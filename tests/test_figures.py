@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from parts.figures import LOOKS, Panel, Point, curves_figure
+from parts import figures
+from parts.figures import LOOKS, Look, Panel, Point, curves_figure
 
 
 def texts(svg: str) -> list[str]:
@@ -52,6 +53,25 @@ def test_more_labels_than_colours_still_look_different(tmp_path):
     lines = re.findall(r'fill: none; (stroke-dasharray[^"]*?; )?(?:[^"]*?)stroke: (#\w+)', svg)
     colours = {look.colour for look in LOOKS}
     assert len({line for line in lines if line[1] in colours}) == len(names)
+
+
+@pytest.mark.parametrize("kind", ["bars", "marks"])
+def test_no_two_of_twelve_labels_share_colour_marker_and_hatch(tmp_path, kind, monkeypatch):
+    """Past the sixth label only the line changed, which neither a bar nor a mark has."""
+    drawn = []
+    name = {"bars": "_draw_bars", "marks": "_draw_marks"}[kind]
+    draw = getattr(figures, name)
+
+    def _draw(axes: Any, points: list[Point], look: Look, *others: Any) -> Any:
+        drawn.append(look)
+        return draw(axes, points, look, *others)
+
+    monkeypatch.setattr(figures, name, _draw)
+    curves = {f"run {place}": [(0.0, 0.5, 0.4, 0.6)] for place in range(12)}
+    curves_figure([Panel("", "k", "pass@k", curves, kind=kind)], [tmp_path / "many.svg"])
+    assert len({(look.colour, look.marker, look.hatch) for look in drawn}) == 12
+    assert len({(look.colour, look.marker) for look in drawn}) == 12  # what a mark shows
+    assert len({(look.colour, look.hatch) for look in drawn}) == 12  # what a bar shows
 
 
 def kinds() -> dict[str, dict[str, Any]]:

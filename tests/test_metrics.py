@@ -221,6 +221,15 @@ def test_bootstrap_interval_covers_the_binomial_one_and_is_seeded():
     assert bootstrap(values, [1.0] * 250, seed=3) == estimate
 
 
+@pytest.mark.parametrize("share", [1 / 3, 5 / 12, 0.1, 0.7])
+@pytest.mark.parametrize("problems", [10, 50, 250])
+def test_a_value_lies_in_its_interval_where_all_problems_have_the_same_share(share, problems):
+    """Rounding put an end beyond it by 1e-16, and no figure was drawn of a negative error bar."""
+    found = bootstrap([share] * problems, [1.0] * problems)
+    assert found.low <= found.value <= found.high
+    assert found.low == pytest.approx(share) and found.high == pytest.approx(share)
+
+
 def test_bootstrap_pairs_numerators_with_their_denominators():
     # A problem of 1 token in 100 and one of 99 in 100: every resample's ratio lies between theirs.
     estimate = bootstrap([1.0, 99.0], [100.0, 100.0])

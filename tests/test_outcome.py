@@ -1,5 +1,6 @@
 """parts/outcome.py: estimates and tests of an experiment by hand, its tables, its sections."""
 
+import struct
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -189,6 +190,22 @@ def test_the_folder_gets_everything_and_a_results_file_its_section(tmp_path):
         assert {path.name for path in folder.glob("*.png")} == set(pictures.values())
     assert all(f"({picture})" in own for picture in pictures.values())
     assert sorted(path.suffix for path in out.glob("comparison*.svg")) == [".svg"] * 3
+
+
+def test_the_panels_of_many_languages_stand_in_rows_of_three(tmp_path, monkeypatch):
+    """Those of 17 languages stood in one row."""
+    found = compared()
+    arms = next(iter(found.arms.values()))
+    sizes = []
+    for codes in (("hau", "swa", "yor"), ("hau", "swa", "yor", "zul")):
+        panels = figures_of(replace(found, arms=dict.fromkeys(codes, arms)))[found.name]
+        drawn = {found.name: panels}
+        monkeypatch.setattr(outcome, "figures_of", lambda _, drawn=drawn: drawn)
+        outcome.write_experiment(found, tmp_path, None)
+        header = (tmp_path / f"{found.name}.png").read_bytes()[16:24]
+        sizes.append(struct.unpack(">II", header))  # width and height of a PNG
+    (three, one_row), (four, two_rows) = sizes
+    assert three == four and one_row < two_rows
 
 
 def test_without_a_results_file_only_the_folder_is_written(tmp_path: Path):

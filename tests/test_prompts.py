@@ -103,11 +103,11 @@ def test_a_language_without_one_of_its_texts_is_refused(tmp_path, name):
     assert read_languages(path)["hau"].iso1 is None
 
 
-def test_the_languages_are_those_of_the_two_benchmarks_and_english_and_all_differ():
+def test_the_languages_are_those_of_the_two_training_sets_and_english_and_all_differ():
     for name, codes in {"afrimgsm": AFRIMGSM, "polymath": POLYMATH}.items():
-        covered = [code for code, language in languages().items() if name in language.benchmarks]
+        covered = [code for code, each in languages().items() if name in each.training_sets]
         assert covered == codes.split()
-    assert languages()["eng"].benchmarks == ()
+    assert languages()["eng"].training_sets == ()
     for field in ("english", "transition", "instruction", "opening"):
         values = {getattr(language, field) for language in languages().values()}
         assert len(values) == len(CODES), field
@@ -120,7 +120,7 @@ def test_every_record_is_complete_nfc_and_asks_for_a_box(code):
     texts = [
         getattr(language, field.name)
         for field in fields(language)
-        if field.name not in ("iso1", "benchmarks")
+        if field.name not in ("iso1", "training_sets")
     ]
     assert all(
         isinstance(text, str) and text and text == unicodedata.normalize("NFC", text.strip())

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from parts import report
 from parts.metrics import Estimate
 from parts.report import (
     Evaluation,
@@ -281,6 +282,23 @@ def test_a_browser_shows_the_filtered_problems_with_their_verdicts(written, tmp_
         assert count == expected, filters
         assert all(text in problems for text in shown), filters
         assert not any(text in problems for text in absent), filters
+
+
+def test_a_page_is_as_long_as_its_bytes_are(tmp_path, monkeypatch):
+    """Letters of completions were counted: in many scripts a page was three times as long."""
+    found = two_runs()
+    for e in found:
+        for problem in e.problems:
+            problem["problem"] = "ቁጥር" * 1000
+    bare = len(report.PAGE.read_bytes())
+    texts = [json.dumps(p, ensure_ascii=False) for e in found for p in e.problems]
+    rows = sum(len(text.encode(errors="replace")) for text in texts)
+    monkeypatch.setattr(report, "PAGE_BYTES", rows // 2)
+    paths = write_report(found, [], tmp_path)
+    pages = [path for path in paths if path.suffix == ".html"]
+    assert len(pages) > 1
+    # Beside the rows a page holds no more than the settings; the first has the figures, too.
+    assert all(path.stat().st_size < bare + rows // 2 + 4000 for path in pages[1:])
 
 
 def test_very_many_completions_are_paged_with_all_attempts_at_a_problem_on_one(

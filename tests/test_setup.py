@@ -1,7 +1,9 @@
 """parts/setup.py: a run may start from another's adapter, and keeps the date of its first day."""
 
 import json
+import shlex
 import shutil
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +12,7 @@ from test_methods import GROUPS, make_setup, run_cli, train
 
 from parts.adapters import read_adapter_tensors
 from parts.files import read_json, read_sealed, write_json, write_sealed
-from parts.setup import configure, prepare
+from parts.setup import configure, evaluation_command, prepare
 
 
 def test_a_warm_start_begins_with_a_runs_last_adapter(tmp_path):
@@ -23,6 +25,24 @@ def test_a_warm_start_begins_with_a_runs_last_adapter(tmp_path):
     for name, tensor in copied.lora.sets["copy"].items():
         assert torch.equal(tensor, copied.lora.sets["current"][name])
     assert json.loads(run.record_file.read_text())["identity"]["warm_start"]
+
+
+def test_the_command_that_comes_next_evaluates_the_run_as_it_was_trained(tmp_path):
+    """It left out the file of the problems and the think block, and broke at a space."""
+    model = tmp_path / "my model"
+    shutil.copytree("lab/tiny", model)
+    (model / "recipe.json").unlink()
+    files = {name: "lab/problems/{lang}/train.jsonl" for name in ("data", "eval_data")}
+    setup, run = make_setup(tmp_path / "a run", **files, model=str(model), thinking="off")
+    words = shlex.split(evaluation_command(setup, run.folder))
+    begin = ["python", "eval.py", "--pass-at-k", "8", "--model", str(model), "--lang", "hau"]
+    added = ["--benchmark", "lab/problems/hau/train.jsonl", "--thinking", "off"]
+    assert words == [*begin, *added, "--adapter", str(tmp_path / "a run" / "run")]
+    # The file of the model's recipe is eval.py's, too: the README shows this line.
+    setup, _ = make_setup(tmp_path / "lab")
+    assert evaluation_command(setup, Path("runs/copsd-tiny-hau-0")) == (
+        "python eval.py --pass-at-k 8 --model lab/tiny --lang hau --adapter runs/copsd-tiny-hau-0"
+    )
 
 
 def test_a_warm_start_from_another_base_or_another_shape_is_one_line(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,12 @@ from typer.testing import CliRunner
 
 from kernels import divergence
 from parts import commands
+from parts.data import load_problems
 from parts.files import read_json
+from parts.recipe import METHODS, Config
+from parts.sampler import Rollout
 from parts.setup import configure
-from show import prepare, walk
+from show import Lesson, _mean_is, prepare, walk
 
 QUIET = Console(quiet=True)
 TRAIN = ["--steps", "1", "--batch-size", "4", "--eval-problems", "0", "--lr", "0.01"]
@@ -44,6 +48,18 @@ def test_both_prompts_are_printed_with_the_boundary():
     assert "template hash" in teacher
     without = run_cli("show", "--lang", "swa", "--no-english-problem")
     assert "Swali kwa Kiingereza" not in without.stdout
+
+
+def test_the_controls_of_what_the_teacher_reads_are_shown():
+    """Both flags were none of show's, though they decide what the teacher reads."""
+    plain, answer, swapped = (
+        run_cli("show", *flag).stdout.partition("the teacher reads")[2]
+        for flag in ([], ["--answer-only"], ["--swap-solutions"])
+    )
+    problems = load_problems(Path("lab/problems/hau/train.jsonl"))[:2]
+    own, other = (str(problem.solution_en) for problem in problems)
+    assert own in plain and own not in answer and own not in swapped
+    assert f"\\boxed{{{problems[0].answer}}}" in answer and other in swapped
 
 
 def test_the_mean_below_the_table_is_the_loss_of_that_rollout():
@@ -123,10 +139,27 @@ LONG = "so " * 200
 @pytest.mark.parametrize("method", ["grpo", "ssopd"])
 def test_methods_that_train_without_an_english_side_are_shown_without_one(tmp_path, method):
     """Both were refused: the first has no teacher, and that of the second reads a completion."""
-    result = run_cli("show", "--method", method, "--data", data_of(tmp_path))
+    page = tmp_path / "walk.html"
+    arguments = ["--method", method, "--data", data_of(tmp_path), "--html", str(page)]
+    result = run_cli("show", *arguments)
     assert result.exit_code == 0, result.output
+    # Both called the mean a loss: of GRPO's there is none, and SSOPD's stands beside GRPO's.
+    called = {"grpo": "", "ssopd": "SSOPD's term"}[method]
+    assert f'"mean_is": "{called}"' in page.read_text(encoding="utf-8")
+    assert "= loss" not in result.stdout and ("= SSOPD's" in result.stdout) is bool(called)
     assert "GRPO hears of this rollout: " in result.stdout
     assert ("the problem has no English side" in result.stdout) is (method == "grpo")
+
+
+def test_the_mean_of_tokens_that_nothing_is_learned_from_is_called_nothing():
+    lesson = Lesson(Rollout([1], [2], [0.0], "stop"), [1])
+    found = {method: _mean_is(Config(method=method), lesson) for method in METHODS}
+    assert found == {
+        **dict.fromkeys(("copsd", "opsdc", "ophsd"), "loss"),
+        **dict.fromkeys(("grpo", "egrsd"), ""),
+        "ssopd": "SSOPD's term",
+    }
+    assert _mean_is(Config(method="ssopd"), replace(lesson, weight=0.0)) == ""
 
 
 @pytest.mark.parametrize(

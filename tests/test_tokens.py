@@ -242,6 +242,33 @@ def test_the_page_holds_every_text_as_text(tmp_path):
     assert [found["clipped"] for found in trained["rows"]] == [True, True]
 
 
+WEIGHED = [row("a", kl=0.5, loss=0.2, clipped=True, weight=2.0), row(" b", weight=0.0)]
+
+
+def test_the_mean_is_of_the_weighted_tokens_where_it_is_trained_on(tmp_path):
+    """The page read no weight, and told of a loss for methods that have none such."""
+    path = tmp_path / "page.html"
+    means = {}
+    for mean_is in ("loss", "SSOPD's term", ""):
+        write_tokens_page(
+            path,
+            title="t",
+            prompts={},
+            rows=WEIGHED,
+            after=[row("a"), row(" b")],
+            mean_is=mean_is,
+            notes=[],
+        )
+        data = embedded(path)
+        assert data["mean_is"] == mean_is
+        means[mean_is] = [(view["kl"], view["loss"]) for view in data["views"].values()]
+        footers = [str(column.footer) for column in tokens_table(WEIGHED, mean_is=mean_is).columns]
+        shown = {"loss": "0.200\n= loss", "SSOPD's term": "0.200\n= SSOPD's\nterm", "": ""}
+        assert footers[-1] == shown[mean_is] and "".join(footers).count("=") == bool(mean_is)
+    assert means["loss"] == means["SSOPD's term"] == [(0.5, 0.2), (0.2, 0.2)]
+    assert means[""] == [(0.35, 0.2), (0.2, 0.2)]
+
+
 def test_a_number_that_is_not_finite_leaves_no_page(tmp_path):
     with pytest.raises(ValueError):
         write_tokens_page(
@@ -263,23 +290,68 @@ const note = document.createElement("pre");
 note.textContent = JSON.stringify(seen);
 document.body.replaceChildren(note);
 </script></body>"""
+WEIGHTS = """<script>
+const drawn = [...document.querySelectorAll("#bars > div:not(.mean)")];
+document.querySelector("#text span").dispatchEvent(new FocusEvent("focusin", {bubbles: true}));
+const seen = {
+  bars: drawn.map(token => [...token.children].map(bar => bar.style.height)),
+  bars_say: document.querySelector("#bars > span").textContent,
+  sum: document.getElementById("sum").textContent,
+  card: document.getElementById("card").textContent,
+};
+const note = document.createElement("pre");
+note.textContent = JSON.stringify(seen);
+document.body.replaceChildren(note);
+</script></body>"""
 
 
-def test_a_browser_shows_the_tokens_both_opinions_and_the_switch(tmp_path):
+def seen_in_a_browser(path: Path, script: str) -> dict:
+    """Return what a script finds on a page, once a browser has drawn it."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("needs Chromium or Chrome")
+    page = path.read_text(encoding="utf-8")
+    path.write_text(page.replace("</body>", script), encoding="utf-8")
+    me = f"--user-data-dir={path.with_suffix('')}"
+    flags = ["--no-sandbox", "--headless", "--disable-gpu", me, "--dump-dom"]
+    found = subprocess.run(
+        [browser, *flags, path.as_uri()], capture_output=True, text=True, check=True
+    )
+    return json.loads(html.unescape(found.stdout.split("<pre>")[1].split("</pre>")[0]))
+
+
+@pytest.mark.parametrize("mean_is", ["loss", "SSOPD's term", ""])
+def test_a_browser_draws_the_weighted_tokens_and_calls_their_mean_what_it_is(tmp_path, mean_is):
+    path = tmp_path / "page.html"
+    write_tokens_page(path, title="t", prompts={}, rows=WEIGHED, mean_is=mean_is, notes=[])
+    seen = seen_in_a_browser(path, WEIGHTS)
+    first, second = ([round(float(bar[:-1]), 1) for bar in bars] for bars in seen["bars"])
+    largest = 1.0 if mean_is else 0.5
+    assert first == [round(100 * part / 1.2, 1) for part in (0.4, 1.0)]
+    # The second token's weight is 0, and its KL 0.2.
+    assert second == ([0.0] if mean_is else [round(100 * 0.4 / 1.2, 1)])
+    assert f"the tallest bar is {largest:.3f} nats" in seen["bars_say"]
+    assert "weight 2.000" in seen["card"] and "0.200 nats per token" in seen["sum"]
+    called = {"loss": "the loss", "SSOPD's term": "SSOPD's term"}.get(mean_is)
+    assert (f"Their mean is {called}: " in seen["sum"]) is bool(mean_is)
+    assert (f"adds to {called}" in seen["bars_say"]) is bool(mean_is)
+    assert ("not what is trained on" in seen["sum"]) is not bool(mean_is)
+
+
+def test_the_tallest_bar_is_one_that_is_drawn(tmp_path):
+    path = tmp_path / "page.html"
+    low = row("a", kl=0.001, loss=0.001)
+    write_tokens_page(path, title="t", prompts={}, rows=[low], notes=[])
+    seen = seen_in_a_browser(path, WEIGHTS)
+    assert "the tallest bar is 0.001 nats" in seen["bars_say"] and "weight" not in seen["card"]
+
+
+def test_a_browser_shows_the_tokens_both_opinions_and_the_switch(tmp_path):
     rows = [row("<i>a", favourite="b", student=0.25, kl=4.0, loss=0.05, clipped=True), row(" c")]
     after = [replace(rows[0], kl=0.001, loss=0.001, clipped=False), rows[1]]
     path = tmp_path / "page.html"
     write_tokens_page(path, title="t", prompts={"a": "b"}, rows=rows, after=after, notes=["n"])
-    page = path.read_text(encoding="utf-8")
-    path.write_text(page.replace("</body>", USER), encoding="utf-8")
-    flags = ["--no-sandbox", "--headless", "--disable-gpu", f"--user-data-dir={tmp_path / 'me'}"]
-    found = subprocess.run(
-        [browser, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, check=True
-    )
-    views = json.loads(html.unescape(found.stdout.split("<pre>")[1].split("</pre>")[0]))
+    views = seen_in_a_browser(path, USER)
     assert views["before"] == [["<i>a", "k6 other cut"], [" c", "k3"]]
     assert views["after"] == [["<i>a", "k0 other"], [" c", "k3"]]
     assert (views["loss"], views["trained"]) == ("0.125 nats per token", "0.101 nats per token")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from parts.metrics import Estimate
@@ -17,6 +18,7 @@ from parts.view import (
     StepView,
     cell,
     estimates_table,
+    print_table,
     say,
     sparkline,
     text_table,
@@ -101,7 +103,18 @@ def test_a_picture_fits_its_terminal_and_what_has_no_room_is_left_out_whole(widt
     assert len(titles) == len(METRICS_TITLES) if width == 200 else len(titles) >= 2
     joined = " ".join(text.split())
     assert "100 tokens/s" in joined and "alarm: KL 0.9, at the start 0.1" in joined
-    assert "7, answer 5: so so" in joined
+    assert "7, right answer 5: so so" in joined
+
+
+@pytest.mark.parametrize("completion", ["so " * 400, "猫" * 400])
+def test_a_picture_is_no_higher_than_its_terminal_where_its_lines_are_wrapped(completion):
+    """A wrapped alarm counted as one line, and a wide letter as one column."""
+    rows = [{**METRICS, "step": step, "progress": step / 40} for step in range(1, 31)]
+    rows[-1] |= {"alarms": {"KL": "0.9, at the start 0.1, " * 20}}
+    rollout = {"problem_id": "7", "answer": "5", "completion": completion}
+    lines = shown(rows, 40, last_rollout=lambda: rollout)
+    assert len(lines) == 29 and max(map(cell_len, lines)) <= 40
+    assert "0.9, at the start" in " ".join(lines) and lines[-1].strip(" so猫") == ""
 
 
 def test_a_step_without_a_metric_that_others_have_has_an_empty_cell():
@@ -194,6 +207,44 @@ def test_progress_shows_a_name_as_it_is(terminal):
     assert stream.getvalue() == f"{NAME}: 3/8 completions, 99 tokens, 0 s\n"
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_what_is_written_over_fits_its_terminal(width, monkeypatch):
+    """A longer line was wrapped, and the carriage return went back over its last part only."""
+    clock = iter(range(100))
+    monkeypatch.setattr("parts.view.time.monotonic", lambda: float(next(clock)))
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=True, color_system=None)
+    title = "before training: Hausa, 8 samples a problem, problems 1 to 64 of 250"
+    with SamplingProgress(console, title) as sampling:
+        sampling.update(3, 2000, 99)
+    arms = ArmsProgress(console, arms=2, units=2.0)
+    arms.start(f"Hausa: {title}", 1.0)
+    arms.show({"step": 4, "progress": 0.5})
+    arms.finish("greedy accuracy 0.500")
+    arms.start("short", 1.0)
+    arms.show({"step": 4, "progress": 0.5})
+    parts = stream.getvalue().replace("\n", "\n\r").split("\r")
+    passing = [part for part in parts if part and not part.endswith("\n")]
+    lasting = [part for part in parts if part.endswith("\n")]
+    assert [len(part) for part in passing] == [width - 1] * 3  # and so nothing is left of the last
+    assert "…" in passing[0] + passing[1] and "…" not in passing[2] + "".join(lasting)
+    assert "3/2000 completions" in lasting[0] and "greedy accuracy 0.500" in lasting[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left"), [(20.0, "20 s left"), (360.0, "6 min left"), (7800.0, "2 h 10 min left")]
+)
+def test_the_time_that_is_left_of_arms_is_said_as_a_person_says_it(monkeypatch, seconds, left):
+    """It was "0 min left" and "130 min left"."""
+    clock = iter([0.0, seconds])
+    monkeypatch.setattr("parts.view.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    progress = ArmsProgress(Console(file=stream), arms=2, units=2.0)
+    progress.start("first", 1.0)
+    progress.finish("done")
+    assert stream.getvalue() == f"1/2 first: done; {left}\n"
+
+
 def test_the_progress_of_arms_counts_the_time_that_is_left(monkeypatch):
     clock = iter([0.0, 30.0, 120.0, 120.0, 180.0])
     monkeypatch.setattr("parts.view.time.monotonic", lambda: next(clock))
@@ -248,8 +299,56 @@ def test_a_metric_that_one_summary_lacks_is_a_dash_there():
 
 def test_a_table_shows_names_as_they_are():
     stream = io.StringIO()
-    Console(file=stream, width=80).print(text_table(NAME, ["metric", NAME], [[NAME, NAME]]))
+    print_table(text_table(NAME, ["metric", NAME], [[NAME, NAME]]), Console(file=stream, width=80))
     assert stream.getvalue().count(NAME) == 4
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_number_of_a_table_is_cut_or_broken(width, terminal):
+    """Of six metrics in several languages rich cut or broke the numbers where it had no room."""
+    header = ["pass@1", "pass@8", "accuracy given a box", "in the problem's language", "", "猫猫"]
+    values = [f"0.9{place}4 [0.{place}40, 0.98{place}]" for place in range(12)]
+    rows = [["Hausa", *values[:6]], ["mean", *values[6:]]]
+    table = text_table("lab/tiny, lab", ["95 % intervals in brackets", *header], rows)
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=terminal, color_system=None)
+    print_table(table, console)
+    text = stream.getvalue()
+    assert "…" not in text and text.count("lab/tiny, lab") == 1
+    assert all(text.count(value) == 1 for value in values)
+    for value in values:
+        (line,) = (line for line in text.splitlines() if value in line)
+        assert line.split()[1] == rows[value in values[6:]][0]
+    assert all(word in text for name in header for word in name.split())
+    lengths = {cell_len(line) for line in text.splitlines()[1:]}
+    assert max(lengths) <= width if terminal else len(lengths) == 1
+
+
+def test_on_a_terminal_narrower_than_a_number_its_digits_go_on_below():
+    table = text_table("lab", ["metric", "pass@1"], [["accuracy", "0.964 [0.940, 0.984]"]])
+    stream = io.StringIO()
+    console = Console(file=stream, width=18, force_terminal=True, color_system=None)
+    print_table(table, console)
+    digits = "".join(letter for letter in stream.getvalue() if letter in "[.,]0123456789")
+    assert digits == "10.964[0.940,0.984]"  # the first is pass@1's
+    assert max(map(cell_len, stream.getvalue().splitlines())) <= 18
+
+
+def test_a_table_that_fits_is_printed_as_one():
+    """These are the lines that the README shows."""
+    summary = {"greedy accuracy": estimate(0.5), "in the problem's language": estimate(0.25)}
+    table = estimates_table("Hausa", {"before": summary, "after": summary})
+    shown = []
+    for terminal in (True, False):
+        stream = io.StringIO()
+        console = Console(file=stream, width=80, force_terminal=terminal, color_system=None)
+        print_table(table, console)
+        shown.append(stream.getvalue())
+        stream.truncate(stream.seek(0))
+        console.print(table)
+        assert stream.getvalue() == shown[-1]
+    assert shown[0] == shown[1]
 
 
 def test_a_table_is_shown_without_the_large_libraries():
