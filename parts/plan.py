@@ -184,9 +184,13 @@ def refuse_idle_flags(design: Design, shared: dict[str, Any], arms: dict[str, Co
         for name in variant.settings:
             if name in idle:
                 raise ValueError(f"the arm {variant.name!r} would not differ: {idle[name]}")
-        own = {name: f"the arm {variant.name!r} has its own {name}" for name in variant.settings}
-        unheard = own | idle
-        unused = {name: unheard[name] for name in unused if name in unheard}
+        said = f"the arm {variant.name!r} has its own --"
+        own = {name: said + name.replace("_", "-") for name in variant.settings}
+        unused = {
+            name: own.get(name) or why or idle[name]
+            for name, why in unused.items()
+            if name in own or name in idle
+        }
     for why in unused.values():
         raise ValueError(f"{why}, and no other arm uses it")
 

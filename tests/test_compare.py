@@ -451,6 +451,7 @@ def test_a_budget_is_enough_for_a_step_of_the_arm_that_samples_most(tmp_path):
         (["--attribute", "--data", "tests/none.jsonl"], "tests/none.jsonl"),
         (["--ablate", "--sweep", "0.3,1"], "--sweep is not for --ablate"),
         (["--witness-tokens", "9"], "--witness-tokens is for --method ssopd; here --method is"),
+        (["--family", "--teacher-every", "20"], "the arm 'opsdc' has its own --teacher-every"),
         (["--attribute", "--group-size", "4"], "--group-size is for --method grpo, egrsd, ssopd"),
         (["--attribute", "--teacher-reads", "brief"], "the arm 'answer' would not differ: --"),
         (["--ablate", "--teacher-reads", "brief"], "the arm 'english problem=False' would not"),
