@@ -148,7 +148,7 @@ def _draw(axes: Any, panel: Panel, labels: list[str]) -> dict[str, Any]:
 
 
 def _look(place: int) -> Look:
-    """Return the look of a label by its place; past the last look, the colours meet other shapes."""
+    """Return the look of a label by its place; past the last, colours meet other shapes."""
     other = LOOKS[(place + place // len(LOOKS)) % len(LOOKS)]
     return other._replace(colour=LOOKS[place % len(LOOKS)].colour)
 

@@ -337,7 +337,8 @@ def _page_problems(evaluations: list[Evaluation]) -> list[set[tuple[str, str]]]:
     sizes: Counter[tuple[str, str]] = Counter()
     for e in evaluations:
         for problem in e.problems:
-            sizes[e.settings["lang"], problem["id"]] += len(_embedded(problem).encode(errors="replace"))
+            content = _embedded(problem).encode(errors="replace")
+            sizes[e.settings["lang"], problem["id"]] += len(content)
     parts: list[set[tuple[str, str]]] = [set()]
     filled = 0
     for problem, size in sizes.items():
