@@ -214,7 +214,8 @@ def refuse_mixture(out: Path | None, records: list[Record]) -> None:
 
     One of a single language has the folder for itself: no other can stand below it.
     """
-    if out is None or any(run.folder == out for run, _, _ in records):
+    # Ranks after the first keep nothing, and have no records.
+    if out is None or not records or any(run.folder == out for run, _, _ in records):
         return
     if (out / "settings.json").is_file():
         raise ValueError(f"{out} holds an evaluation of one language; choose another --out")
@@ -455,6 +456,7 @@ def results_table(settings: Settings, results: dict[str, list[Graded]]) -> Table
     columns = {}
     for name in (*(f"pass@{k}" for k in settings.ks), *MAIN_METRICS):
         columns[name] = {code: bootstrap(*metrics[name]) for code, metrics in found.items()}
-        row, mean = mean_of_languages([metrics[name] for metrics in found.values()])
-        columns[name][row] = mean
+        counted = sum(sum(metrics[name][1]) > 0 for metrics in found.values())
+        row = "mean" if counted in (0, len(found)) else f"mean of {counted} of {len(found)}"
+        columns[name][row] = mean_of_languages([metrics[name] for metrics in found.values()])
     return estimates_table(title, columns)

@@ -88,10 +88,10 @@ def run_flags(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
         "max-new-tokens": arguments.new_tokens,
         "lora-rank": arguments.lora_rank,
         "dtype": arguments.dtype,
-        "clip-mode": "none",  # TRL has no clip
         "english-share": 0,
         "eval-problems": 0,
-        **({"group-size": group, "kl-coef": 0} if arguments.method == "grpo" else {}),
+        # TRL has no clip of the divergence.
+        **({"group-size": group, "kl-coef": 0} if group > 1 else {"clip-mode": "none"}),
     }
 
 

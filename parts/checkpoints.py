@@ -198,11 +198,12 @@ def _remove_older(folder: Path, step: int, *, keep: int, spare: Collection[int])
 
     A newer state is there only where it was damaged, and a partial file only after a kill.
     """
-    kept = {step, *spare}
+    kept = {step}
     for older in saved_steps(folder.parent):
-        has_room = older < step and len(kept - {*spare} | {step}) < keep
+        has_room = older < step and older not in spare and len(kept) < keep
         if has_room and _is_due(_file(folder, older, VOUCHER)):
             kept.add(older)
+    kept |= {*spare}
     names = {_file(folder, each, end).name for each in kept for end in (TENSORS, VOUCHER)}
     for path in _files(folder.parent):
         ours = re.fullmatch(r"step_\d+\.(?:json|safetensors)", path.name.removesuffix(PARTIAL))

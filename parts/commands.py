@@ -312,7 +312,9 @@ def languages_command() -> None:
             name for name, each in BENCHMARKS.items() if language.iso3 in each.languages.split()
         ]
         table.add_row(*names, language.script, ", ".join(held))
-    Console().print(table)
+    console = Console()
+    # In a pipe a language is one line, however many benchmarks have it.
+    (console if console.is_terminal else Console(width=120)).print(table)
 
 
 @copsd.command(

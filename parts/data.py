@@ -53,7 +53,7 @@ BROKEN_ANSWER = re.compile(rf"{BROKEN_TEXT.pattern}|[\t\r](?=[A-Za-z])|\n(?=[eu]
 BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 SUM = re.compile(
     r"(?<![\w^)}.+*/=-])(?<![+*/=-] )\d[\d.,]*"
-    r"(?:\s*(?:[-+*/×÷·]|\\(?:times|cdot|div)\b)\s*\d[\d.,]*)+\s*=\s*\d"
+    r"(?:\s*(?:[-+*×÷·]|\\(?:times|cdot|div)\b)\s*\d[\d.,]*)+\s*=\s*\d"
 )
 WORD = re.compile(r"(?<![\\\w])(?!and\b|or\b)[^\W\d_]{2,}")
 ESCAPES = {"\b": r"\b", "\f": r"\f", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
@@ -171,7 +171,8 @@ def _answer(row: dict[str, Any], where: str) -> str | None:
         if mark and "\n" in answer:
             raise ValueError(f"{where}: {column} has more than the answer behind its last ####")
         boxes = list(BOX.finditer(answer))
-        if boxes and boxes[-1][0] != answer:
+        # Of an answer without words, what stands beside a box is part of it: -\boxed{18}.
+        if boxes and (_is_worked(answer) or WORD.search(BOX.sub("", answer))):
             answer = _clean(boxes[-1][1])
         if _is_worked(answer):
             advice = "give its final answer alone"

@@ -26,14 +26,14 @@ from parts.report import Evaluation, report_tables, write_report
 from parts.typed import typed
 from parts.view import cell, print_table, say, text_table
 
-MAKE_AGAIN = "remove it, and the command that began the evaluation makes it again"
+EVALUATE_AGAIN = "remove it, and the command that began the evaluation makes it again"
 # Of the identity of an evaluation, what its languages have in common.
 SHARED = ("base_weights", "adapter_weights", "dtype")
 
-# What runs that are set against each other may differ in without a word: their subject, what is
-# refused or said elsewhere, and what changes no attempt's chances.
-SUBJECT = {"model", "adapter", "benchmark", "lang", "ks", "seed", "out"}
-PROMPTED = ("dtype", "prompt_template")  # of the identity, beside the settings
+# In these settings two runs that are compared may differ without a word: they are what is compared,
+# are refused or said elsewhere, or change no attempt's chances.
+MAY_DIFFER = {"model", "adapter", "benchmark", "lang", "ks", "seed", "out"}
+ALSO_SAID = ("dtype", "prompt_template")  # of the identity, beside the settings
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,16 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
             raise ValueError(
                 f"{file.parent} is not finished: the command that began it goes on with it"
             )
-        with remedied(MAKE_AGAIN):
-            rows = read_rows(file.parent / "problems.jsonl")
-            if not rows:
-                raise ValueError(f"{file.parent} has no problems.jsonl, or an empty one")
-            with naming(file.parent / "problems.jsonl"):
+        problems = file.parent / "problems.jsonl"
+        if not problems.is_file() or not problems.stat().st_size:
+            raise ValueError(f"{problems} is missing or empty: what began it makes it again")
+        with remedied(EVALUATE_AGAIN):
+            rows = read_rows(problems)
+            with naming(problems):
                 results = [read_graded(row) for row in rows]
                 check_complete(results, record)
         runs.Run(file.parent, "settings").check_digests()
-        with remedied(MAKE_AGAIN), naming(file.parent / "summary.json"):
+        with remedied(EVALUATE_AGAIN), naming(file.parent / "summary.json"):
             summary = read_summary(read_json(file.parent / "summary.json"))
             if "format rate" not in summary:  # which a figure shows
                 raise ValueError("it has no format rate")
@@ -128,7 +129,7 @@ def check_complete(results: list[Graded], record: dict[str, Any]) -> None:
 
 def read_record(file: Path) -> dict[str, Any]:
     """Return an evaluation's settings.json; ValueError where it lacks what a report needs."""
-    with remedied(runs.START_ANEW):
+    with remedied("evaluate anew into another folder"):
         record = read_sealed(file)
         needed = {"settings": {"lang", "samples", "benchmark"}, "identity": {"data"}}
         for part, names in needed.items():
@@ -222,8 +223,8 @@ def differing_rows(language: str, first: Finished, second: Finished) -> list[lis
     """Return a row for everything that two evaluations were sampled with and differ in."""
     runs_settings = []
     for found in (first, second):
-        settings = {k: v for k, v in found.record["settings"].items() if k not in SUBJECT}
-        runs_settings.append(settings | {k: found.record["identity"].get(k) for k in PROMPTED})
+        settings = {k: v for k, v in found.record["settings"].items() if k not in MAY_DIFFER}
+        runs_settings.append(settings | {k: found.record["identity"].get(k) for k in ALSO_SAID})
     rows = []
     for name in dict.fromkeys([*runs_settings[0], *runs_settings[1]]):
         values = [settings.get(name) for settings in runs_settings]

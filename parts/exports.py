@@ -6,6 +6,7 @@ beside it. Here the latter is the teacher's whole prompt, as training here has i
 tells the trainer to take it so.
 """
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def export_data(given: dict[str, Any], kind: str, file: Path | None, console: Co
     write_text(target, json_lines(trl_rows(config, train, tokenizer)))
     say(console, f"{len(train)} problems for TRL's SDFTTrainer: {target}")
     name, _ = published_name(folder)  # TRL knows no short names and no folders beside the program
-    command = f"python bench/trl_sdft.py --data {target} --model {name}"
-    say(console, f"next: {command} --max-new-tokens {config.max_new_tokens}")
+    words = ["python", "bench/trl_sdft.py", "--data", str(target), "--model", name]
+    say(console, f"next: {shlex.join([*words, '--max-new-tokens', str(config.max_new_tokens)])}")
 
 
 def trl_rows(

@@ -281,3 +281,27 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is damaged: it holds a line that is no JSON object")
     return rows
+
+
+def section_marks(name: str) -> tuple[str, str]:
+    """Return the comments between which an experiment's section of a Markdown file stands."""
+    return f"<!-- begin {name}: written by compare.py -->", f"<!-- end {name} -->"
+
+
+def split_section(file: Path, name: str) -> tuple[str, str]:
+    """Return what stands before and after an experiment's section of a Markdown file, as it is.
+
+    Where there is none, its place is the end. ValueError or OSError where it cannot be told.
+    """
+    begin, end = section_marks(name)
+    try:
+        whole = file.read_text(encoding="utf-8") if file.exists() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8: {error}") from error
+    before, found, rest = whole.partition(begin)
+    if not found:
+        return (whole.rstrip() + "\n\n" if whole else ""), "\n"
+    _, ended, after = rest.partition(end)
+    if not ended:
+        raise ValueError(f"{file} has {begin!r} without {end!r}")
+    return before, after

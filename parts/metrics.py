@@ -94,17 +94,15 @@ def bootstrap(numerators: list[float], denominators: list[float], *, seed: int =
     other problems of the same kind might have moved the result. nan where the denominators sum to
     zero. A mean over problems has denominators of 1.
     """
-    _, estimate = mean_of_languages([(numerators, denominators)], seed=seed)
-    return estimate
+    return mean_of_languages([(numerators, denominators)], seed=seed)
 
 
-def mean_of_languages(languages: list[Ratio], *, seed: int = 0) -> tuple[str, Estimate]:
-    """Return what the mean of several languages' ratios is called, and it with its interval.
+def mean_of_languages(languages: list[Ratio], *, seed: int = 0) -> Estimate:
+    """Return the mean of several languages' ratios with its interval.
 
     Languages of equally many problems are resampled alike: row i is the same problem in all, as
     benchmarks lay it out. A language whose denominators sum to zero has no ratio, such as accuracy
-    given a box where there is none. It is left out, and the name says so: "mean of 17 of 18", else
-    "mean". nan where all are left out.
+    given a box where there is none. It is left out. nan where all are.
     """
     ratios = []
     for language in languages:
@@ -117,13 +115,12 @@ def mean_of_languages(languages: list[Ratio], *, seed: int = 0) -> tuple[str, Es
         above, below = np.hstack([pairs.sum(axis=1, keepdims=True), pairs[:, drawn].sum(axis=2)])
         ratios.append(above / np.where(below > 0, below, math.nan))
     if not ratios:
-        return "mean", Estimate(math.nan, math.nan, math.nan)
+        return Estimate(math.nan, math.nan, math.nan)
     value, *resampled = np.mean(ratios, axis=0)
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    some = f" of {len(ratios)} of {len(languages)}" if len(ratios) < len(languages) else ""
     # Where all problems have the same share, rounding alone puts an end beyond the value.
     ends = float(np.fmin(low, value)), float(np.fmax(high, value))
-    return f"mean{some}", Estimate(float(value), *ends)
+    return Estimate(float(value), *ends)
 
 
 def bootstrap_percentile(values: list[list[int]], percent: float, *, seed: int = 0) -> Estimate:

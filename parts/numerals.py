@@ -184,11 +184,10 @@ _UNKNOWN = re.compile(
     re.VERBOSE,
 )
 
-# What is read as a unit or as thousands, and is an unknown if it equals a bare number: 3m = 18,
-# 3k + 2 = 20.
-_QUANTITY = re.compile(
-    r"^\s*[\d.,]+\s?[mglhsf]\s*$|\d (?:thousand|million|billion)\s*(?:$|[-+*/^×÷·])"
-)
+# What is read as a unit, 3m = 18, or as thousands, 3k + 2 = 20, is an unknown if it equals a bare
+# number, of thousands a small one.
+_QUANTITY = re.compile(r"^\s*[\d.,]+\s?[mglhsf]\s*$")
+_MULTIPLE = re.compile(r"\d (?:thousand|million|billion)\s*(?:$|[-+*/^×÷·])")
 
 
 def _right_side(text: str, *, as_text: bool) -> str:
@@ -203,11 +202,14 @@ def _right_side(text: str, *, as_text: bool) -> str:
         return text
     if any(_ENDS_IN_NAME.search(side) for side in left_sides[1:]):
         return ""
-    has_unit = re.search(r"[^\W\d_]", right_side)
+    is_bare = not re.search(r"[^\W\d_]", right_side)
+    is_small = sum(map(str.isdigit, right_side)) <= 3
     unknowns = [
         side
         for side in equations
-        if _UNKNOWN.search(side) or (_QUANTITY.search(side) and not has_unit)
+        if _UNKNOWN.search(side)
+        or (is_bare and _QUANTITY.search(side))
+        or (is_bare and is_small and _MULTIPLE.search(side))
     ]
     return "" if unknowns else right_side
 

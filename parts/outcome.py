@@ -18,9 +18,8 @@ import numpy as np
 
 from parts.curves import figures_of
 from parts.figures import curves_figure
-from parts.files import write_json, write_text
+from parts.files import section_marks, split_section, write_json, write_text
 from parts.metrics import Estimate, Ratio, bootstrap, difference, paired_permutation
-from parts.plan import section_marks, split_section
 from parts.prompts import find_language
 from parts.report import markdown_table
 from parts.results import KL_TITLE, Arms, Experiment, Measured, ratio_of, samples_of, share

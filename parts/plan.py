@@ -18,13 +18,13 @@ from parts.chat import freeze_date
 from parts.data import DEV_SEED, hub_training_file, load_aloud, split_heldout, write_problems
 from parts.experiments import ATTRIBUTION, COMPARISON, FAMILY, Design, Variant
 from parts.family import context_length
-from parts.files import read_sealed, remedied
+from parts.files import read_sealed, remedied, split_section
 from parts.machine import pick_device, pick_dtype
 from parts.model import load_config, load_tokenizer, resolve_model
 from parts.prompts import Problem, find_language
 from parts.recipe import OWN_SETTINGS, CompareConfig, Config
 from parts.runs import START_ANEW, Run
-from parts.settings import check_settings, collapse_warnings, idle_settings
+from parts.settings import check_settings, doubts_of, idle_settings
 from parts.setup import configure, fitting_problems, load_setup
 from parts.view import say
 
@@ -123,7 +123,7 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
         design=design,
         out=Path(options.out or f"runs/{design.folder}-{Path(main.model).name}-{'-'.join(langs)}"),
     )
-    warn_of_collapse(arms, console)
+    print_warnings(arms, console)
     open_folder(plan, console)
     return plan
 
@@ -181,9 +181,9 @@ def refuse_idle_flags(design: Design, shared: dict[str, Any], arms: dict[str, Co
         if not variant.is_trained:
             continue
         idle = idle_settings({**shared, **variant.settings}, arms[variant.name])
-        for name in variant.settings:
-            if name in idle:
-                raise ValueError(f"the arm {variant.name!r} would not differ: {idle[name]}")
+        if variant.settings and variant.settings.keys() <= idle.keys():
+            why = idle[next(iter(variant.settings))]
+            raise ValueError(f"the arm {variant.name!r} would not differ: {why}")
         said = f"the arm {variant.name!r} has its own --"
         own = {name: said + name.replace("_", "-") for name in variant.settings}
         unused = {
@@ -195,13 +195,13 @@ def refuse_idle_flags(design: Design, shared: dict[str, Any], arms: dict[str, Co
         raise ValueError(f"{why}, and no other arm uses it")
 
 
-def warn_of_collapse(arms: dict[str, Config], console: Console | None) -> None:
-    """Say each choice of settings that collapsed where others tried it, and in which arms it is."""
+def print_warnings(arms: dict[str, Config], console: Console | None) -> None:
+    """Say what is doubtful about the arms' settings, each doubt once, and in which arms it is."""
     if console is None:
         return
     names: dict[str, list[str]] = {}
     for name, config in arms.items():
-        for warning in collapse_warnings(config):
+        for warning in doubts_of(config):
             names.setdefault(warning, []).append(name)
     for warning, those in names.items():
         say(console, f"{warning} (in {', '.join(those)})")
@@ -242,6 +242,7 @@ def open_folder(plan: Plan, console: Console | None) -> None:
     if not root.record_file.is_file():
         # So is what only loading tells, such as weights that are broken.
         load_setup(plan.main, resolve_model(plan.main.model), Console(quiet=True))
+        refuse_no_english(plan, splits)
         refuse_arms_that_cannot_start(plan, splits)
     taken_over = root.create(settings, {})
     if console and taken_over:
@@ -254,6 +255,18 @@ def open_folder(plan: Plan, console: Console | None) -> None:
         root.vouch_anew(*(folder / f"{name}.jsonl" for name in SPLITS))
 
 
+def refuse_no_english(plan: Plan, splits: dict[str, dict[str, list[Problem]]]) -> None:
+    """Raise ValueError where the base is to be asked in English what has no English side."""
+    asked = [variant.name for variant in plan.design.variants if variant.in_english]
+    for name, (lang, problems) in product(asked, splits.items()):
+        missing = sum(not problem.problem_en for problem in problems["test"])
+        if missing:
+            raise ValueError(
+                f"{missing} of {len(problems['test'])} test problems in {lang} have no English "
+                f"side, which the arm {name!r} asks the base model"
+            )
+
+
 def refuse_arms_that_cannot_start(plan: Plan, splits: dict[str, dict[str, list[Problem]]]) -> None:
     """Raise ValueError for the first arm that its problems or its prompts would not let start.
 
@@ -264,14 +277,6 @@ def refuse_arms_that_cannot_start(plan: Plan, splits: dict[str, dict[str, list[P
     tokenizer, _ = freeze_date(load_tokenizer(folder), None)
     context = context_length(load_config(folder))
     reported = ("test", "dev") if plan.factors else ("test",)
-    for lang, problems in splits.items():
-        for variant in plan.design.variants:
-            missing = sum(not problem.problem_en for problem in problems["test"])
-            if variant.in_english and missing:
-                raise ValueError(
-                    f"{missing} of {len(problems['test'])} test problems in {lang} have no English "
-                    f"side, which the arm {variant.name!r} asks the base model"
-                )
     with TemporaryDirectory() as scratch:
         for lang, problems in splits.items():
             write_splits(Path(scratch) / lang, problems)
@@ -295,30 +300,6 @@ def check_results(file: Path, name: str) -> None:
     if not file.parent.is_dir():
         raise ValueError(f"--results is {file}: there is no such folder")
     split_section(file, name)
-
-
-def section_marks(name: str) -> tuple[str, str]:
-    """Return the comments between which an experiment's section of a Markdown file stands."""
-    return f"<!-- begin {name}: written by compare.py -->", f"<!-- end {name} -->"
-
-
-def split_section(file: Path, name: str) -> tuple[str, str]:
-    """Return what stands before and after an experiment's section of a Markdown file, as it is.
-
-    Where there is none, its place is the end. ValueError or OSError where it cannot be told.
-    """
-    begin, end = section_marks(name)
-    try:
-        whole = file.read_text(encoding="utf-8") if file.exists() else ""
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8: {error}") from error
-    before, found, rest = whole.partition(begin)
-    if not found:
-        return (whole.rstrip() + "\n\n" if whole else ""), "\n"
-    _, ended, after = rest.partition(end)
-    if not ended:
-        raise ValueError(f"{file} has {begin!r} without {end!r}")
-    return before, after
 
 
 def parse_list(text: str, what: str, convert: Callable[[str], Value]) -> list[Value]:
@@ -353,11 +334,12 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def ablation_arms(config: Config) -> tuple[Variant, ...]:
-    """Return the recipe as it is, and an arm for each value of ABLATIONS that it does not have."""
+    """Return the recipe as it is, and an arm for each value of ABLATIONS that changes it."""
     arms = [Variant("recipe", "recipe")]
     for setting, values in ABLATIONS:
         for value in values:
-            if value != getattr(config, setting):
+            changed = replace(config, **{setting: value})
+            if value != getattr(config, setting) and not idle_settings({setting: value}, changed):
                 name = f"{setting}={value}".replace("_", " ")
                 arms.append(Variant(name, name, {setting: value}))
     return tuple(arms)

@@ -69,9 +69,9 @@ def setting(
     source     who chose the default
     least ...  what check_settings holds it to: least <= value <= most, above < value < below
     choices    the words that are valid
-    needs      other settings, and for each the values with which this one has an effect. The KL in
-               the tables before and after training is an effect, too, but for a setting that reads
-               as if the method's teacher were shown something that it never is
+    needs      other settings, and for each the values with which this one has an effect. To change
+               only the KL in the tables counts, too. It does not for settings of what a teacher is
+               shown in training, such as --swap-solutions, where a method trains with no teacher
     by_method  its default where a method's recipe has another, such as grpo=1.2, of CHOSEN_BY
     """
     metadata = {"doc": doc, "section": section, "source": source, "by_method": by_method}

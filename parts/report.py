@@ -259,7 +259,7 @@ def report_tables(evaluations: list[Evaluation]) -> list[Table]:
         columns = {}
         for name in dict.fromkeys(e.name for e in evaluations):
             found = {language: runs[name].pass_at_k[k] for language, runs in grid.items()}
-            _, mean = mean_of_languages([_pass_ratio(runs[name], k) for runs in grid.values()])
+            mean = mean_of_languages([_pass_ratio(runs[name], k) for runs in grid.values()])
             columns[name] = found | {"mean of languages": mean}
         tables.append(estimates_table(f"pass@{k}", columns))
     return tables
@@ -341,9 +341,8 @@ def _page_problems(evaluations: list[Evaluation]) -> list[set[tuple[str, str]]]:
     sizes: Counter[tuple[str, str]] = Counter()
     for e in evaluations:
         for problem in e.problems:
-            sizes[e.settings["lang"], problem["id"]] += len(
-                _embedded(problem).encode(errors="replace")
-            )
+            content = _embedded(problem).encode(errors="replace")
+            sizes[e.settings["lang"], problem["id"]] += len(content)
     parts: list[set[tuple[str, str]]] = [set()]
     filled = 0
     for problem, size in sizes.items():

@@ -324,7 +324,7 @@ class Run:
         return read_object(path) if path.is_file() else None
 
     def write_evaluation(self, when: str, content: Any) -> None:
-        """Keep the evaluation "before" or "after" training."""
+        """Keep an evaluation, such as "before" training, in a file of that name; vouch for it."""
         path = self.folder / f"{when}.json"
         self.disown(path)
         write_json(path, content)

@@ -172,8 +172,8 @@ def idle_settings(given: dict[str, Any], config: Config) -> dict[str, str]:
     return idle
 
 
-def collapse_warnings(config: Config) -> list[str]:
-    """Return a line for each choice of settings that collapsed where others tried it."""
+def doubts_of(config: Config) -> list[str]:
+    """Return a line for each choice of settings that collapsed for others, or comes to nothing."""
     warnings = []
     is_scored = config.method in (*DISTILLED, "ssopd") and config.completion not in LABELS
     follows = config.teacher != "fixed" and is_scored
@@ -188,10 +188,11 @@ def collapse_warnings(config: Config) -> list[str]:
     if follows and config.teacher == "copy" and config.teacher_every == 1:
         warnings.append("warning: --teacher-every 1 collapsed in OPSDC's paper; it has 50")
     is_read = is_scored or config.method == "egrsd"
-    ends_first = config.token_budget is None and config.steps < config.teacher_every
+    # What is renewed after the last step teaches nothing any more.
+    ends_first = config.token_budget is None and config.steps <= config.teacher_every
     if is_read and config.teacher == "copy" and ends_first:
         warnings.append(
-            f"warning: the teacher is not renewed before the run ends: --steps is {config.steps}, "
+            f"warning: no step learns from a renewed teacher: --steps is {config.steps}, "
             f"--teacher-every {config.teacher_every}"
         )
     return warnings

@@ -50,7 +50,7 @@ from parts.prompts import (
 )
 from parts.recipe import DISTILLED, GROUPED, LABELS, Config
 from parts.selfcheck import check_model
-from parts.settings import collapse_warnings, fill, read_recipe, settle
+from parts.settings import doubts_of, fill, read_recipe, settle
 from parts.view import say
 
 
@@ -183,7 +183,7 @@ def prepare(
     aside  where the memory is said, and warnings of settings, which the arms of an experiment would
            repeat; None: with the rest
     """
-    for warning in collapse_warnings(config):
+    for warning in doubts_of(config):
         say(aside or console, warning)
     run = runs.Run(Path(str(config.out)))
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
@@ -192,10 +192,7 @@ def prepare(
         taken_over = run.claim()
         for said in ([taken_over] if taken_over else []) + run.check_whole():
             say(console, said)
-        with remedied(runs.MAKE_AGAIN):
-            for when in ("before", "after"):
-                if (stored := run.read_evaluation(when)) is not None:
-                    check_columns(stored, run.folder / f"{when}.json")
+        check_evaluations(run)
         day = run.recorded_day() or day
     day = ranks.decide(day or date.today().isoformat())  # it may turn while the ranks start
     setup, identity = load_setup(config, folder, console, day, aside)
@@ -211,6 +208,14 @@ def prepare(
             say(console, taken_over)
         run.vouch_anew(*(run.folder / f"{when}.json" for when in ("before", "after")))
     return setup, run
+
+
+def check_evaluations(run: runs.Run) -> None:
+    """Raise ValueError where the evaluation before or after training is damaged."""
+    with remedied(runs.MAKE_AGAIN):
+        for when in ("before", "after"):
+            if (stored := run.read_evaluation(when)) is not None:
+                check_columns(stored, run.folder / f"{when}.json")
 
 
 def evaluation_command(setup: Setup, adapter: Path) -> str:

@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from typing import TypeVar
@@ -84,12 +85,10 @@ def _ended_at_exit(
 
 def pass_on(signals: list[int], running: list[tuple[Piece, ForkServerProcess]]) -> None:
     """Send each signal to every process that is still at work."""
-    for number in signals:
-        for _, process in running:
-            # It may also end between the question and the signal.
-            with suppress(ProcessLookupError):
-                if process.is_alive():
-                    os.kill(int(process.pid or 0), number)
+    at_work = [process for _, process in running if process.is_alive()]
+    for number, process in product(signals, at_work):
+        with suppress(ProcessLookupError):  # it may have ended since
+            os.kill(int(process.pid or 0), number)
 
 
 def _work_alone(work: Callable[[Piece], int], piece: Piece, threads: int) -> None:

@@ -309,7 +309,7 @@ SETTINGS = {
 FILES = {
     "settings.json": SETTINGS,
     "problems.jsonl": GRADED,
-    "summary.json": {"pass@1": ESTIMATE, "mean tokens": ESTIMATE},
+    "summary.json": {"pass@1": ESTIMATE, "mean tokens": ESTIMATE, "format rate": ESTIMATE},
 }
 
 

@@ -25,7 +25,7 @@ from parts.prompts import encode_prompt, find_language, render_prompt
 from parts.readings import render_witness
 from parts.recipe import METHODS
 from parts.sampler import Rollout
-from parts.settings import collapse_warnings
+from parts.settings import doubts_of
 from parts.setup import configure, prepare
 from parts.steplog import Tally
 from parts.view import StepView
@@ -243,16 +243,16 @@ def test_opsdc_is_its_settings_and_its_teacher_reads_nothing_privileged(tmp_path
 def test_what_collapsed_elsewhere_is_warned_of(tmp_path):
     given = {"method": "opsdc", "divergence": "forward_kl", "out": "runs/x"}
     config, _ = configure(given)
-    assert any("unclipped forward KL" in said for said in collapse_warnings(config))
+    assert any("unclipped forward KL" in said for said in doubts_of(config))
     for other in ({"divergence": "reverse_kl"}, {"clip_mode": "entry"}, {"teacher": "fixed"}):
-        assert collapse_warnings(replace(config, **other)) == []
+        assert doubts_of(replace(config, **other)) == []
     # The loss over the sampled token estimates the reverse KL.
-    assert collapse_warnings(replace(config, loss_over="sampled")) == []
+    assert doubts_of(replace(config, loss_over="sampled")) == []
     ssopd, _ = configure({"method": "ssopd", "teacher": "copy"})
-    assert any("unclipped forward KL" in said for said in collapse_warnings(ssopd))
-    assert collapse_warnings(replace(ssopd, clip_mode="entry")) == []
+    assert any("unclipped forward KL" in said for said in doubts_of(ssopd))
+    assert doubts_of(replace(ssopd, clip_mode="entry")) == []
     every = replace(config, divergence="reverse_kl", teacher_every=1)
-    assert any("--teacher-every 1 collapsed" in said for said in collapse_warnings(every))
+    assert any("--teacher-every 1 collapsed" in said for said in doubts_of(every))
     result = run_cli(
         "--method", "opsdc", "--divergence", "forward_kl", "--out", str(tmp_path / "r")
     )
@@ -263,12 +263,12 @@ def test_what_collapsed_elsewhere_is_warned_of(tmp_path):
 def test_a_copied_teacher_that_is_never_renewed_is_warned_of(method):
     given = {"method": method, "teacher": "copy", "divergence": "reverse_kl", "steps": 49}
     config, _ = configure({**given, "teacher_every": 50})
-    (said,) = collapse_warnings(config)
+    (said,) = doubts_of(config)
     assert "not renewed before the run ends: --steps is 49, --teacher-every 50" in said
     for other in ({"steps": 50}, {"teacher": "fixed"}, {"token_budget": 10**6}):
-        assert collapse_warnings(replace(config, **other)) == []
+        assert doubts_of(replace(config, **other)) == []
     # GRPO's loss has no teacher.
-    assert collapse_warnings(replace(config, method="grpo")) == []
+    assert doubts_of(replace(config, method="grpo")) == []
 
 
 # EGRSD

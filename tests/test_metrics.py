@@ -165,21 +165,19 @@ def test_the_mean_over_languages_resamples_parallel_problems_together():
     right = [1.0] * 30 + [0.0] * 70
     wrong = [1.0 - value for value in right]
     every = [1.0] * 100
-    name, mean = mean_of_languages([(right, every), (wrong, every)])
-    assert name == "mean"
+    mean = mean_of_languages([(right, every), (wrong, every)])
     # Whatever is drawn, one of the two is right.
     assert mean.value == mean.low == mean.high == pytest.approx(0.5)
-    assert mean_of_languages([(right, every)])[1] == bootstrap(right, every)
-    _, uneven = mean_of_languages([(right, every), ([1.0] * 50, [1.0] * 50)])
+    assert mean_of_languages([(right, every)]) == bootstrap(right, every)
+    uneven = mean_of_languages([(right, every), ([1.0] * 50, [1.0] * 50)])
     assert uneven.value == pytest.approx(0.65)
 
 
-def test_a_language_without_a_ratio_is_left_out_of_the_mean_and_the_name_says_so():
+def test_a_language_without_a_ratio_is_left_out_of_the_mean():
     right = ([1.0] * 3 + [0.0] * 7, [1.0] * 10)
     no_box = ([0.0] * 10, [0.0] * 10)
-    assert mean_of_languages([right, no_box, right]) == ("mean of 2 of 3", bootstrap(*right))
-    name, mean = mean_of_languages([no_box])
-    assert name == "mean" and math.isnan(mean.value)
+    assert mean_of_languages([right, no_box, right]) == bootstrap(*right)
+    assert math.isnan(mean_of_languages([no_box]).value)
 
 
 def test_the_interval_of_a_percentile_lies_around_it():
