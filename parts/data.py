@@ -47,14 +47,17 @@ BROKEN_TEXT = re.compile(
 )
 BROKEN_ANSWER = re.compile(rf"{BROKEN_TEXT.pattern}|[\t\r](?=[A-Za-z])|\n(?=[eu](?![A-Za-z]))")
 
-# The boxes of a worked solution, and what else tells one: a line end that no formula's environment
-# has, a sum that was worked out, 9*2=18, and several equations among words. SUM is no part of an
-# equation such as y - 1/2 = 3x.
+# The boxes of a worked solution, and what else tells one: many words about an equation or on
+# several lines, and a chain of sums, in which a result is used again: 5*3=15, 15+3=18.
 BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
-SUM = re.compile(
+CHAIN = re.compile(
+    # No part of an equation such as y - 1/2 = 3x - 3
     r"(?<![\w^)}.+*/=-])(?<![+*/=-] )\d[\d.,]*"
-    r"(?:\s*(?:[-+*×÷·]|\\(?:times|cdot|div)\b)\s*\d[\d.,]*)+\s*=\s*\d"
+    r"(?:\s*(?:[-+*×÷·]|\\(?:times|cdot|div)\b)\s*\d[\d.,]*)+\s*=\s*"
+    r"(\d+(?:[.,]\d+)*)(?![.,]?\d|\s*/).*(?<![\d.,])\1(?![.,]?\d)",
+    re.DOTALL,
 )
+MANY_WORDS = 12
 WORD = re.compile(r"(?<![\\\w])(?!and\b|or\b)[^\W\d_]{2,}")
 ESCAPES = {"\b": r"\b", "\f": r"\f", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
 
@@ -170,10 +173,13 @@ def _answer(row: dict[str, Any], where: str) -> str | None:
         answer = _clean(last)
         if mark and "\n" in answer:
             raise ValueError(f"{where}: {column} has more than the answer behind its last ####")
-        boxes = list(BOX.finditer(answer))
-        # Of an answer without words, what stands beside a box is part of it: -\boxed{18}.
-        if boxes and (_is_worked(answer) or WORD.search(BOX.sub("", answer))):
-            answer = _clean(boxes[-1][1])
+        boxes = [_clean(box[1]) for box in BOX.finditer(answer)]
+        words = WORD.findall(BOX.sub("", answer))
+        # Of an answer without words, what stands beside a box is part of it: -\boxed{18}. Beside
+        # several boxes a few words may join them: \boxed{3} na \boxed{4}.
+        words_of_an_answer = 3 if len(set(boxes)) > 1 else 0
+        if boxes and (_is_worked(answer) or len(words) > words_of_an_answer):
+            answer = boxes[-1]
         if _is_worked(answer):
             advice = "give its final answer alone"
             raise ValueError(f"{where}: {column} looks like a worked solution; {advice}")
@@ -189,8 +195,8 @@ def _answer(row: dict[str, Any], where: str) -> str | None:
 def _is_worked(answer: str) -> bool:
     """Return whether an answer tells how it was found."""
     has_lines = "\n" in answer and r"\begin" not in answer
-    has_equations = answer.count("=") > 1 and len(WORD.findall(answer)) > 3
-    return has_lines or has_equations or SUM.search(answer) is not None
+    tells_much = len(WORD.findall(answer)) > MANY_WORDS
+    return (tells_much and (has_lines or "=" in answer)) or CHAIN.search(answer) is not None
 
 
 def _text(row: dict[str, Any], column: str, where: str) -> str | None:
