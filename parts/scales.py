@@ -13,11 +13,13 @@ differently is certain in neither. Functions stand in order of use.
 import dataclasses
 import itertools
 import json
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeGuard
 
 # The place of the number among the words.
 NUMBER = "\0"
@@ -55,24 +57,22 @@ def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
     half. Multiples grow from left to right, 18 hundred thousand; the other way they are a sum.
     """
     parts = _split(skeleton)
-    effects = [part for part in parts if isinstance(part, Effect)]
+    if _CHANGES in parts:
+        return None
+    place = parts.index(NUMBER)
+    before = [part for part in parts[max(place - 1, 0) : place] if _is_scale(part)]
+    scales = itertools.takewhile(_is_scale, parts[place + 1 :])
+    after = [part for part in scales if _is_scale(part)]
+    left = parts[: place - len(before)][::-1]
+    right = parts[place + 1 + len(after) :]
+    if _says_another(number, left) or _says_another(number, right):
+        return None
+    effects = [part for part in parts if _is_scale(part)]
     if not effects:
         return number
-    if _CHANGES in effects:
-        return None
-    kinds = {effect.kind for effect in effects}
-    if "says" in kinds:
-        return number if _repeat(number, parts) else None
-    place = parts.index(NUMBER)
-    if "times" in kinds and not _JOINS.isdisjoint(parts[place:]):
-        return None
-    before = [part for part in parts[max(place - 1, 0) : place] if isinstance(part, Effect)]
-    after = [
-        part
-        for part in itertools.takewhile(lambda part: isinstance(part, Effect), parts[place + 1 :])
-        if isinstance(part, Effect)
-    ]
     if before + after != effects or not _are_certain(number, before, after):
+        return None
+    if any(effect.kind == "times" for effect in effects) and _add_up(parts[place:]):
         return None
     for effect in before + after:
         if effect.kind == "times":
@@ -82,20 +82,39 @@ def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
     return number
 
 
-def _repeat(number: Fraction, parts: list[str | Effect]) -> bool:
-    """Return whether all effects are numerals that say the number beside them: eighteen (18)."""
-    said = [
-        part
-        for part in parts
-        if isinstance(part, Effect) or part[0].isalpha() or part == NUMBER  # no punctuation
-    ]
-    place = said.index(NUMBER)
-    beside = said[max(place - 1, 0) : place + 2]
-    effects = [part for part in said if isinstance(part, Effect)]
-    return (
-        {effect.kind for effect in effects} == {"says"}
-        and sum(effect.amount for effect in effects) == number
-        and not set(effects).isdisjoint(beside)
+def _is_scale(part: str | Effect) -> TypeGuard[Effect]:
+    """Return whether a part multiplies or adds, and is neither a numeral nor a word."""
+    return isinstance(part, Effect) and part.kind in ("times", "plus")
+
+
+def _is_numeral(part: str | Effect) -> TypeGuard[Effect]:
+    """Return whether a part is a numeral in words."""
+    return isinstance(part, Effect) and part.kind == "says"
+
+
+def _says_another(number: Fraction, aside: list[str | Effect]) -> bool:
+    """Return whether the parts on one side of a number, the nearest first, say another number.
+
+    A numeral does that a join ties to it, ishirini na 8. So does one that touches it or is tied by
+    an operator, twenty 8 and 18 times two, unless it counts a word: 18 one-dollar bills, watoto
+    wawili 18. One that touches it may repeat it.
+    """
+    tie = next((part for part in aside[:1] if part in _JOINS | _OPERATORS), None)
+    others = aside if tie is None else aside[1:]
+    numerals = itertools.takewhile(_is_numeral, others)
+    amounts = [part.amount for part in numerals if _is_numeral(part)]
+    beyond = others[len(amounts) : len(amounts) + 1]
+    counts_a_word = any(isinstance(part, Effect) or part[0].isalpha() for part in beyond)
+    if not amounts or (counts_a_word and tie not in _JOINS):
+        return False
+    return tie is not None or number not in (sum(amounts), math.prod(amounts))
+
+
+def _add_up(parts: list[str | Effect]) -> bool:
+    """Return whether a join makes a sum: a numeral follows it, or nothing, which is not all."""
+    return any(
+        part in _JOINS and (not following or _is_numeral(following[0]))
+        for part, following in ((part, parts[at + 1 :]) for at, part in enumerate(parts))
     )
 
 
@@ -226,4 +245,5 @@ _EFFECTS = _read_effects()
 _JOINS = {
     word for language in _LANGUAGES for join in language.get("joins", []) for word in _phrase(join)
 }
+_OPERATORS = {word for language in _LANGUAGES for word in language.get("operators", [])}
 _LONGEST_PHRASE = max(len(phrase) for phrase in _EFFECTS)

@@ -47,18 +47,36 @@ def test_a_word_that_changes_a_number_leaves_no_answer(code):
 
 
 @pytest.mark.parametrize("code", LANGUAGES)
-def test_a_numeral_in_words_is_a_second_number_unless_it_repeats_the_first(code):
+def test_a_numeral_that_touches_a_number_is_a_second_one_unless_it_repeats_the_first(code):
     for amount, words in LANGUAGES[code].get("numerals", {}).items():
         for word in words:
             assert normalise(f"{amount} {word}") == normalise(f"{word} ({amount})") == amount, word
-            for text in (f"{word} 97", f"97 {word}", f"97 birr {word}", f"97 ({word})"):
+            for text in (f"{word} 97", f"97 {word}"):
                 assert not is_number(normalise(text) or ""), text
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_a_numeral_beside_another_word_counts_that(code):
+    for words in LANGUAGES[code].get("numerals", {}).values():
+        for word in words:
+            for text in (f"97 birr {word}", f"97 {word} birr", f"birr {word} 97", f"{word}: 97"):
+                assert normalise(text) == "97", text
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_a_numeral_that_a_join_or_an_operator_ties_to_a_number_leaves_no_answer(code):
+    for tie in LANGUAGES[code].get("joins", []) + LANGUAGES[code].get("operators", []):
+        for text in (f"97 {tie} two", f"two {tie} 97"):
+            assert not is_number(normalise(text) or ""), text
+        assert normalise(f"97 birr {tie} birr") == "97", tie
 
 
 @pytest.mark.parametrize("code", LANGUAGES)
 def test_a_sum_behind_a_scaled_number_leaves_no_answer(code):
     for join in LANGUAGES[code].get("joins", []):
-        assert normalise(f"2 thousand {join} birr") is None
+        assert normalise(f"2 thousand {join} six") is None
+        assert normalise(f"2 thousand {join}") is None
+        assert normalise(f"2 thousand {join} birr") == "2000"
         assert normalise(f"2 birr {join} nothing") == "2"
 
 
