@@ -226,8 +226,8 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     return canonical, "right" if same else "wrong"
 
 
-# What makes a text a formula, and what makes it prose.
-_FORMULA = re.compile(r"[\d+*/^=_\\|<>≤≥×√-]")
+# What makes a text a formula, which a figure alone does not, as in 3:30pm; and what makes it prose.
+_FORMULA = re.compile(r"[+*/^=_\\|<>≤≥×√]")
 _COMMAND = re.compile(r"\\[a-z]+")
 _PROSE = re.compile(r"[^\W\d_]{3}|(?<!\S)[^\W\d_]{2}(?!\S)")
 
