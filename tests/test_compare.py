@@ -454,9 +454,6 @@ def test_a_budget_is_enough_for_a_step_of_the_arm_that_samples_most(tmp_path):
         (["--family", "--teacher-every", "20"], "the arm 'opsdc' has its own --teacher-every"),
         (["--attribute", "--group-size", "4"], "--group-size is for --method grpo, egrsd, ssopd"),
         (["--attribute", "--teacher-reads", "brief"], "the arm 'answer' would not differ: --"),
-        (["--ablate", "--teacher-reads", "brief"], "the arm 'english problem=False' would not"),
-        (["--ablate", "--teacher-reads", "plan"], "the arm 'english solution=False' would not"),
-        (["--ablate", "--loss-over", "sampled"], "the arm 'clip mode=entry' would not differ: --"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):

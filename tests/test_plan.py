@@ -50,6 +50,16 @@ def test_ablations_change_one_setting_at_a_time():
     assert len(arms) == 10
 
 
+def test_an_ablation_has_no_arm_whose_setting_does_nothing():
+    names = {variant.name for variant in ablation_arms(Config(teacher_reads="brief"))}
+    assert names == {
+        "recipe",
+        *("clip mode=none", "clip mode=token"),
+        *("divergence=reverse kl", "divergence=jsd"),
+        *("teacher=current", "teacher=ema"),
+    }
+
+
 @pytest.mark.parametrize(
     ("flags", "steps", "factors"),
     [
