@@ -71,7 +71,7 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
             )
         problems = file.parent / "problems.jsonl"
         if not problems.is_file() or not problems.stat().st_size:
-            raise ValueError(f"{problems} is missing or empty: what began it makes it again")
+            raise ValueError(f"{problems} is missing or empty; start anew with what began it")
         with remedied(EVALUATE_AGAIN):
             rows = read_rows(problems)
             with naming(problems):
@@ -129,7 +129,7 @@ def check_complete(results: list[Graded], record: dict[str, Any]) -> None:
 
 def read_record(file: Path) -> dict[str, Any]:
     """Return an evaluation's settings.json; ValueError where it lacks what a report needs."""
-    with remedied("evaluate anew into another folder"):
+    with remedied("start anew: evaluate into another folder"):
         record = read_sealed(file)
         needed = {"settings": {"lang", "samples", "benchmark"}, "identity": {"data"}}
         for part, names in needed.items():

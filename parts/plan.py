@@ -20,6 +20,7 @@ from parts.experiments import ATTRIBUTION, COMPARISON, FAMILY, Design, Variant
 from parts.family import context_length
 from parts.files import read_sealed, remedied, split_section
 from parts.machine import pick_device, pick_dtype
+from parts.measure import check_answers
 from parts.model import load_config, load_tokenizer, resolve_model
 from parts.prompts import Problem, find_language
 from parts.recipe import OWN_SETTINGS, CompareConfig, Config
@@ -276,17 +277,18 @@ def refuse_arms_that_cannot_start(plan: Plan, splits: dict[str, dict[str, list[P
     folder = resolve_model(plan.main.model)
     tokenizer, _ = freeze_date(load_tokenizer(folder), None)
     context = context_length(load_config(folder))
-    reported = ("test", "dev") if plan.factors else ("test",)
     with TemporaryDirectory() as scratch:
         for lang, problems in splits.items():
             write_splits(Path(scratch) / lang, problems)
-        for variant, lang, part in product(plan.trained, splits, reported):
+            if plan.factors:
+                check_answers(problems["dev"])  # rates are picked on them
+        for variant, lang in product(plan.trained, splits):
             own = {
                 **plan.given,
                 "lang": lang,
                 "data": f"{scratch}/{lang}/train.jsonl",
-                "eval_data": f"{scratch}/{lang}/{part}.jsonl",
-                "eval_problems": len(splits[lang][part]),
+                "eval_data": f"{scratch}/{lang}/test.jsonl",
+                "eval_problems": len(splits[lang]["test"]),
                 **variant.settings,
             }
             try:

@@ -319,8 +319,7 @@ def test_an_arm_stopped_in_its_last_step_is_measured_by_the_next_call(tmp_path, 
     assert (arm / "results.json").is_file() and (arm / "metrics.jsonl").read_bytes() == trained
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_what_is_wrong_with_the_folder_of_an_arm_is_said(tmp_path, monkeypatch, jobs):
+def test_what_is_wrong_with_the_folder_of_an_arm_is_said(tmp_path, monkeypatch):
     flags = ["--steps", "6", "--token-budget", "64", "--seeds", "1", "--sweep", "1"]
     flags += ["--batch-size", "2", "--group-size", "2", "--max-new-tokens", "8"]
     flags += ["--eval-problems", "1", "--eval-samples", "2", "--dev-problems", "1"]
@@ -337,7 +336,7 @@ def test_what_is_wrong_with_the_folder_of_an_arm_is_said(tmp_path, monkeypatch, 
     (state,) = tmp_path.glob("out/hau/**/resume/step_00002.safetensors")
     state.write_bytes(state.read_bytes()[:-1])
     (state.parent.parent / owner.LOCK).write_text('{"pid": 41, "host": "h", "since": "then"}')
-    command = [sys.executable, "compare.py", *flags, "--jobs", jobs]
+    command = [sys.executable, "compare.py", *flags, "--jobs", "2"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(f"{state} is damaged") == 1
@@ -493,7 +492,7 @@ def test_an_arm_that_could_not_start_is_refused_before_anything_is_made(
     ("flag", "changed", "flags", "said"),
     [
         ("--eval-data", {"problem": None}, ["--attribute"], "1 of 12 test problems in hau have no"),
-        ("--data", {"answer": None}, ["--dev-problems", "2"], "the arm 'grpo' in hau: problem"),
+        ("--data", {"answer": None}, ["--dev-problems", "2"], "answer None cannot be graded"),
     ],
     ids=["English side", "answer"],
 )
@@ -530,7 +529,7 @@ def test_a_comparison_warns_of_what_collapsed_elsewhere_and_says_in_which_arms(t
     plans.make_plan({**flags, "out": str(tmp_path / "out")}, console)
     said = console.export_text().splitlines()
     assert len(said) == 2 and all(line.endswith(" (in copsd)") for line in said)
-    assert "an unclipped forward KL" in said[0] and "the teacher is not renewed" in said[1]
+    assert "an unclipped forward KL" in said[0] and "no step learns from a renewed" in said[1]
 
 
 @pytest.mark.parametrize(

@@ -264,8 +264,8 @@ def test_a_copied_teacher_that_is_never_renewed_is_warned_of(method):
     given = {"method": method, "teacher": "copy", "divergence": "reverse_kl", "steps": 49}
     config, _ = configure({**given, "teacher_every": 50})
     (said,) = doubts_of(config)
-    assert "not renewed before the run ends: --steps is 49, --teacher-every 50" in said
-    for other in ({"steps": 50}, {"teacher": "fixed"}, {"token_budget": 10**6}):
+    assert "no step learns from a renewed teacher: --steps is 49, --teacher-every 50" in said
+    for other in ({"steps": 51}, {"teacher": "fixed"}, {"token_budget": 10**6}):
         assert doubts_of(replace(config, **other)) == []
     # GRPO's loss has no teacher.
     assert doubts_of(replace(config, method="grpo")) == []

@@ -72,7 +72,11 @@ def test_an_ablation_has_no_arm_whose_setting_does_nothing():
 def test_an_experiment_of_many_arms_has_a_smaller_budget_unless_said(
     tmp_path, flags, steps, factors
 ):
-    plan = plans.make_plan({**flags, "out": str(tmp_path / "out")})
+    rows = Path("lab/problems/hau/train.jsonl").read_text(encoding="utf-8").splitlines()
+    data = tmp_path / "few.jsonl"
+    data.write_text("\n".join(rows[:40]) + "\n", encoding="utf-8")
+    few = {"data": str(data), "eval_problems": 4, "dev_problems": 4}
+    plan = plans.make_plan({**flags, **few, "out": str(tmp_path / "out")})
     assert (plan.main.steps, plan.factors) == (steps, factors)
 
 

@@ -232,7 +232,7 @@ def test_the_best_adapter_is_named_at_the_end_and_is_there(tmp_path):
     assert f"best adapter: {out / best['adapter']}, after step {best['step']}" in result.stdout
     assert "on 3 development problems" in result.stdout
     shown = read_rows(out / "completions.jsonl")[-1]
-    said = f"  problem {shown['problem_id']}, right answer {shown['answer']}: "
+    said = f"  {shown['problem_id']}, right answer {shown['answer']}: "
     assert said in result.stdout
 
 
