@@ -82,16 +82,18 @@ def curves_figure(panels: list[Panel], paths: list[Path], *, columns: int = 2) -
     rows = math.ceil(len(panels) / columns)
     columns = min(columns, len(panels))
     width = columns * max(_panel_inches(panel, labels) for panel in panels)
-    figure = Figure(figsize=(width, 3.0 * rows + 0.4), layout="constrained")
+    # A sample of the line, and the longest label.
+    entry_inches = 0.7 + 0.085 * max(map(len, labels))
+    entries = max(1, min(len(labels), int(width / entry_inches)))  # in a row of the legend
+    legend_inches = 0.4 + 0.24 * (math.ceil(len(labels) / entries) - 1)
+    figure = Figure(figsize=(width, 3.0 * rows + legend_inches), layout="constrained")
     handles = {}
     for place, panel in enumerate(panels):
         handles |= _draw(figure.add_subplot(rows, columns, place + 1), panel, labels)
-    # A sample of the line, and the longest label.
-    entry_inches = 0.7 + 0.085 * max(map(len, labels))
     figure.legend(
         list(handles.values()),
         [_plain(label) for label in handles],
-        ncols=max(1, min(len(labels), int(width / entry_inches))),
+        ncols=entries,
         loc="outside upper center",
         frameon=False,
     )
