@@ -6,6 +6,7 @@ compare.py does, with what this file returns.
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -26,9 +27,10 @@ from parts.prompts import Problem, find_language
 from parts.recipe import OWN_SETTINGS, CompareConfig, Config
 from parts.runs import START_ANEW, Run
 from parts.settings import check_settings, doubts_of, idle_settings
-from parts.setup import configure, fitting_problems, load_setup
+from parts.setup import configure, fitting_problems, load_setup, needs_answers
 from parts.view import say
 
+ASKED_FIRST = 50  # problems of a part, of which an arm is asked whether it could start
 SWEEP_SEED = 1000  # of the runs that pick a rate; no reported run may have it
 MAX_SEEDS = 1000  # runs of each arm
 SPLITS = ("train", "dev", "test")
@@ -271,28 +273,40 @@ def refuse_no_english(plan: Plan, splits: dict[str, dict[str, list[Problem]]]) -
 def refuse_arms_that_cannot_start(plan: Plan, splits: dict[str, dict[str, list[Problem]]]) -> None:
     """Raise ValueError for the first arm that its problems or its prompts would not let start.
 
-    Its turn comes hours later. It is asked what its start asks, on its own problems, which stand
-    where nobody keeps them.
+    Its turn comes hours later. It is asked what its start asks, of some of its own problems, which
+    stand where nobody keeps them; of all only where some would not do.
     """
     folder = resolve_model(plan.main.model)
     tokenizer, _ = freeze_date(load_tokenizer(folder), None)
     context = context_length(load_config(folder))
     with TemporaryDirectory() as scratch:
         for lang, problems in splits.items():
-            write_splits(Path(scratch) / lang, problems)
+            some = {part: all_of_it[:ASKED_FIRST] for part, all_of_it in problems.items()}
+            write_splits(Path(scratch) / "some" / lang, some)
+            write_splits(Path(scratch) / "all" / lang, problems)
             if plan.factors:
                 check_answers(problems["dev"])  # rates are picked on them
-        for variant, lang in product(plan.trained, splits):
+
+        def _ask(variant: Variant, lang: str, share: str) -> None:
             own = {
                 **plan.given,
                 "lang": lang,
-                "data": f"{scratch}/{lang}/train.jsonl",
-                "eval_data": f"{scratch}/{lang}/test.jsonl",
+                "data": f"{scratch}/{share}/{lang}/train.jsonl",
+                "eval_data": f"{scratch}/{share}/{lang}/test.jsonl",
                 "eval_problems": len(splits[lang]["test"]),
                 **variant.settings,
             }
+            config = configure(own)[0]
+            fitting_problems(config, tokenizer, context, Console(quiet=True))
+            if needs_answers(config):
+                check_answers(splits[lang]["train"])
+
+        for variant, lang in product(plan.trained, splits):
             try:
-                fitting_problems(configure(own)[0], tokenizer, context, Console(quiet=True))
+                with suppress(ValueError):
+                    _ask(variant, lang, "some")
+                    continue
+                _ask(variant, lang, "all")
             except ValueError as error:
                 raise ValueError(f"the arm {variant.name!r} in {lang}: {error}") from error
 
