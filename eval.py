@@ -66,7 +66,8 @@ from parts.recipe import EvalConfig
 from parts.sampler import SamplingParams
 from parts.selfcheck import check_model
 from parts.settings import check_settings, read_recipe
-from parts.view import SamplingProgress, estimates_table, print_table, say
+from parts.tables import estimates_table, print_table
+from parts.view import SamplingProgress, say
 
 # Shown where several languages share a table, beside pass@k.
 MAIN_METRICS = ("format rate", "accuracy given a box", "in the problem's language")

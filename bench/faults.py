@@ -60,7 +60,7 @@ from bench.injected import (
 )
 from parts import commands, owner
 from parts.files import PARTIAL
-from parts.view import text_table
+from parts.tables import text_table
 
 RECORDS = ("config.json", "settings.json")
 ROOT = Path(__file__).resolve().parent.parent

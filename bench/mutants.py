@@ -56,6 +56,7 @@ TESTS = {
     "parts/copies.py": ["tests/test_copies.py"],
     "parts/metrics.py": ["tests/test_metrics.py", "tests/test_docs.py"],
     "parts/grading.py": ["tests/test_grading.py"],
+    "parts/equations.py": ["tests/test_numerals.py", "tests/test_grading.py"],
     "parts/numerals.py": ["tests/test_numerals.py", "tests/test_grading.py"],
     "parts/watch.py": ["tests/test_watch.py"],
 }

@@ -23,8 +23,9 @@ from parts.metrics import (
     read_summary,
 )
 from parts.report import Evaluation, report_tables, write_report
+from parts.tables import cell, print_table, text_table
 from parts.typed import typed
-from parts.view import cell, print_table, say, text_table
+from parts.view import say
 
 EVALUATE_AGAIN = "remove it, and the command that began the evaluation makes it again"
 # Of the identity of an evaluation, what its languages have in common.

@@ -29,7 +29,8 @@ from parts.prompts import (
 )
 from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
-from parts.view import SamplingProgress, estimates_table, print_table, say
+from parts.tables import estimates_table, print_table
+from parts.view import SamplingProgress, say
 
 GREEDY_NAME = "greedy accuracy"
 ENGLISH_METRICS = ("format rate", "in the problem's language", "mean tokens")  # beside it

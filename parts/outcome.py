@@ -23,7 +23,7 @@ from parts.metrics import Estimate, Ratio, bootstrap, difference, paired_permuta
 from parts.prompts import find_language
 from parts.report import markdown_table
 from parts.results import KL_TITLE, Arms, Experiment, Measured, ratio_of, samples_of, share
-from parts.view import cell
+from parts.tables import cell
 
 COSTS = {"sampled_tokens": "sampled tokens", "train_s": "seconds", "updates": "updates"}
 LANGUAGE_METRICS = ("in the problem's language", "in English")  # of greedy attempts

@@ -6,7 +6,6 @@ compare.py does, with what this file returns.
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -19,7 +18,7 @@ from parts.chat import freeze_date
 from parts.data import DEV_SEED, hub_training_file, load_aloud, split_heldout, write_problems
 from parts.experiments import ATTRIBUTION, COMPARISON, FAMILY, Design, Variant
 from parts.family import context_length
-from parts.files import read_sealed, remedied, split_section
+from parts.files import read_sealed, refuse_no_file, remedied, split_section
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers
 from parts.model import load_config, load_tokenizer, resolve_model
@@ -287,7 +286,8 @@ def refuse_arms_that_cannot_start(plan: Plan, splits: dict[str, dict[str, list[P
             if plan.factors:
                 check_answers(problems["dev"])  # rates are picked on them
 
-        def _ask(variant: Variant, lang: str, share: str) -> None:
+        def _hindrance(variant: Variant, lang: str, share: str) -> str:
+            """Return why the arm could not start on this share of the problems, "" if it could."""
             own = {
                 **plan.given,
                 "lang": lang,
@@ -296,25 +296,23 @@ def refuse_arms_that_cannot_start(plan: Plan, splits: dict[str, dict[str, list[P
                 "eval_problems": len(splits[lang]["test"]),
                 **variant.settings,
             }
-            config = configure(own)[0]
-            fitting_problems(config, tokenizer, context, Console(quiet=True))
-            if needs_answers(config):
-                check_answers(splits[lang]["train"])
+            try:
+                config = configure(own)[0]
+                fitting_problems(config, tokenizer, context, Console(quiet=True))
+                if needs_answers(config):
+                    check_answers(splits[lang]["train"])
+            except ValueError as error:
+                return str(error)
+            return ""
 
         for variant, lang in product(plan.trained, splits):
-            try:
-                with suppress(ValueError):
-                    _ask(variant, lang, "some")
-                    continue
-                _ask(variant, lang, "all")
-            except ValueError as error:
-                raise ValueError(f"the arm {variant.name!r} in {lang}: {error}") from error
+            if _hindrance(variant, lang, "some") and (why := _hindrance(variant, lang, "all")):
+                raise ValueError(f"the arm {variant.name!r} in {lang}: {why}")
 
 
 def check_results(file: Path, name: str) -> None:
     """Raise ValueError or OSError where --results names a file that could not take its section."""
-    if not file.parent.is_dir():
-        raise ValueError(f"--results is {file}: there is no such folder")
+    refuse_no_file(file, "--results")
     split_section(file, name)
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from parts.figures import Panel, Point, curves_figure
 from parts.files import whole_file
 from parts.metrics import Estimate, Ratio, mean_of_languages, pass_at_k
-from parts.view import Summary, estimates_table
+from parts.tables import Summary, estimates_table
 
 Grid = dict[str, dict[str, "Evaluation"]]  # language -> name of the run -> its evaluation
 PAGE = Path(__file__).with_name("page.html")  # all of the page but its data

@@ -13,7 +13,7 @@ from parts.evaluations import Finished, differing_rows, load_evaluations
 from parts.files import read_json, read_rows, read_sealed, write_sealed
 from parts.model import load_tokenizer
 from parts.prompts import template_hash
-from parts.view import cell
+from parts.tables import cell
 
 
 def run_cli(*arguments: str):

@@ -24,7 +24,7 @@ from parts.report import (
     report_tables,
     write_report,
 )
-from parts.view import text_table
+from parts.tables import text_table
 
 
 def estimate(value: float) -> Estimate:
