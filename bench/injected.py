@@ -89,6 +89,7 @@ def start(
 def _be(program: Program, out: Path, words: Path, hook: Hook | None, patch: Patch | None) -> int:
     """Be the forked process; return its exit code."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which a bench that nohup began ignores
     for number, name in ((1, "said"), (2, "errors")):
         os.dup2(os.open(f"{words}.{name}", os.O_WRONLY | os.O_TRUNC), number)
     sys.stdout = os.fdopen(1, "w", closefd=False)

@@ -7,9 +7,11 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Timer
 from typing import Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+AGAIN_S = 0.01
 
 
 @contextmanager
@@ -53,25 +55,36 @@ def _end(number: int, frame: Any) -> None:
 
 @contextmanager
 def stops_raise() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does; the second ends at once.
+    """Let every stop raise KeyboardInterrupt, as Ctrl-C does; the second ends at once.
 
     For work that is not finished step by step, so that it can say what it kept.
     """
 
     def _interrupt(number: int, frame: Any) -> None:
+        if _is_in_destructor(frame):
+            # Python drops what is raised there, so the signal comes again in a moment.
+            Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()
+            return
         for each in before:
             signal.signal(each, _at_once(each))
         raise KeyboardInterrupt
 
     before: dict[int, Any] = {}
     for number in STOPS:
-        if number != signal.SIGINT and signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, _interrupt)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_in_destructor(frame: Any) -> bool:
+    """Return whether the frame is of a __del__, or of what one calls."""
+    while frame and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

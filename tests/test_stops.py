@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import signal
+import time
 
 import pytest
 
@@ -92,3 +93,16 @@ def test_while_a_stop_is_said_every_signal_acts():
                 signal.raise_signal(number)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_that_meets_a_destructor_is_not_lost(number):
+    """Python drops what is raised in a __del__, such as those of the regex package."""
+
+    class Met:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    with pytest.raises(KeyboardInterrupt), stops_raise():
+        Met()
+        time.sleep(5)
