@@ -15,6 +15,7 @@ import platform
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ class Visit:
             work()
         except FAULTS as error:
             self.report(what, error=f"{type(error).__name__}: {str(error).splitlines()[:1]}")
+            traceback.print_exc()
         self.report("time", section=what, seconds=round(time.monotonic() - started, 1))
 
     def seconds(self, work: Callable[[], Any]) -> float:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from parts.attention import attends_with_one_token
 from parts.family import context_length
 
 # A cache has room for at most so many columns to come. When they are full, it is copied once.
@@ -257,13 +258,14 @@ class Batch:
         """Be the decoder's step: no shape, address or number of it changes within a bucket."""
         cursor = self.cursor
         self.mask_B11T.index_fill_(3, cursor.column_C, 0.0)
-        output = self.decoder(
-            input_ids=self.ids_B1,
-            position_ids=self.position_B1,
-            attention_mask=self.mask_B11T,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        with attends_with_one_token(self.decoder.config):
+            output = self.decoder(
+                input_ids=self.ids_B1,
+                position_ids=self.position_B1,
+                attention_mask=self.mask_B11T,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
         # A finished row that stays goes on past its end, but not past the positions that there are.
         self.position_B1.add_(1).clamp_(max=self.last_position)
         cursor.column_C += 1

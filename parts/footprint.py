@@ -64,7 +64,7 @@ class Footprint:
     adapter: int  # and its moving average or copy, where the teacher is one
     optimiser: int  # the gradient, and AdamW's two averages of it
     kept: int  # keys and values of prompts, as the fixed teacher read them
-    copies: int  # sampling: of weights, with the adapter added, in fp32
+    copies: int  # sampling: of weights with the adapter added, or of the rounded adapter
     cache: int  # sampling: keys and values
     choice: int  # sampling: logits of the next token
     teacher: int  # its pass: one layer while it computes, and packed copies of the weights
@@ -153,7 +153,13 @@ def footprint(
     kind = choose_copies(
         shape.linear * size, shape.adapted * size, torch.device("cpu" if on_cpu else "cuda"), dtype
     )
-    copied = {"packed": shape.linear, "merged": shape.adapted, "none": 0}[kind] * size
+    numbers = {
+        "packed": shape.linear,
+        "merged": shape.adapted,
+        "rounded": shape.adapter,
+        "none": 0,
+    }
+    copied = numbers[kind] * size
     packed = copied if kind == "packed" else 0
     sets = 2 if config.teacher in ("ema", "copy") else 1
     return Footprint(
@@ -292,18 +298,15 @@ def _chunk_bytes(shape: Shape, config: Config, size: int) -> int:
 def _saved_bytes(shape: Shape, size: int) -> int:
     """Return what a decoder layer keeps of a token for its backward pass.
 
-    What enters both norms; what enters the adapters, in fp32, which in a 16-bit model is a copy for
-    each of q, k, v, gate and up; attention's q, k, v and output, and keys and values once more
-    where they are repeated for each query head; the MLP's gate, up and product.
+    What enters both norms, which compute in fp32; what enters the adapters; attention's q, k, v and
+    output, and keys and values once more where they are repeated for each query head; the MLP's
+    gate, up, activated gate and product.
     """
     attention = shape.heads * shape.head_size
     keys = shape.kv_heads * shape.head_size
     repeated = 2 * attention if shape.heads > shape.kv_heads else 0
-    computed = 2 * attention + 2 * keys + repeated + 3 * shape.intermediate
-    if size == FP32:  # the adapters share what enters them
-        return FP32 * (computed + 4 * shape.hidden + shape.intermediate)
-    copies = 5 * shape.hidden + attention + shape.intermediate
-    return size * computed + FP32 * (copies + 2 * shape.hidden)
+    computed = 2 * attention + 2 * keys + repeated + 4 * shape.intermediate
+    return size * (computed + 2 * shape.hidden) + FP32 * 2 * shape.hidden
 
 
 def _forward_bytes(shape: Shape, size: int) -> int:

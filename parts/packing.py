@@ -82,4 +82,7 @@ def packed_hidden(
         attention_mask=additive_mask(~seen_BTT[:, None].to(model.device), model.dtype),
         use_cache=False,
     ).last_hidden_state
-    return hidden_BTD.flatten(0, 1)[torch.tensor(predicting, device=model.device)]
+    # Not by brackets: a prompt's last state is taken several times, and what flows back into it is
+    # then added by several threads in whatever order they come, which rounds differently each time.
+    place_N = torch.tensor(predicting, device=model.device)
+    return hidden_BTD.flatten(0, 1).index_select(0, place_N)

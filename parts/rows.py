@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import parquet
 
 from parts.files import parse_json
 
@@ -46,6 +44,10 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     0.1 in 32 bits is 0.1, and not 0.10000000149011612, which is the same in 64.
     """
+    # Here, so that a machine without it can run on the other formats.
+    import pyarrow as pa
+    from pyarrow import parquet
+
     table = parquet.read_table(path)
     kinds = {pa.float16(): np.float16, pa.float32(): np.float32}
     short = {field.name: kinds[field.type] for field in table.schema if field.type in kinds}

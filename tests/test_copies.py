@@ -109,7 +109,7 @@ def test_weights_are_packed_in_fp32_on_a_cpu_with_avx(
     assert can_pack(least, torch.device(device), dtype) is False
 
 
-def test_copies_are_made_in_fp32_only_and_of_what_fits(tiny_model, lora, packs, monkeypatch):
+def test_weights_are_copied_in_fp32_only_and_where_they_fit(tiny_model, lora, packs, monkeypatch):
     layers = linear_layers(tiny_model) if packs else list(lora.layers.values())
     assert with_copies(tiny_model) == len(layers)
     with teacher_view(lora, "fixed"):  # the base, which is packed and has nothing to merge
@@ -124,8 +124,25 @@ def test_copies_are_made_in_fp32_only_and_of_what_fits(tiny_model, lora, packs, 
     first = next(iter(lora.layers.values()))
     first.weight.data = first.weight.data.bfloat16()
     assert with_copies(tiny_model) == 0
+
+
+@torch.no_grad()
+def test_in_16_bits_the_adapter_is_rounded_once_and_nothing_changes(tiny_model, lora):
     tiny_model.bfloat16()
-    assert with_copies(tiny_model) == 0
+    for tensor in lora.parameters():
+        tensor.data = tensor.data.float()  # bfloat16() reaches the adapter, too
+        nn.init.normal_(tensor, std=0.1)
+    plain = tiny_model(IDS_BT).logits
+    with sampling_copies(tiny_model):
+        assert torch.equal(tiny_model(IDS_BT).logits, plain)
+        assert all("forward" in vars(layer) for layer in lora.layers.values())
+        for tensor in lora.parameters():
+            tensor.zero_()  # which the copies do not see
+        assert torch.equal(tiny_model(IDS_BT).logits, plain)
+    assert not torch.equal(tiny_model(IDS_BT).logits, plain)
+    assert with_copies(tiny_model, scoring_copies) == 0
+    with teacher_view(lora, "fixed"):
+        assert with_copies(tiny_model) == 0
 
 
 def test_one_pass_of_the_teacher_multiplies_by_packed_copies_or_none(tiny_model, lora, packs):

@@ -41,6 +41,7 @@ PARTS = (
     "model",
     "copies",
     "adapters",
+    "attention",
     "batch",
     "prefixes",
     "packing",

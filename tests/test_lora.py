@@ -82,15 +82,24 @@ def test_seed_fixes_the_adapter_in_every_dtype(tiny_model):
     assert 0.9 * 64**-0.5 < A.abs().max() <= 64**-0.5  # uniform within 1 / sqrt(in)
 
 
-def test_fp32_adapter_on_a_bf16_base_rounds_once(tiny_model):
+def test_a_16_bit_base_multiplies_16_bit_numbers_and_the_adapter_stays_fp32(tiny_model):
     lora = attach(tiny_model.to(torch.bfloat16))
     train(lora)
     assert {p.dtype for p in lora.parameters()} == {torch.float32}
     layer = lora.layers["model.layers.0.mlp.up_proj"]
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
-    base, A, B = (x @ layer.weight.T).double(), layer.lora_A.double(), layer.lora_B.double()
-    exact = base + 8 / 4 * x.double() @ (B @ A).T
-    assert torch.equal(layer(x), exact.to(torch.bfloat16))
+    A, B = (tensor.to(torch.bfloat16).double() for tensor in (layer.lora_A, layer.lora_B))
+    base, low = (x @ layer.weight.T).double(), (x.double() @ A.T).to(torch.bfloat16).double()
+    # The sum of both products is fp32, and rounded once.
+    assert torch.equal(layer(x), (base + 8 / 4 * low @ B.T).to(torch.bfloat16))
+    layer(x).float().pow(2).sum().backward()
+    slope = 2 * layer(x).double() * 8 / 4
+    for found, exact in (
+        (layer.lora_A.grad, (slope @ B).T @ x.double()),
+        (layer.lora_B.grad, slope.T @ low),
+    ):
+        assert found is not None and found.dtype == torch.float32
+        assert (found - exact).norm() < 2**-7 * exact.norm()
 
 
 def test_targets_choose_the_layers_and_the_head_is_never_one(tiny_model):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import build_tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from copsd import completion_hidden
 from kernels import chunked_logprob
@@ -29,6 +30,27 @@ def test_a_completion_does_not_see_its_neighbours(tiny_model):
     after = packed_hidden(tiny_model, PROMPTS, changed)
     assert torch.equal(before[3:], after[3:]), "those of the other completions"
     assert not torch.allclose(before[1:3], after[1:3])
+
+
+class AddsInAnyOrder(TorchDispatchMode):
+    """Counts additions that several threads of a CPU make in the order in which they come."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        accumulates = "index_put" in function.name() and (args[3:] or [False])[0]
+        if accumulates and (place_N := args[1][0]).unique().numel() < place_N.numel():
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_gradient_is_added_up_in_one_order(tiny_model):
+    with AddsInAnyOrder() as watched:
+        packed_hidden(tiny_model, PROMPTS, COMPLETIONS).sum().backward()
+    assert watched.count == 0
+    with AddsInAnyOrder() as watched:  # the same, as brackets do it
+        torch.zeros(3, requires_grad=True)[torch.tensor([0, 0])].sum().backward()
+    assert watched.count == 1
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
