@@ -77,16 +77,13 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def state_precision(dtype: torch.dtype) -> None:
-    """State how CUDA multiplies float32 matrices, for a model of this dtype.
+def state_precision() -> None:
+    """State that CUDA multiplies float32 matrices in float32, whatever a card would rather do.
 
-    A float32 model is multiplied in float32, whatever a card would rather do. In a 16-bit model
-    only the adapter's products are of float32. TF32 rounds what enters them to 11 bits, which the
-    activations, of 8 or 11 bits, have at most; the sums stay float32, and so do the weights that
-    the optimiser changes.
+    In a 16-bit model few products are of float32. One is the rotary angle, a position times a
+    frequency: in TF32, with its 11 bits, positions beyond 2048 would be rounded.
     """
-    precision = "ieee" if dtype == torch.float32 else "tf32"
-    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 def keep_freed_memory() -> None:

@@ -155,7 +155,7 @@ def load_model(
             "it with --adapter"
         )
     config = load_config(folder)
-    state_precision(dtype)
+    state_precision()
     switch_off_dropout(config)
     # It may also be of a family without this kind of attention.
     with loading(folder, f"{name} ({config.model_type})"), _without_report():
