@@ -52,7 +52,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=896, help="D")
     parser.add_argument("--vocab", type=int, default=151936, help="V")
     parser.add_argument(
-        "--chunk-tokens", type=int, default=256, help="rows of logits alive at a time in ours"
+        "--chunk-tokens",
+        type=int,
+        help="rows of logits alive at a time in ours; without it: what it takes by itself",
     )
     parser.add_argument("--peak-of", help="print the peak bytes of this one and stop")
     add_common_flags(parser, repeats=5)
@@ -195,7 +197,7 @@ def measure_peak(arguments: argparse.Namespace) -> int:
     """Return the peak bytes of one forward and backward pass, beyond those of its inputs."""
     # The compiler's own modules are a few hundred MiB of Python. Compiling something small loads
     # them before the measurement begins.
-    if arguments.chunk_tokens * arguments.vocab >= 2**22:
+    if kernels.compiling_pays(arguments.chunk_tokens, arguments.vocab):
         torch.compile(torch.exp)(torch.ones(2, device=arguments.device))
     contestant = make_contestant(arguments.peak_of, arguments)
     inputs = make_inputs(arguments)
@@ -215,7 +217,9 @@ def peak_mib(arguments: argparse.Namespace, name: str, tokens: int) -> float:
     flags = ["--kind", arguments.kind, "--clip-mode", arguments.clip_mode]
     flags += ["--device", arguments.device, "--dtype", arguments.dtype, "--tokens", str(tokens)]
     flags += ["--hidden", str(arguments.hidden), "--vocab", str(arguments.vocab)]
-    flags += ["--chunk-tokens", str(arguments.chunk_tokens), "--peak-of", name]
+    flags += ["--peak-of", name]
+    if arguments.chunk_tokens is not None:
+        flags += ["--chunk-tokens", str(arguments.chunk_tokens)]
     child = subprocess.run(
         [sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, check=True
     )

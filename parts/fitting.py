@@ -18,7 +18,15 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from parts.footprint import Footprint, Lengths, Shape, footprint, read_shape, sampled_rows
+from parts.footprint import (
+    Footprint,
+    Lengths,
+    Shape,
+    footprint,
+    loss_rows,
+    read_shape,
+    sampled_rows,
+)
 from parts.machine import DTYPES
 from parts.microbatch import Limit
 from parts.model import resolve_model
@@ -51,14 +59,18 @@ def changes_that_fit(
         found = footprint(shape, changed, dtype, lengths, on_cpu=on_cpu)
         if found.peak <= limit:
             return changes
-        following = _next_change(changed, sampling=found.sampling > limit)
+        chunk = loss_rows(shape, changed, on_cpu=on_cpu)
+        following = _next_change(changed, chunk, sampling=found.sampling > limit)
         if max(found.static, found.loading) > limit or following is None:
             return None
         changes |= following
 
 
-def _next_change(config: Config, *, sampling: bool) -> dict[str, Any] | None:
-    """Return what saves memory in the phase that lacks it, the cheapest in time first."""
+def _next_change(config: Config, chunk: int, *, sampling: bool) -> dict[str, Any] | None:
+    """Return what saves memory in the phase that lacks it, the cheapest in time first.
+
+    chunk  rows of logits that exist at a time in the loss
+    """
     if sampling:
         rows = sampled_rows(config)
         return {"sample_rows": rows // 2} if rows > 1 else None
@@ -69,8 +81,8 @@ def _next_change(config: Config, *, sampling: bool) -> dict[str, Any] | None:
         halved = Limit.of(config).halved()
         budget = {"micro_tokens": halved.tokens} if halved.tokens else {}
         return {"micro_batch": rows // 2, **budget}
-    if config.chunk_tokens > LEAST_CHUNK:
-        return {"chunk_tokens": config.chunk_tokens // 2}
+    if chunk > LEAST_CHUNK:
+        return {"chunk_tokens": chunk // 2}
     return None
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from kernels import chunk_rows, compiling_pays
 from parts.copies import choose_copies
 from parts.lora import adaptable_layers
 from parts.model import load_config, loading
@@ -28,7 +29,6 @@ from parts.prefixes import KEPT_BYTES
 from parts.recipe import DISTILLED, GROUPED, Config, keeps_prompts
 
 FP32 = 4  # bytes of a number; the adapter, its gradient and its optimiser have no other
-COMPILED_LOGITS = 2**22  # logits of a chunk from which the divergence is compiled (kernels.py)
 PREFILL_TOKENS = 512  # prompt tokens that go through the model at once (parts/batch.py)
 
 
@@ -173,7 +173,7 @@ def footprint(
         teacher=packed + _teacher_bytes(shape, config, size, lengths),
         activations=activations,
         layer=layer,
-        chunk=_chunk_bytes(shape, config, size),
+        chunk=_chunk_bytes(shape, config, size, on_cpu=on_cpu),
         cache_gaps=cache * 2 // 5 if on_cpu else 0,  # measured, as the other
         gaps=_gaps_bytes(shape, config, size, lengths) if on_cpu else 0,
         # A CPU's weights are the file, mapped; to hash it, it is mapped once more.
@@ -281,18 +281,36 @@ def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> in
     return saved // 2 if config.gradient_checkpointing else saved
 
 
-def _chunk_bytes(shape: Shape, config: Config, size: int) -> int:
+def loss_rows(shape: Shape, config: Config, *, on_cpu: bool) -> int:
+    """Return the rows of logits that exist at a time in the loss, whoever chose them."""
+    compiled = _is_compiled(shape, config)
+    return chunk_rows(
+        config.chunk_tokens, compiled=compiled, device_type="cpu" if on_cpu else "cuda"
+    )
+
+
+def _is_compiled(shape: Shape, config: Config) -> bool:
+    """Say whether the loss is a compiled divergence, where the compiler works."""
+    if config.method in ("grpo", "egrsd"):
+        return False
+    if config.compile is not None:
+        return config.compile
+    return compiling_pays(config.chunk_tokens, shape.vocabulary)
+
+
+def _chunk_bytes(shape: Shape, config: Config, size: int, *, on_cpu: bool) -> int:
     """Return the bytes of the logits that exist at a time in the loss."""
-    logits = config.chunk_tokens * shape.vocabulary
+    logits = loss_rows(shape, config, on_cpu=on_cpu) * shape.vocabulary
     if config.method in ("grpo", "egrsd"):
         return logits * (size + 4 * FP32)
-    # What the clip does to the gradient is found without the compiler.
+    if not _is_compiled(shape, config):
+        return logits * (2 * size + 7 * FP32)
+    # What the clip does to the gradient is found without the compiler, in chunks of its own.
     is_asked = config.clip_mode != "none" and config.cosine_every > 0
-    cosine = logits * (2 * size + 5 * FP32) if is_asked else 0
-    if config.compile is not False and logits >= COMPILED_LOGITS:
-        # Student's and teacher's; compiled code keeps nothing else whole.
-        return max(cosine, 2 * logits * size)
-    return logits * (2 * size + 7 * FP32)
+    eager = chunk_rows(config.chunk_tokens) * shape.vocabulary
+    cosine = eager * (2 * size + 5 * FP32) if is_asked else 0
+    # Student's and teacher's; compiled code keeps nothing else whole.
+    return max(cosine, 2 * logits * size)
 
 
 def _saved_bytes(shape: Shape, size: int) -> int:

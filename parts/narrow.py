@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import chunked_logprob, divergence
+from kernels import chunk_rows, chunked_logprob, divergence
 from parts.recipe import Config, divergence_options
 
 
@@ -42,9 +42,11 @@ def sampled_loss(
     ids_N: Tensor,
     *,
     temperature: float = 1.0,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Return loss_N, log q - log p of the sampled ids, in nats: an estimate of KL(q || p).
+
+    chunk_tokens  rows of logits alive at a time. None: 256 on every device, as it runs eagerly
 
     Its mean is the reverse KL. The gradient is a policy gradient's: the estimate, as a number,
     times the gradient of log q. It is noisier than a divergence, and not clipped.
@@ -62,13 +64,16 @@ def top_k_divergence(
     head_VD: Tensor,
     *,
     top_k: int,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
     **options: object,
 ) -> Tensor:
     """Return loss_N, the divergence over the teacher's top_k most likely entries of each token.
 
-    options  as kernels.divergence takes them; both distributions are renormalised on the entries
+    chunk_tokens  rows of logits alive at a time. None: 256 on every device, as it runs eagerly
+    options       as kernels.divergence takes them; both distributions are renormalised on the
+                  entries
     """
+    rows = chunk_rows(chunk_tokens)
     head_VD = head_VD.detach()
     compare = partial(divergence, **options)  # type: ignore[arg-type]
 
@@ -76,7 +81,5 @@ def top_k_divergence(
         teacher_CK, ids_CK = (teacher_CD @ head_VD.T).topk(min(top_k, len(head_VD)), dim=-1)
         return compare((student_CD @ head_VD.T).gather(-1, ids_CK), teacher_CK)
 
-    pairs = zip(
-        student_ND.split(chunk_tokens), teacher_ND.detach().split(chunk_tokens), strict=True
-    )
+    pairs = zip(student_ND.split(rows), teacher_ND.detach().split(rows), strict=True)
     return torch.cat([checkpoint(_chunk, *pair, use_reentrant=False) for pair in pairs])

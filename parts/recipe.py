@@ -463,7 +463,13 @@ class Config:
         "stands alone, and at most a tenth are pads. It does not change the gradient.",
         least=1,
     )
-    chunk_tokens: int = machine(256, "Rows of logits that exist at a time.", least=1, most=10**6)
+    chunk_tokens: int | None = machine(
+        None,
+        "Rows of logits that exist at a time. Without it: 256, and 1024 for a divergence that runs "
+        "compiled on CUDA.",
+        least=1,
+        most=10**6,
+    )
     sample_rows: int = machine(256, "Completions decoded at once.", least=1)
     gradient_checkpointing: bool = machine(
         True, "Recompute activations in the backward pass: less memory, more time.", source="paper"

@@ -50,6 +50,29 @@ def test_a_budget_of_positions_is_halved_with_the_rows(qwen):
     assert changes and (changes["micro_batch"], changes["micro_tokens"]) == (4, 2 * 2024)
 
 
+@pytest.mark.parametrize(
+    ("changes", "on_cpu", "halved"),
+    [
+        ({}, False, 512),
+        ({}, True, 128),
+        ({"compile": False}, False, 128),
+        ({"method": "grpo"}, False, 128),
+        ({"chunk_tokens": 100}, False, 50),
+        ({"chunk_tokens": 33}, False, 16),
+        ({"chunk_tokens": 32}, False, None),
+    ],
+)
+def test_a_chunk_is_halved_from_the_rows_that_it_has(qwen, changes, on_cpu, halved):
+    small = {"micro_batch": 1, "sample_rows": 1, "max_new_tokens": 8, "cosine_every": 0}
+    config = Config(**{**small, **changes})
+    # So wide a vocabulary that a chunk of it outweighs all else in the update.
+    wide = replace(read_shape(qwen, config), vocabulary=10**7)
+    found = planned(wide, config, on_cpu=on_cpu)
+    assert found.update == found.peak
+    changed = changes_that_fit(wide, config, torch.bfloat16, LENGTHS, found.peak - 1, on_cpu=on_cpu)
+    assert changed == ({"chunk_tokens": halved} if halved else None)
+
+
 def test_plan_prints_parts_and_cards_from_a_config_json(qwen):
     result = CliRunner().invoke(commands.copsd, ["plan", "--model", str(qwen)])
     assert result.exit_code == 0, result.output

@@ -63,13 +63,38 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(lab_folder, dtype):
 
 def test_what_a_setting_saves(qwen):
     shape = read_shape(qwen, Config())
-    config = replace(Config(), micro_batch=8, gradient_checkpointing=False)
+    config = Config(micro_batch=8, gradient_checkpointing=False, chunk_tokens=256)
     found = planned(shape, config)
     assert planned(shape, replace(config, micro_batch=4)).activations == found.activations // 2
     recomputed = planned(shape, replace(config, gradient_checkpointing=True))
     assert recomputed.activations < found.activations / 8
     assert planned(shape, replace(config, chunk_tokens=128)).chunk == found.chunk // 2
     assert planned(shape, config, on_cpu=True).update > found.update, "holes in the heap"
+
+
+def test_without_a_number_a_chunk_has_the_rows_that_the_loss_takes_by_itself(qwen):
+    shape = read_shape(qwen, Config())
+
+    def chunk(on_cpu: bool = False, **changes) -> float:
+        """Return the bytes of an entry of the vocabulary, in bf16."""
+        config = Config(**{"cosine_every": 0, **changes})
+        return planned(shape, config, on_cpu=on_cpu).chunk / shape.vocabulary
+
+    compiled, eager, of_logprob, of_cosine = 2 * 2, 2 * 2 + 7 * 4, 2 + 4 * 4, 2 * 2 + 5 * 4
+    assert chunk() == 1024 * compiled and chunk(on_cpu=True) == 256 * compiled
+    assert chunk(chunk_tokens=512) == chunk(on_cpu=True, chunk_tokens=512) == 512 * compiled
+    assert chunk(compile=False) == chunk(on_cpu=True, compile=False) == 256 * eager
+    for method in ("grpo", "egrsd"):
+        assert chunk(method=method) == chunk(on_cpu=True, method=method) == 256 * of_logprob
+    # The cosine runs eagerly, with 256 rows beside a compiled loss of 1024.
+    clips = {"clip_mode": "entry", "cosine_every": 1}
+    assert chunk(**clips) == chunk(on_cpu=True, **clips) == 256 * of_cosine
+    assert chunk(**clips, chunk_tokens=1024) == 1024 * of_cosine
+    # What is to be compiled does not hang on the rows that compiled code would have.
+    small = replace(shape, vocabulary=2**13)
+    assert planned(small, Config()).chunk == 256 * 2**13 * eager
+    insists = Config(compile=True, cosine_every=0)
+    assert planned(small, insists).chunk == 1024 * 2**13 * compiled
 
 
 def test_a_budget_of_positions_is_counted_by_the_longer_role(qwen):

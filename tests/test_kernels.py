@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -259,6 +260,67 @@ def test_without_a_gradient_the_loss_is_the_same_and_the_third_product_is_skippe
         )
     assert torch.equal(loss_N, with_gradient_N) and not loss_N.requires_grad
     assert products.count == 6  # three chunks, two products each
+
+
+def test_the_rows_of_a_chunk_are_those_given_else_256_and_1024_compiled_on_cuda() -> None:
+    def rows(chunk_tokens: int | None) -> list[int]:
+        return [
+            kernels.chunk_rows(chunk_tokens, compiled=compiled, device_type=device_type)
+            for compiled in (False, True)
+            for device_type in ("cpu", "mps", "cuda")
+        ]
+
+    assert rows(None) == [256, 256, 256, 256, 256, 1024]
+    assert rows(7) == [7] * 6 and rows(256) == [256] * 6
+    assert kernels.chunk_rows(None) == 256
+    # Whether to compile is not asked of the rows that compiled code then takes.
+    assert not kernels.compiling_pays(None, 2**14 - 1) and kernels.compiling_pays(None, 2**14)
+    assert not kernels.compiling_pays(1024, 2**12 - 1) and kernels.compiling_pays(1024, 2**12)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_rows_are_asked_for_the_device_of_the_head(compile: bool, monkeypatch) -> None:
+    asked = []
+    rows = kernels.chunk_rows
+    monkeypatch.setattr(kernels, "chunk_rows", lambda n, **how: asked.append(how) or rows(n, **how))
+    monkeypatch.setattr(kernels, "_compiled_if", lambda function, _: function)
+    inputs = [tensor.to("meta") for tensor in make_inputs()]
+    kernels.chunked_divergence(*inputs, kind="jsd", compile=compile)
+    assert asked[-1] == {"compiled": compile, "device_type": "meta"}
+
+
+@pytest.mark.parametrize(
+    "compile", [False, pytest.param(True, marks=needs_compiler)], ids=["eager", "compiled"]
+)
+def test_without_a_number_of_rows_a_cpu_computes_what_it_does_with_256(
+    compile: bool, monkeypatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # More tokens than 1024, so that other chunks would be seen, and no multiple of 256.
+    student_ND, teacher_ND = torch.randn(2, 1100, D, generator=generator)
+    student_ND.requires_grad_()
+    head_VD = torch.randn(V, D, generator=generator)
+    given = options("jsd", "entry")
+    ids_N = torch.arange(1100) % V
+    walk = kernels._walk_chunks
+    walked = []
+    monkeypatch.setattr(kernels, "_walk_chunks", lambda *a: walked.append(a[4]) or walk(*a))
+
+    def compute(chunk_tokens: int | None) -> tuple[list[Tensor], int]:
+        """Return all results and gradients, and the products of what never is compiled."""
+        chunk: Any = {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
+        inputs = student_ND, teacher_ND, head_VD
+        loss_N, stats = kernels.chunked_divergence(*inputs, compile=compile, **chunk, **given)
+        with _Products() as products:
+            products_3N = kernels.clip_products(*inputs, **chunk, **given)
+            scores = kernels.chunked_logprob(student_ND, head_VD, ids_N, **chunk)
+        sums = loss_N.sum(), scores[0].sum() + 2 * scores[1].sum()
+        gradients = [torch.autograd.grad(found, student_ND)[0] for found in sums]
+        return [loss_N, *stats.values(), products_3N, *scores, *gradients], products.count
+
+    (unsaid, count), (said, same_count) = compute(None), compute(256)
+    assert all(torch.equal(one, other) for one, other in zip(unsaid, said, strict=True))
+    assert walked == [256, 256] and count == same_count == 5 * 3
 
 
 class _Products(TorchDispatchMode):

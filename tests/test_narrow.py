@@ -1,9 +1,12 @@
 """parts/narrow.py: the loss over the teacher's most likely tokens, and over the sampled one."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from kernels import KINDS, divergence
+from parts import narrow
 from parts.narrow import sampled_loss, top_k_divergence
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -45,6 +48,22 @@ def test_top_k_is_the_divergence_of_what_both_renormalise_on_the_teachers_entrie
         )
         for one, other in zip(found, whole, strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_without_a_number_of_rows_256_are_projected_at_a_time_on_every_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(narrow, "checkpoint", lambda chunk, *given, **_: chunk(*given))
+    real = torch.Tensor.split
+    monkeypatch.setattr(
+        torch.Tensor, "split", lambda tensor, rows: asked.append(rows) or real(tensor, rows)
+    )
+    student_ND, teacher_ND = (tensor.repeat(100, 1) for tensor in (STUDENT_ND, TEACHER_ND))
+    ids_N = torch.arange(700) % 13
+    given: list[Any] = [{}, {"chunk_tokens": None}, {"chunk_tokens": 256}]
+    for chunk in given:
+        top_k_divergence(student_ND, teacher_ND, HEAD_VD, top_k=4, kind="jsd", **chunk)
+        sampled_loss(student_ND, teacher_ND, HEAD_VD, ids_N, **chunk)
+    assert set(asked) == {256} and len(asked) == 3 * (2 + 4)
 
 
 def test_the_mean_of_the_sampled_loss_and_of_its_gradient_are_the_reverse_kls():

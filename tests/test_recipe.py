@@ -34,6 +34,11 @@ def test_the_settings_of_a_run_cannot_be_edited():
         Config().lr = 1.0  # type: ignore[misc]
 
 
+def test_the_help_of_the_chunk_names_the_rows_of_the_code():
+    said = help_text(Config.__dataclass_fields__["chunk_tokens"])
+    assert f"Without it: {kernels.CHUNK_ROWS}, and {kernels.COMPILED_CUDA_ROWS} for" in said
+
+
 @pytest.mark.parametrize(("config", "f"), OWN_FLAGS)
 def test_a_flags_help_is_whole_sentences_that_name_its_default(config, f):
     said = help_text(f)

@@ -47,7 +47,7 @@ def write_recipe(folder: Path, **entries: Any) -> Path:
         ("lora_rank", [1], [0]),
         ("lora_alpha", [0.5], [0.0, -1.0]),
         ("micro_batch", [1], [0]),
-        ("chunk_tokens", [1], [0]),
+        ("chunk_tokens", [1, None], [0]),
         ("sample_rows", [1], [0]),
         ("save_every", [1], [0]),
         ("eval_problems", [0], [-1]),
