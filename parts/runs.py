@@ -43,8 +43,6 @@ from parts.stops import stop_signals as stop_signals  # stays importable from he
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
 LENGTHS = {"steps", "token_budget"}  # settings that say where a run ends
-# The default that a setting had before None took its place: what was begun with it goes on.
-FORMER_DEFAULTS = {"chunk_tokens": 256}
 DIGESTS = "digests.json"
 # What to do about a file that is damaged.
 START_ANEW = "start anew with another --out"
@@ -85,9 +83,7 @@ class Run:
             held = stored.get(name)
             if not isinstance(held, dict):
                 raise ValueError(f"{self.record_file} is damaged: it has no {name}; {START_ANEW}")
-            differing = [
-                key for key, value in wanted.items() if not _agrees(key, held.get(key), value)
-            ]
+            differing = [key for key, value in wanted.items() if held.get(key) != value]
             if not differing:
                 continue
             said = f"{self.folder} holds a run that differs in {', '.join(differing)}; "
@@ -333,15 +329,6 @@ class Run:
         self.disown(path)
         write_json(path, content)
         self.vouch(path)
-
-
-def _agrees(name: str, held: object, wanted: object) -> bool:
-    """Say whether what a record holds of a setting is what is wanted now, or what that was before.
-
-    In an experiment's record, the method stands before the name.
-    """
-    former = FORMER_DEFAULTS.get(name.rpartition(" ")[2])
-    return held == wanted or (wanted is None and held == former)
 
 
 def line_digests(content: bytes) -> list[str]:

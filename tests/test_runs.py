@@ -31,27 +31,6 @@ def test_a_run_of_other_settings_or_other_weights_is_refused_by_name(tmp_path):
         run.check({"lr": 1, "seed": 0}, {"base_weights": "bb"})
 
 
-@pytest.mark.parametrize("name", ["chunk_tokens", "copsd chunk_tokens"])
-def test_a_run_that_was_begun_with_a_former_default_goes_on_without_the_flag(tmp_path, name):
-    run = Run(tmp_path / "run")
-    run.create({"lr": 1, name: 256}, {})
-    before = run.record_file.read_bytes()
-    for value in (None, 256):
-        run.check({"lr": 1, name: value})
-        run.create({"lr": 1, name: value}, {})
-    assert run.record_file.read_bytes() == before
-    for value in (128, 1024):
-        with pytest.raises(ValueError, match=f"differs in {name};"):
-            run.check({"lr": 1, name: value})
-    for held, wanted in ((128, None), (None, 256)):
-        other = Run(tmp_path / f"{held}")
-        other.create({name: held}, {})
-        with pytest.raises(ValueError, match=f"differs in {name};"):
-            other.check({name: wanted})
-    with pytest.raises(ValueError, match="differs in lr;"):
-        run.check({"lr": None, name: None})
-
-
 def test_a_record_that_is_there_is_not_written_again(tmp_path):
     run = Run(tmp_path / "run")
     run.create({"lr": 1}, {})
