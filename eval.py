@@ -146,6 +146,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     folder = resolve_model(config.model)
     settings = read_settings(config, folder, console)
     settings.sampling()  # refuses what is out of range before anything is loaded
+    refuse_idle(given, settings)
     chosen = pick_languages(settings.lang, settings.benchmark)
     loaded = [
         load_benchmark(settings.benchmark, language, config.revision, settings.limit, console)
@@ -305,6 +306,22 @@ def sampling_plan(config: EvalConfig) -> tuple[list[int], int, float]:
             "--samples 1 and --pass-at-k 1, or a temperature above 0"
         )
     return sorted({1, *ks}), samples, 1.0 if temperature is None else temperature
+
+
+def refuse_idle(given: dict[str, Any], settings: Settings) -> None:
+    """Raise ValueError for a typed flag that would do nothing."""
+    cuts = [flag for flag in ("top_k", "top_p") if flag in given]
+    if settings.temperature == 0 and cuts:
+        flags = " and ".join(f"--{flag.replace('_', '-')}" for flag in cuts)
+        raise ValueError(
+            f"at temperature 0 only the most likely token is drawn: leave out {flags}, "
+            "or set --temperature above 0"
+        )
+    if "revision" in given and settings.benchmark not in BENCHMARKS:
+        raise ValueError(
+            f"--revision is of a benchmark on the hub, and {settings.benchmark} is not one: leave "
+            f"it out; valid with it: {', '.join(BENCHMARKS)}"
+        )
 
 
 def max_samples() -> int:

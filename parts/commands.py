@@ -351,6 +351,9 @@ def run_comparison(given: Given) -> None:
 def evaluate_command(given: Given, context: typer.Context) -> None:
     """Sample, grade, and print pass@k with its companions and 95 % intervals."""
     if context.invoked_subcommand:
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise typer.BadParameter(f"{flags} before report, which would not see it")
         return
     console = start()
     import eval as evaluator

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from parts import owner, runs
 from parts.files import read_json, read_rows, read_sealed, remedied
-from parts.identity import fingerprint
+from parts.identity import circumstances, fingerprint
 from parts.metrics import (
     Estimate,
     Graded,
@@ -54,7 +54,7 @@ class Comparison:
     tables: list[Table]  # of their metrics
     tests: list[list[str]]  # rows of the table of paired tests
     days: list[list[str]]  # run, language, the day its prompts name; [] where all name the same
-    sampling: list[list[str]]  # language, setting, its value by run, where runs differ in it
+    sampling: list[list[str]]  # language, what differs of how runs were made, its value by run
 
 
 def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
@@ -213,7 +213,7 @@ def report(found: Comparison, out: Path, console: Console) -> None:
         tables.append(text_table(title, ["run", "language", "date"], found.days))
     if found.sampling:
         header = ["language", "setting", "value by run"]
-        tables.append(text_table("These runs were sampled differently", header, found.sampling))
+        tables.append(text_table("These runs were made differently", header, found.sampling))
     files = write_report(found.evaluations, tables, out)
     for table in (*found.tables, *tables):
         print_table(table, console)
@@ -221,11 +221,12 @@ def report(found: Comparison, out: Path, console: Console) -> None:
 
 
 def differing_rows(language: str, first: Finished, second: Finished) -> list[list[str]]:
-    """Return a row for everything that two evaluations were sampled with and differ in."""
+    """Return a row for everything that two evaluations were made with and differ in."""
     runs_settings = []
     for found in (first, second):
         settings = {k: v for k, v in found.record["settings"].items() if k not in MAY_DIFFER}
-        runs_settings.append(settings | {k: found.record["identity"].get(k) for k in ALSO_SAID})
+        identity = {name: found.record["identity"].get(name) for name in ALSO_SAID}
+        runs_settings.append(settings | identity | circumstances(found.record))
     rows = []
     for name in dict.fromkeys([*runs_settings[0], *runs_settings[1]]):
         values = [settings.get(name) for settings in runs_settings]

@@ -3,7 +3,7 @@
 A run goes on only with the weights, the prompts and the data that it began with, and an adapter is
 put only on the weights that it was trained on. Their fingerprints therefore stand in the run's
 record, as its identity. The record also says what else a result may depend on, such as versions and
-the git commit, but that is never compared. parts/runs.py keeps the record.
+the git commit; a run that goes on with others is told so. parts/runs.py keeps the record.
 """
 
 import hashlib
@@ -170,6 +170,22 @@ def provenance() -> dict[str, Any]:
         "git_commit": commit or None,
         "git_uncommitted_changes": bool(changes) if commit else None,
     }
+
+
+def circumstances(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a result may depend on and a run does not compare, by name, of its record.
+
+    A package by its name; a record that lacks something has None there.
+    """
+    named = ("platform", "threads", "git_commit", "git_uncommitted_changes")
+    return {**record.get("versions", {}), **{name: record.get(name) for name in named}}
+
+
+def differing_circumstances(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return "threads 1, now 2" and so on, for what differs between two records."""
+    before, after = circumstances(then), circumstances(now)
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return [f"{name} {before.get(name)}, now {after.get(name)}" for name in names]
 
 
 def _git(*arguments: str) -> str:

@@ -313,7 +313,7 @@ def spelled_control(text: str, tokenizer: "Tokenizer") -> str | None:
 
 def _refuse_control_text(problem: Problem, tokenizer: "Tokenizer") -> None:
     """Raise ValueError where a problem spells a control token."""
-    fields = (problem.problem, problem.problem_en, problem.solution_en)
-    token = spelled_control("\n".join(field for field in fields if field), tokenizer)
+    fields = (problem.problem, problem.problem_en, problem.solution_en, problem.answer)
+    token = spelled_control("\n".join(str(field) for field in fields if field), tokenizer)
     if token:
         raise ValueError(f"problem {problem.id!r} spells the control token {token!r}; drop it")

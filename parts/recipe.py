@@ -31,6 +31,7 @@ PARENTS = {
     "ssopd": "grpo",
 }
 METHODS = tuple(PARENTS)
+LEAST_TEMPERATURE = 1e-6  # logits divided by less overflow
 GROUPED = tuple(method for method, parent in PARENTS.items() if parent == "grpo")
 DISTILLED = tuple(method for method, parent in PARENTS.items() if parent == "copsd")
 LABELS = ("reference", "garbage")  # completions that nobody samples, learned as hard labels
@@ -38,7 +39,8 @@ SCORED = ("student", "teacher")  # completions on which the student learns a tea
 COMPLETIONS = (*SCORED, *LABELS)
 # Who chose the values that a method has of its own.
 CHOSEN_BY = {"grpo": "OPSD", "opsdc": "OPSDC", "ophsd": "OPHSD", "egrsd": "EGRSD", "ssopd": "SSOPD"}
-Needs = dict[str, tuple[Any, ...]]  # of a setting: by another's name, the values it goes with
+Needs = dict[str, tuple[Any, ...] | range]  # of a setting: by another's name, values it goes with
+SOME = range(1, 2**63)  # of a count: 1 or more
 NOTELESS = ("solution", "brief")  # what a teacher reads that is the same at every step
 OWN_SETTINGS = {  # flags of a run that an experiment sets by itself
     "method": "it trains with several",
@@ -421,7 +423,7 @@ class Config:
     temperature: float = rollouts(
         1.1,
         "Divides the logits, of the rollouts and of all distributions in the loss.",
-        above=0,
+        least=LEAST_TEMPERATURE,
         grpo=1.2,
         opsdc=1.0,
     )
@@ -468,7 +470,7 @@ class Config:
         "Rows of logits that exist at a time. Without it: 256, and 1024 for a divergence that runs "
         "compiled on CUDA.",
         least=1,
-        most=10**6,
+        most=8192,
     )
     sample_rows: int = machine(256, "Completions decoded at once.", least=1)
     gradient_checkpointing: bool = machine(
@@ -518,6 +520,7 @@ class Config:
         32,
         "Training problems set aside for --eval-every. They are neither trained on nor reported.",
         least=1,
+        needs={"eval_every": SOME},
     )
 
 

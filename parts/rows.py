@@ -85,7 +85,7 @@ def _escape_advice(error: json.JSONDecodeError) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    (_, header), *lines = _table_lines(path) or [(0, [])]
+    (_, header), *lines = _table_lines(path, strict=True) or [(0, [])]
     header = _columns(header)
     for number, fields in lines:
         if fields:
@@ -100,10 +100,16 @@ def _table_lines(path: Path, **options: Any) -> list[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), **options)
     # By default csv refuses fields of more than 131,072 characters, be they read or not.
     limit = csv.field_size_limit(2**31 - 1)
+    rows: list[tuple[int, list[str]]] = []
     try:
-        return [(reader.line_num, fields) for fields in reader]
+        for fields in reader:
+            rows.append((reader.line_num, fields))
+        return rows
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from error
+        first = rows[-1][0] + 1 if rows else 1  # line of the row that cannot be read
+        is_open = str(error) == "unexpected end of data"
+        said = "a quotation mark is not closed" if is_open else str(error)
+        raise ValueError(f"line {first}: {said}") from error
     finally:
         csv.field_size_limit(limit)
 

@@ -38,7 +38,7 @@ from parts.files import (
     write_sealed,
     write_text,
 )
-from parts.identity import provenance, recorded_identity
+from parts.identity import differing_circumstances, provenance, recorded_identity
 from parts.stops import stop_signals as stop_signals  # stays importable from here
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
@@ -96,15 +96,18 @@ class Run:
     def create(self, config: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
         """Make the folder, claim it and write its record, unless a run of this config already has.
 
-        Returns what is to be said: whom it was taken over from. ValueError: another process has it.
+        Returns what is to be said: whom it was taken over from, and what has changed since it was
+        begun that the result may depend on. ValueError: another process has it.
         """
         record = {self.record: config, "identity": identity, **provenance()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        taken_over = owner.claim(self.folder)
+        said = [owner.claim(self.folder)]
         self.check(config, identity)  # another process may have made it since it was looked at
         if not self.record_file.is_file():
             write_sealed(self.record_file, record)
-        return taken_over
+        elif changed := differing_circumstances(read_sealed(self.record_file), record):
+            said.append(f"{self.folder} was begun with {'; '.join(changed)}: results may differ")
+        return "\n".join(filter(None, said)) or None
 
     def claim(self) -> str | None:
         """Make this process the owner of a folder that is a run's already, before it is read.

@@ -21,6 +21,7 @@ from parts.batch import Batch, Row
 from parts.copies import sampling_copies
 from parts.family import check_family, check_modules, context_length
 from parts.model import token_count
+from parts.recipe import LEAST_TEMPERATURE
 
 # Steps from one look at the chosen ids to the next, by device; elsewhere 1. A look waits for the
 # device, and what a row generates past its end in between is thrown away.
@@ -39,7 +40,7 @@ class SamplingParams:
     """Say how tokens are chosen. Raises ValueError on a value outside its range.
 
     max_new_tokens  tokens per completion, 1 or more; EOS counts
-    temperature     0 or more, divides the logits; 0 is greedy: always the most likely id, with
+    temperature     1e-6 or more, divides the logits; 0 is greedy: always the most likely id, with
                     log-probs at temperature 1
     top_p           in (0, 1], keep the fewest most likely ids that reach this probability together
                     (the nucleus); 1 is off
@@ -57,9 +58,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}", "1 or more")
         _require(
-            0 <= self.temperature < float("inf"),
+            self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < float("inf"),
             f"temperature is {self.temperature}",
-            "0 (greedy) or more",
+            f"0 (greedy), or {LEAST_TEMPERATURE:g} or more",
         )
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}", "above 0, up to 1 (off)")
         _require(self.top_k >= 0, f"top_k is {self.top_k}", "0 (off) or more")

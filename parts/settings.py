@@ -17,6 +17,7 @@ from parts.recipe import (
     DISTILLED,
     GROUPED,
     LABELS,
+    LEAST_TEMPERATURE,
     NOTELESS,
     Config,
     largest_step,
@@ -124,6 +125,9 @@ def check_run(config: Config) -> None:
             f"--eval-temperature is 0, so that --eval-samples {config.eval_samples} would be "
             "equal; valid: --eval-samples 1, or a temperature above 0"
         )
+    if 0 < config.eval_temperature < LEAST_TEMPERATURE:
+        valid = f"0, or {LEAST_TEMPERATURE:g} or more"
+        raise ValueError(f"--eval-temperature is {config.eval_temperature}; valid: {valid}")
     targets = [target.strip() for target in config.lora_targets.split(",")]
     if len(set(targets)) < len(targets) or "" in targets:
         valid = "names of layers, each once, separated by commas"
@@ -167,8 +171,17 @@ def idle_settings(given: dict[str, Any], config: Config) -> dict[str, str]:
             value = getattr(config, name)
             if f.name in given and value not in values:
                 other = "--" + name.replace("_", "-")
-                valid = f"{other} {', '.join(map(str, values))}"
-                idle.setdefault(f.name, f"{_flag(f)} is for {valid}; here {other} is {value}")
+                is_count = isinstance(values, range)
+                valid = f"{values.start} or more" if is_count else ", ".join(map(str, values))
+                said = f"{_flag(f)} is for {other} {valid}; here {other} is {value}"
+                idle.setdefault(f.name, said)
+    if not config.eval_problems and not config.eval_every:
+        for name in ("eval_samples", "eval_temperature", "eval_top_p"):
+            if name in given:
+                flag = "--" + name.replace("_", "-")
+                idle[name] = f"{flag} is for an evaluation; here --eval-problems is 0"
+    if config.token_budget is not None and "steps" in given:
+        idle["steps"] = "--steps and --token-budget both say where a run ends; leave one"
     return idle
 
 
@@ -184,6 +197,12 @@ def doubts_of(config: Config) -> list[str]:
             "warning: an unclipped forward KL with a teacher that follows the student collapsed "
             "in OPSDC's paper (MATH-500 5.7 against 95.7); valid are --divergence reverse_kl, "
             "a --clip-mode, or --teacher fixed"
+        )
+    clips = (config.clip_low, config.clip_high) != (Config.clip_low, Config.clip_high)
+    if clips and config.method in GROUPED and config.inner_epochs == 1:
+        warnings.append(
+            "warning: --clip-low and --clip-high act from a batch's second update on, and "
+            "--inner-epochs is 1"
         )
     if follows and config.teacher == "copy" and config.teacher_every == 1:
         warnings.append("warning: --teacher-every 1 collapsed in OPSDC's paper; it has 50")

@@ -41,9 +41,12 @@ def rollout_seed(config: Config, step: int) -> int:
 
 
 def share_done(config: Config, step: int, sampled_tokens: int) -> float:
-    """Return how much of the run is done after `step`, of its token budget or else of its steps."""
+    """Return how much of the run is done after `step`, of its token budget or else of its steps.
+
+    1 at its end, also where the last step samples past the budget.
+    """
     if config.token_budget:
-        return sampled_tokens / config.token_budget
+        return min(1.0, sampled_tokens / config.token_budget)
     return step / config.steps
 
 

@@ -266,6 +266,12 @@ TRAIN = {
     "groups of one": typed("--method", "grpo", "--group-size", "1"),
     "groups that do not fit": typed("--method", "grpo", "--batch-size", "12"),
     "problems below 0": typed("--eval-problems", "-1"),
+    "a temperature that overflows": typed("--temperature", "1e-38"),
+    "an evaluation's temperature that overflows": typed("--eval-temperature", "1e-38"),
+    "samples of no evaluation": typed("--eval-problems", "0", "--eval-samples", "5"),
+    "problems set aside for no look": typed("--dev-problems", "5"),
+    "two ends": typed("--steps", "5", "--token-budget", "100000"),
+    "an answer with a control token": data_of(json.dumps({**ROW, "answer": "16<|im_end|>"}) + "\n"),
 }
 EVAL = {
     **MODELS,
@@ -274,6 +280,11 @@ EVAL = {
     "no samples": typed("--samples", "0"),
     "samples without end": typed("--samples", str(10**12)),
     "greedy samples": typed("--greedy", "--samples", "3"),
+    "a greedy cut": typed("--greedy", "--top-k", "5"),
+    "a cut at temperature 0": typed("--temperature", "0", "--top-p", "0.5"),
+    "a revision of a file": typed("--benchmark", "lab/problems/hau/test.jsonl", "--revision", "v1"),
+    "a temperature that overflows": typed("--temperature", "1e-38"),
+    "flags before report": typed("--lang", "hau", "report", "nowhere"),
     "no problems": typed("--limit", "0"),
     "no rows": typed("--batch-rows", "0"),
     "a benchmark that is nowhere": typed("--benchmark", "nowhere"),
@@ -421,6 +432,12 @@ EXPORT = {
     "a pipe as file": a_pipe("--file"),
     "a file below a file": lambda folder: ["--file", str(folder / "README.md" / "x.jsonl")],
     "problems below 0": typed("--eval-problems", "-1"),
+    "a temperature that overflows": typed("--temperature", "1e-38"),
+    "an evaluation's temperature that overflows": typed("--eval-temperature", "1e-38"),
+    "samples of no evaluation": typed("--eval-problems", "0", "--eval-samples", "5"),
+    "problems set aside for no look": typed("--dev-problems", "5"),
+    "two ends": typed("--steps", "5", "--token-budget", "100000"),
+    "an answer with a control token": data_of(json.dumps({**ROW, "answer": "16<|im_end|>"}) + "\n"),
 }
 REPORT = {
     "nothing to report on": typed(),

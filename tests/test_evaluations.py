@@ -89,17 +89,20 @@ def test_runs_that_were_sampled_differently_are_said_to_be(tmp_path, two_evaluat
     said = run_cli(*report).stdout
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     rows = [f"| {code} | temperature | warm: 1.0, cool: 0.3 |" for code in ("hau", "swa")]
-    assert "## These runs were sampled differently" in text
+    assert "## These runs were made differently" in text
     assert all(row in text for row in rows) and text.count("warm: ") == 2
-    assert "These runs were sampled differently" in said and "warm: 1.0, cool: 0.3" in said
+    assert "These runs were made differently" in said and "warm: 1.0, cool: 0.3" in said
     # Another seed is no other way of sampling; another dtype is one.
     first = finished(two_evaluations[0])["hau"]
     settings = first.record["settings"] | {"seed": 9}
     identity = first.record["identity"] | {"dtype": "bfloat16"}
-    other = replace(first, record={"settings": settings, "identity": identity})
+    versions = first.record["versions"] | {"torch": "2.0"}
+    changed = {"settings": settings, "identity": identity, "versions": versions, "threads": 77}
+    other = replace(first, record=first.record | changed)
     name = first.view.name
+    assert [row[1] for row in differing_rows("hau", first, other)] == ["dtype", "torch", "threads"]
     row = ["hau", "dtype", f"{name}: float32, {name}: bfloat16"]
-    assert differing_rows("hau", first, other) == [row]
+    assert differing_rows("hau", first, other)[0] == row
 
 
 def test_the_reports_curve_holds_every_k(two_evaluations):

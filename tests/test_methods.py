@@ -23,11 +23,12 @@ from parts.lora import teacher_view
 from parts.microbatch import Limit
 from parts.prompts import encode_prompt, find_language, render_prompt
 from parts.readings import render_witness
-from parts.recipe import METHODS
+from parts.recipe import METHODS, Config
 from parts.sampler import Rollout
 from parts.settings import doubts_of
 from parts.setup import configure, prepare
 from parts.steplog import Tally
+from parts.steps import share_done
 from parts.view import StepView
 
 SMALL = {
@@ -250,6 +251,19 @@ def test_what_collapsed_elsewhere_is_warned_of(tmp_path):
     assert doubts_of(replace(config, loss_over="sampled")) == []
     ssopd, _ = configure({"method": "ssopd", "teacher": "copy"})
     assert any("unclipped forward KL" in said for said in doubts_of(ssopd))
+
+
+def test_a_run_is_done_where_its_last_step_samples_past_the_budget():
+    config = Config(token_budget=600)
+    assert [share_done(config, 3, tokens) for tokens in (150, 600, 800)] == [0.25, 1.0, 1.0]
+    assert share_done(Config(steps=4), 3, 800) == 0.75
+
+
+def test_a_clip_that_no_second_update_meets_is_doubted():
+    config = Config(method="grpo", clip_high=0.28)
+    assert any("--inner-epochs is 1" in said for said in doubts_of(config))
+    for other in ({"inner_epochs": 2}, {"clip_high": 0.2}, {"method": "copsd"}):
+        assert doubts_of(replace(config, **other)) == []
     assert doubts_of(replace(ssopd, clip_mode="entry")) == []
     every = replace(config, divergence="reverse_kl", teacher_every=1)
     assert any("--teacher-every 1 collapsed" in said for said in doubts_of(every))

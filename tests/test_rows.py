@@ -99,6 +99,8 @@ def test_a_csv_field_may_be_quoted(tmp_path):
         ("a.tsv", "question\tanswer\nx\t1\t2\n", "line 2: 3 fields where the header has 2"),
         ("a.tsv", "question\tanswer\nx\t1\ny\n", "line 3: 1 fields where the header has 2"),
         ("a.csv", "question,answer\nx,1\ny\n", "line 3: 1 fields where the header has 2"),
+        ("a.csv", 'question,answer\nx,1\ny,"5\nz,6\n', "line 3: a quotation mark is not closed"),
+        ("a.csv", 'question,answer\nx,1\n"y"z,5\n', "line 3: ',' expected after"),
         ("a.parquet", "not parquet at all", ".*not a parquet file"),
         ("a.txt", "x", "unknown extension '.txt'; valid: .jsonl, .json, .tsv, .csv, .parquet"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parts import runs
-from parts.files import append_rows, read_json, read_rows, read_sealed, write_json
+from parts.files import append_rows, read_json, read_rows, read_sealed, write_json, write_sealed
 from parts.runs import Run, last_adapter_folder, stop_signals
 
 
@@ -29,6 +29,18 @@ def test_a_run_of_other_settings_or_other_weights_is_refused_by_name(tmp_path):
         run.check({"lr": 1, "seed": 1})
     with pytest.raises(ValueError, match="differs in base_weights;"):
         run.check({"lr": 1, "seed": 0}, {"base_weights": "bb"})
+
+
+def test_a_run_that_goes_on_with_other_versions_or_threads_is_told_so(tmp_path):
+    run = Run(tmp_path / "run")
+    assert run.create({"lr": 1}, {}) is None
+    assert run.create({"lr": 1}, {}) is None
+    record = read_sealed(run.record_file)
+    versions = record["versions"] | {"torch": "2.0"}
+    write_sealed(run.record_file, record | {"versions": versions, "threads": 77})
+    said = run.create({"lr": 1}, {})
+    now = f"torch 2.0, now {record['versions']['torch']}; threads 77, now {record['threads']}"
+    assert said == f"{run.folder} was begun with {now}: results may differ"
 
 
 def test_a_record_that_is_there_is_not_written_again(tmp_path):

@@ -37,7 +37,7 @@ def write_recipe(folder: Path, **entries: Any) -> Path:
         ("kl_coef", [0.0, 2.0], [-0.1]),
         ("batch_size", [1], [0]),
         ("english_share", [0.0, 1.0], [-0.1, 1.1]),
-        ("temperature", [1e-9, 2.0], [0.0, -1.0]),
+        ("temperature", [1e-6, 2.0], [0.0, -1.0]),
         ("top_p", [1e-9, 1.0], [0.0, 1.1]),
         ("top_k", [0, 50], [-1]),
         ("max_new_tokens", [1], [0]),
