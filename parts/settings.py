@@ -161,6 +161,8 @@ def refuse_idle(given: dict[str, Any], config: Config) -> None:
     """
     for why in idle_settings(given, config).values():
         raise ValueError(why)
+    if {"steps", "token_budget"} <= given.keys():
+        raise ValueError("--steps and --token-budget both say where a run ends; leave one")
 
 
 def idle_settings(given: dict[str, Any], config: Config) -> dict[str, str]:
@@ -180,8 +182,6 @@ def idle_settings(given: dict[str, Any], config: Config) -> dict[str, str]:
             if name in given:
                 flag = "--" + name.replace("_", "-")
                 idle[name] = f"{flag} is for an evaluation; here --eval-problems is 0"
-    if config.token_budget is not None and "steps" in given:
-        idle["steps"] = "--steps and --token-budget both say where a run ends; leave one"
     return idle
 
 
