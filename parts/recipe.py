@@ -640,12 +640,12 @@ def largest_step(config: Config) -> int:
 
 
 def keeps_prompts(config: Config) -> bool:
-    """Say whether the teacher makes the same of a problem's prompt at every step.
+    """Say whether training reads a teacher's prompts again, and the teacher makes the same of them.
 
     Its weights are fixed, and it reads no note and no completion that training has written.
     """
-    reads_the_same = config.teacher_reads in NOTELESS and config.method != "ssopd"
-    return config.teacher == "fixed" and reads_the_same
+    is_read = config.method in DISTILLED and config.completion not in LABELS
+    return is_read and config.teacher == "fixed" and config.teacher_reads in NOTELESS
 
 
 def divergence_options(config: Config) -> dict[str, Any]:
