@@ -28,11 +28,13 @@ MAX_SKIPPED = 3  # updates in a row without a finite gradient before a run gives
 def draw_problems(setup: Setup, count: int, *, step: int, draw: int = 0) -> list[Problem]:
     """Return the problems of a step, the first --english-share of them posed in English.
 
-    draw  counts the further draws that a step may ask for; they follow orders of their own
+    draw  counts the further draws that a step may ask for; they follow orders of their own, and
+          the share is of each draw
     """
     config = setup.config
     order = pick_order(len(setup.train), seed=config.seed + draw, step=step - 1, batch=count)
-    return pose_in_english([setup.train[index] for index in order], config.english_share)
+    problems = [setup.train[index] for index in order]
+    return pose_in_english(problems, config.english_share, step=step)
 
 
 def rollout_seed(config: Config, step: int) -> int:
