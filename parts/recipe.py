@@ -166,7 +166,10 @@ class Config:
         None, "Stop at so many sampled tokens, in place of --steps.", source="ours", least=1
     )
     warm_start: str | None = task(
-        None, "A run's folder, from whose last adapter to start, as COPSD then GRPO.", source="ours"
+        None,
+        "A run's folder, from whose last adapter to start, as COPSD then GRPO. A fixed teacher and "
+        "the initial model of --kl-coef stay the base, without it.",
+        source="ours",
     )
 
     divergence: str = objective(
@@ -361,7 +364,8 @@ class Config:
     )
     kl_coef: float = grpo(
         0.0,
-        "The weight of the KL to the initial model, which costs another forward pass.",
+        "The weight of the KL to the initial model, which costs another forward pass. That is the "
+        "base without any adapter, with --warm-start, too.",
         least=0,
     )
     loss_norm: str = grpo(
