@@ -614,7 +614,7 @@ def train(
             finished = loop(setup, run, view)
     except FloatingPointError as error:
         if ranks.is_first():
-            program.say_error(f"{error}; {run.folder} keeps the last save")
+            program.say_error(f"{error}; {run.kept()}")
             if best := write_best(run):
                 say(console, best)
         return 1

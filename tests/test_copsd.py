@@ -438,6 +438,14 @@ def run_cli(*arguments: str):
     return CliRunner().invoke(commands.copsd, list(arguments))
 
 
+def test_a_run_whose_numbers_end_says_what_it_keeps_and_no_more(tmp_path):
+    """It kept "the last save" where nothing had been saved."""
+    small = ["--steps", "1", "--batch-size", "4", "--eval-problems", "0", "--max-new-tokens", "8"]
+    result = run_cli("train", *small, "--lr", "1e30", "--out", str(tmp_path / "run"))
+    assert result.exit_code == 1 and not (tmp_path / "run" / "resume").exists()
+    assert f"; {tmp_path / 'run'} keeps nothing but its settings; " in result.stderr
+
+
 def test_train_prints_the_table_and_a_second_call_finds_the_finished_run(tmp_path):
     small = ["--steps", "1", "--batch-size", "4", "--eval-problems", "6", "--eval-samples", "2"]
     flags = [*small, "--out", str(tmp_path / "r")]
