@@ -624,7 +624,7 @@ def train(
         say(console, f"stopped and saved; the same command goes on in {run.folder}")
         return 1 if view.collapsed else 130
     after = measure_once(setup, run, console, "after")
-    measure.print_change(before, after, console)
+    measure.print_change(before, after, console, config)
     took = f"done in {time.monotonic() - started:.0f} s"
     say(console, f"{took}; logs, completions and adapters: {run.folder}")
     say(console, f"next: {evaluation_command(setup, run.folder)}")

@@ -36,6 +36,7 @@ DISTILLED = tuple(method for method, parent in PARENTS.items() if parent == "cop
 LABELS = ("reference", "garbage")  # completions that nobody samples, learned as hard labels
 SCORED = ("student", "teacher")  # completions on which the student learns a teacher's distribution
 COMPLETIONS = (*SCORED, *LABELS)
+DIVERGENCES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD"}  # as shown
 # Who chose the values that a method has of its own.
 CHOSEN_BY = {"grpo": "OPSD", "opsdc": "OPSDC", "ophsd": "OPHSD", "egrsd": "EGRSD", "ssopd": "SSOPD"}
 Needs = dict[str, tuple[Any, ...]]  # of a setting: by another's name, the values it goes with
@@ -175,7 +176,7 @@ class Config:
     divergence: str = objective(
         "forward_kl",
         "How student and teacher are compared. forward_kl is KL(teacher || student).",
-        choices=("forward_kl", "reverse_kl", "jsd"),
+        choices=tuple(DIVERGENCES),
         opsdc="reverse_kl",
         ophsd="reverse_kl",
     )

@@ -459,7 +459,7 @@ def test_train_prints_the_table_and_a_second_call_finds_the_finished_run(tmp_pat
         "greedy accuracy",
         "pass@2",
         "format rate",
-        "KL to the teacher",
+        "forward KL to the teacher, nats/token",
     )
     assert all(said in result.stdout for said in (*tables, "next: python eval.py"))
     before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
@@ -468,6 +468,18 @@ def test_train_prints_the_table_and_a_second_call_finds_the_finished_run(tmp_pat
     assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
     changed = run_cli("train", *flags, "--lr", "0.1")
     assert changed.exit_code == 2 and "differs in lr" in changed.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [([], "forward KL"), (["--divergence", "jsd"], "JSD"), (["--method", "opsdc"], "reverse KL")],
+)
+def test_a_step_is_shown_with_the_name_of_its_divergence(tmp_path, flags, name):
+    small = ["--steps", "1", "--batch-size", "2", "--eval-problems", "0", "--max-new-tokens", "8"]
+    result = run_cli("train", *small, *flags, "--out", str(tmp_path / "run"))
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("step 1/1")]
+    assert f"  {name} " in line
+    assert "loss/kl_nats_per_token" in jsonl(tmp_path / "run" / "metrics.jsonl")[0]
 
 
 def test_languages_prints_every_language():
