@@ -287,15 +287,15 @@ def roll_out_groups(setup: Setup, problems: list[Problem], *, seed: int) -> list
 
 
 def replace_dead(setup: Setup, groups: list[Group], *, step: int, seed: int) -> list[Group]:
-    """Draw other problems in place of dead groups, up to MAX_DRAWS times.
+    """Draw other problems in place of dead groups, up to MAX_DRAWS times, while there are others.
 
     Returns all groups that were drawn, those that are not dead first.
     """
     wanted = len(groups)
     for draw in range(1, MAX_DRAWS + 1):
         missing = wanted - sum(not group.dead for group in groups)
-        if missing > 0:
-            problems = steps.draw_problems(setup, missing, step=step, draw=draw)
+        taken = [group.problem for group in groups]
+        if problems := steps.draw_others(setup, missing, taken, step=step, draw=draw):
             groups = groups + roll_out_groups(setup, problems, seed=seed + 10**9 * draw)
     return sorted(groups, key=lambda group: group.dead)
 
@@ -614,7 +614,7 @@ def train(
             finished = loop(setup, run, view)
     except FloatingPointError as error:
         if ranks.is_first():
-            program.say_error(f"{error}; {run.folder} keeps the last save")
+            program.say_error(f"{error}; {run.kept()}")
             if best := write_best(run):
                 say(console, best)
         return 1
@@ -624,7 +624,7 @@ def train(
         say(console, f"stopped and saved; the same command goes on in {run.folder}")
         return 1 if view.collapsed else 130
     after = measure_once(setup, run, console, "after")
-    measure.print_change(before, after, console)
+    measure.print_change(before, after, console, config)
     took = f"done in {time.monotonic() - started:.0f} s"
     say(console, f"{took}; logs, completions and adapters: {run.folder}")
     say(console, f"next: {evaluation_command(setup, run.folder)}")

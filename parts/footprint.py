@@ -183,9 +183,11 @@ def footprint(
 
 def _kept_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
     """Return the bytes of the prompts that the fixed teacher keeps, if no step repeats one."""
-    if config.method not in DISTILLED or not keeps_prompts(config):
+    if not keeps_prompts(config):
         return 0
-    prompts = config.batch_size * (config.steps or 1) + config.eval_problems
+    if config.token_budget is not None:
+        return KEPT_BYTES  # nobody knows how many steps there will be
+    prompts = config.batch_size * config.steps + config.eval_problems
     column = 2 * shape.kv_heads * shape.head_size * size
     return min(KEPT_BYTES, prompts * lengths.teacher * column * shape.layers)
 

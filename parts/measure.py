@@ -27,14 +27,14 @@ from parts.prompts import (
     languages,
     pose_in_english,
 )
-from parts.recipe import Config
+from parts.recipe import DIVERGENCES, NOTELESS, Config
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.tables import estimates_table, print_table
 from parts.view import SamplingProgress, say
 
 GREEDY_NAME = "greedy accuracy"
 ENGLISH_METRICS = ("format rate", "in the problem's language", "mean tokens")  # beside it
-KL_NAME = "KL to the teacher, nats/token"
+KL_NAME = "KL to the teacher, nats/token"  # where it is kept; kl_title says which it is
 Columns = dict[str, dict[str, Estimate]]  # by language, an ISO 639-3 code, then by metric
 
 
@@ -253,10 +253,29 @@ def measure_languages(
     return columns
 
 
-def print_change(before: Columns, after: Columns, console: Console) -> None:
+def kl_title(config: Config) -> str:
+    """Return what the KL_NAME of a run is in a table: which divergence, and from which teacher.
+
+    A held-out problem has no note, no completion and no solution but its own. Where the teacher
+    reads one of these in training, "with the solution" says what it reads here.
+
+    >>> kl_title(Config(divergence="jsd")), kl_title(Config(teacher_reads="plan"))
+    ('JSD to the teacher, nats/token', 'forward KL to the teacher with the solution, nats/token')
+    """
+    has_own = config.teacher_reads in NOTELESS and config.method != "ssopd"
+    reads_the_same = has_own and not config.swap_solutions and not config.answer_only
+    teacher = "the teacher" if reads_the_same else "the teacher with the solution"
+    return f"{DIVERGENCES[config.divergence]} to {teacher}, nats/token"
+
+
+def print_change(before: Columns, after: Columns, console: Console, config: Config) -> None:
     """Print a table a language, with both evaluations side by side, then a line a language."""
+    titles = {KL_NAME: kl_title(config)}
     for code in before:
-        both = {"before": before[code], "after": after[code]}
+        both = {
+            when: {titles.get(name, name): estimate for name, estimate in found[code].items()}
+            for when, found in (("before", before), ("after", after))
+        }
         print_table(estimates_table(find_language(code).english, both), console)
     for code in before:
         ends = [found[code][GREEDY_NAME].value for found in (before, after)]

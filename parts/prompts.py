@@ -143,12 +143,15 @@ def named_language(name: str) -> Language | None:
         return None
 
 
-def pose_in_english(problems: list[Problem], share: float) -> list[Problem]:
+def pose_in_english(problems: list[Problem], share: float, *, step: int = 1) -> list[Problem]:
     """Return the problems with the first `share` of them posed in English.
 
+    step  from 1. Where the share is no whole number of a step's problems, what rounding leaves over
+          is carried to the steps after it, so that the share holds over a run
     A problem that has no English side stays as it is.
     """
-    count = round(share * len(problems))
+    before, after = (round(share * len(problems) * past) for past in (step - 1, step))
+    count = after - before
     english = [
         replace(problem, problem=problem.problem_en, language="eng")
         if problem.problem_en

@@ -37,6 +37,7 @@ DISTILLED = tuple(method for method, parent in PARENTS.items() if parent == "cop
 LABELS = ("reference", "garbage")  # completions that nobody samples, learned as hard labels
 SCORED = ("student", "teacher")  # completions on which the student learns a teacher's distribution
 COMPLETIONS = (*SCORED, *LABELS)
+DIVERGENCES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD"}  # as shown
 # Who chose the values that a method has of its own.
 CHOSEN_BY = {"grpo": "OPSD", "opsdc": "OPSDC", "ophsd": "OPHSD", "egrsd": "EGRSD", "ssopd": "SSOPD"}
 Needs = dict[str, tuple[Any, ...] | range]  # of a setting: by another's name, values it goes with
@@ -168,13 +169,16 @@ class Config:
         None, "Stop at so many sampled tokens, in place of --steps.", source="ours", least=1
     )
     warm_start: str | None = task(
-        None, "A run's folder, from whose last adapter to start, as COPSD then GRPO.", source="ours"
+        None,
+        "A run's folder, from whose last adapter to start, as COPSD then GRPO. A fixed teacher and "
+        "the initial model of --kl-coef stay the base, without it.",
+        source="ours",
     )
 
     divergence: str = objective(
         "forward_kl",
         "How student and teacher are compared. forward_kl is KL(teacher || student).",
-        choices=("forward_kl", "reverse_kl", "jsd"),
+        choices=tuple(DIVERGENCES),
         opsdc="reverse_kl",
         ophsd="reverse_kl",
     )
@@ -363,7 +367,8 @@ class Config:
     )
     kl_coef: float = grpo(
         0.0,
-        "The weight of the KL to the initial model, which costs another forward pass.",
+        "The weight of the KL to the initial model, which costs another forward pass. That is the "
+        "base without any adapter, with --warm-start, too.",
         least=0,
     )
     loss_norm: str = grpo(
@@ -643,12 +648,12 @@ def largest_step(config: Config) -> int:
 
 
 def keeps_prompts(config: Config) -> bool:
-    """Say whether the teacher makes the same of a problem's prompt at every step.
+    """Say whether training reads a teacher's prompts again, and the teacher makes the same of them.
 
     Its weights are fixed, and it reads no note and no completion that training has written.
     """
-    reads_the_same = config.teacher_reads in NOTELESS and config.method != "ssopd"
-    return config.teacher == "fixed" and reads_the_same
+    is_read = config.method in DISTILLED and config.completion not in LABELS
+    return is_read and config.teacher == "fixed" and config.teacher_reads in NOTELESS
 
 
 def divergence_options(config: Config) -> dict[str, Any]:

@@ -186,7 +186,10 @@ def idle_settings(given: dict[str, Any], config: Config) -> dict[str, str]:
 
 
 def doubts_of(config: Config) -> list[str]:
-    """Return a line for each choice of settings that collapsed for others, or comes to nothing."""
+    """Return a line for each choice of settings that collapsed for others or misleads.
+
+    One misleads that comes to nothing, or that another setting gives a meaning hard to guess.
+    """
     warnings = []
     is_scored = config.method in (*DISTILLED, "ssopd") and config.completion not in LABELS
     follows = config.teacher != "fixed" and is_scored
@@ -214,6 +217,17 @@ def doubts_of(config: Config) -> list[str]:
             f"warning: no step learns from a renewed teacher: --steps is {config.steps}, "
             f"--teacher-every {config.teacher_every}"
         )
+    # The adapter that a warm start brings is switched off for both.
+    pulled = {
+        "the KL of --kl-coef is to": config.method in GROUPED and config.kl_coef > 0,
+        "--teacher fixed is": is_read and config.teacher == "fixed",
+    }
+    if config.warm_start:
+        warnings += [
+            f"warning: {what} the base without any adapter, not what --warm-start begins with"
+            for what, here in pulled.items()
+            if here
+        ]
     return warnings
 
 

@@ -25,14 +25,29 @@ from parts.watch import best_row, is_look_due, look
 MAX_SKIPPED = 3  # updates in a row without a finite gradient before a run gives up
 
 
-def draw_problems(setup: Setup, count: int, *, step: int, draw: int = 0) -> list[Problem]:
-    """Return the problems of a step, the first --english-share of them posed in English.
+def draw_problems(setup: Setup, count: int, *, step: int) -> list[Problem]:
+    """Return the problems of a step, the first --english-share of them posed in English."""
+    config = setup.config
+    order = pick_order(len(setup.train), seed=config.seed, step=step - 1, batch=count)
+    problems = [setup.train[index] for index in order]
+    return pose_in_english(problems, config.english_share, step=step)
 
-    draw  counts the further draws that a step may ask for; they follow orders of their own
+
+def draw_others(
+    setup: Setup, count: int, taken: list[Problem], *, step: int, draw: int
+) -> list[Problem]:
+    """Return further problems for a step, none of which is in it: fewer where there are no others.
+
+    taken  those that are in the step, in whatever language they are posed
+    draw   counts such draws of a step, from 1; each has an order of its own of all problems, and
+           --english-share is of each draw
     """
     config = setup.config
-    order = pick_order(len(setup.train), seed=config.seed + draw, step=step - 1, batch=count)
-    return pose_in_english([setup.train[index] for index in order], config.english_share)
+    everything = len(setup.train)
+    order = pick_order(everything, seed=config.seed + draw, step=step - 1, batch=everything)
+    ids = {problem.id for problem in taken}
+    others = [setup.train[index] for index in order if setup.train[index].id not in ids]
+    return pose_in_english(others[:count], config.english_share, step=step)
 
 
 def rollout_seed(config: Config, step: int) -> int:

@@ -59,6 +59,7 @@ class StepView:
                   shown
     last_rollout  what returns the newest line of completions.jsonl, to be shown below; None: no
                   rollout is shown
+    kl            what the divergence is called that stands under "KL"
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class StepView:
         console: Console,
         steps: int | None,
         last_rollout: Callable[[], dict[str, Any] | None] | None = None,
+        kl: str = "KL",
     ):
         self.console = console
         self.steps = steps
         self.last_rollout = last_rollout
+        self.titles = {title: title for title in COLUMNS} | {"KL": kl}
         self.rows: list[dict[str, Any]] = []
         self.courses: dict[str, list[float]] = {title: [] for title in SPARKED}
         self.alarms: dict[str, str] = {}
@@ -149,11 +152,13 @@ class StepView:
         bar.add_row(place, ProgressBar(total=1.0, completed=self.rows[-1]["progress"], width=room))
         lines = [", ".join(self._pace())]
         ramp = SPARKS_ASCII if self.console.options.ascii_only else SPARKS
+        widest = max(len(self.titles[title]) for title in SPARKED)
         for title, course in self.courses.items():
             if course:
                 ends = f"{course[0]:.3f} to {course[-1]:.3f}"
-                room = max(1, min(60, width - len(ends) - 8))
-                lines.append(f"{title:<6} {sparkline(course, room, ramp)} {ends}")
+                room = max(1, min(60, width - len(ends) - widest - 2))
+                named = self.titles[title].ljust(widest)
+                lines.append(f"{named} {sparkline(course, room, ramp)} {ends}")
         texts = [Text(line) for line in lines if line]
         texts += [Text(f"alarm: {name} {said}", style="red") for name, said in self.alarms.items()]
         below = [line for text in texts for line in text.wrap(self.console, width)]
@@ -169,12 +174,12 @@ class StepView:
         room = self.console.width
         columns = []
         for title in COLUMNS:
-            size = 2 + max(len(title), *(len(row.get(title, "")) for row in cells))
+            size = 2 + max(len(self.titles[title]), *(len(row.get(title, "")) for row in cells))
             if size <= room and any(title in row for row in cells):
                 columns.append(title)
                 room -= size
         table = Table(
-            *(Column(title, justify="right", no_wrap=True) for title in columns),
+            *(Column(self.titles[title], justify="right", no_wrap=True) for title in columns),
             box=None,
             header_style="bold",
         )
@@ -194,7 +199,7 @@ class StepView:
     def _print_line(self) -> None:
         """Print the newest step as one line, however narrow the console is."""
         cells = _cells(self.rows[-1])
-        texts = [f"{title} {text}" for title, text in cells.items() if title != "step"]
+        texts = [f"{self.titles[title]} {text}" for title, text in cells.items() if title != "step"]
         say(self.console, "  ".join([self._place(), *texts, *self._pace()]))
         if rollout := self._rollout():
             say(self.console, f"  {rollout[:SHOWN_ROLLOUT_LETTERS]}")

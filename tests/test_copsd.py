@@ -236,6 +236,11 @@ def test_a_share_of_the_problems_is_posed_in_english_to_both_roles(tmp_path):
     for role_prompt in (setup.student_prompt, setup.teacher_prompt):
         assert "step by step" in setup.tokenizer.decode(role_prompt(posed[0]))
     assert pose_in_english(problems, 0.0) == problems
+    # Of steps with a single problem each, every second is in English; in further draws, too.
+    drawn = [steps.draw_problems(setup, 1, step=step) for step in range(1, 9)]
+    others = [steps.draw_others(setup, 1, [], step=step, draw=1) for step in range(1, 9)]
+    for found in (drawn, others):
+        assert sum(posed.language == "eng" for (posed,) in found) == 4
 
 
 def test_micro_batches_hold_every_row_once(tmp_path):
@@ -433,6 +438,14 @@ def run_cli(*arguments: str):
     return CliRunner().invoke(commands.copsd, list(arguments))
 
 
+def test_a_run_whose_numbers_end_says_what_it_keeps_and_no_more(tmp_path):
+    """It kept "the last save" where nothing had been saved."""
+    small = ["--steps", "1", "--batch-size", "4", "--eval-problems", "0", "--max-new-tokens", "8"]
+    result = run_cli("train", *small, "--lr", "1e30", "--out", str(tmp_path / "run"))
+    assert result.exit_code == 1 and not (tmp_path / "run" / "resume").exists()
+    assert f"; {tmp_path / 'run'} keeps nothing but its settings; " in result.stderr
+
+
 def test_train_prints_the_table_and_a_second_call_finds_the_finished_run(tmp_path):
     small = ["--steps", "1", "--batch-size", "4", "--eval-problems", "6", "--eval-samples", "2"]
     flags = [*small, "--out", str(tmp_path / "r")]
@@ -446,7 +459,7 @@ def test_train_prints_the_table_and_a_second_call_finds_the_finished_run(tmp_pat
         "greedy accuracy",
         "pass@2",
         "format rate",
-        "KL to the teacher",
+        "forward KL to the teacher, nats/token",
     )
     assert all(said in result.stdout for said in (*tables, "next: python eval.py"))
     before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
@@ -455,6 +468,18 @@ def test_train_prints_the_table_and_a_second_call_finds_the_finished_run(tmp_pat
     assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
     changed = run_cli("train", *flags, "--lr", "0.1")
     assert changed.exit_code == 2 and "differs in lr" in changed.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [([], "forward KL"), (["--divergence", "jsd"], "JSD"), (["--method", "opsdc"], "reverse KL")],
+)
+def test_a_step_is_shown_with_the_name_of_its_divergence(tmp_path, flags, name):
+    small = ["--steps", "1", "--batch-size", "2", "--eval-problems", "0", "--max-new-tokens", "8"]
+    result = run_cli("train", *small, *flags, "--out", str(tmp_path / "run"))
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("step 1/1")]
+    assert f"  {name} " in line
+    assert "loss/kl_nats_per_token" in jsonl(tmp_path / "run" / "metrics.jsonl")[0]
 
 
 def test_languages_prints_every_language():

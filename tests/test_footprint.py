@@ -9,6 +9,7 @@ from parts import commands, footprint, setup
 from parts.footprint import Footprint, Lengths, read_shape
 from parts.lora import attach_lora
 from parts.model import final_hidden, load_model
+from parts.prefixes import KEPT_BYTES
 from parts.recipe import Config
 
 LENGTHS = Lengths(student=256, teacher=1024)
@@ -95,6 +96,17 @@ def test_without_a_number_a_chunk_has_the_rows_that_the_loss_takes_by_itself(qwe
     assert planned(small, Config()).chunk == 256 * 2**13 * eager
     insists = Config(compile=True, cosine_every=0)
     assert planned(small, insists).chunk == 1024 * 2**13 * compiled
+
+
+def test_kept_prompts_are_those_of_all_steps_up_to_the_room_for_them(qwen):
+    shape = read_shape(qwen, Config())
+    config = Config(batch_size=4, steps=3, eval_problems=2)
+    column = 2 * 2 * 128 * 2  # key and value, heads, their size, bytes
+    assert planned(shape, config).kept == (4 * 3 + 2) * 1024 * column * 28 < KEPT_BYTES
+    assert planned(shape, replace(config, steps=100)).kept == KEPT_BYTES
+    assert planned(shape, replace(config, token_budget=10**6)).kept == KEPT_BYTES
+    for other in ({"method": "grpo"}, {"method": "egrsd"}, {"completion": "reference"}):
+        assert planned(shape, replace(config, **other)).kept == 0
 
 
 def test_a_budget_of_positions_is_counted_by_the_longer_role(qwen):

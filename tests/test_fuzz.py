@@ -28,6 +28,7 @@ from parts.files import read_json, read_object, read_rows
 from parts.identity import recorded_fingerprint
 from parts.lora import attach_lora
 from parts.metrics import read_graded, read_summary
+from parts.recipe import Config
 from parts.runs import Run, last_adapter_folder
 from parts.settings import fill
 from parts.setup import configure
@@ -269,7 +270,7 @@ def test_the_evaluations_of_a_run(tmp_path):
         stored = run.read_evaluation("before")
         measure.check_columns(stored, path)  # type: ignore[arg-type]
         columns = measure.read_columns(stored)  # type: ignore[arg-type]
-        measure.print_change(columns, columns, Console(quiet=True))
+        measure.print_change(columns, columns, Console(quiet=True), Config())
 
     @few
     @given(any_of(EVALUATION))

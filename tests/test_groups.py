@@ -15,7 +15,7 @@ from test_grpo import QUIET, jsonl, make_setup, nudge, step_gradient
 import copsd
 import show
 from copsd import Group, roll_out_groups
-from parts import measure
+from parts import measure, steps
 from parts.grading import is_correct
 from parts.sampler import Rollout, SamplingParams
 from parts.view import StepView
@@ -117,6 +117,27 @@ def test_dead_groups_give_exactly_no_gradient(tmp_path):
         dead = [Group(group.problem, group.rollouts, [reward] * 4) for group in groups]
         assert all(group.dead for group in dead)
         assert step_gradient(setup, dead, 3).abs().max() == 0
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_a_dead_group_is_not_replaced_by_a_problem_that_is_in_the_step(tmp_path, monkeypatch, rows):
+    """With one problem in the data, it was drawn four times more; by chance, so was any other."""
+    data = tmp_path / "data.jsonl"
+    lines = Path("lab/problems/hau/train.jsonl").read_text(encoding="utf-8").splitlines()
+    data.write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
+    given = {"resample_dead_groups": True, "data": str(data), "english_share": 0.5}
+    setup, _ = make_setup(tmp_path, batch_size=4, **given)
+
+    def all_dead(setup, problems, *, seed):
+        assert problems
+        return [Group(problem, [], [0.0]) for problem in problems]
+
+    monkeypatch.setattr(copsd, "roll_out_groups", all_dead)
+    for step in range(1, 9):
+        first = all_dead(setup, steps.draw_problems(setup, 1, step=step), seed=0)
+        drawn = copsd.replace_dead(setup, first, step=step, seed=0)
+        ids = [group.problem.id for group in drawn]
+        assert len(ids) == len(set(ids)) == min(rows, 1 + copsd.MAX_DRAWS)
 
 
 def test_other_problems_replace_dead_groups_and_their_tokens_are_counted(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from parts.model import load_model, load_tokenizer
 from parts.prompts import Problem, build_prompt, pose_in_english
 from parts.recipe import Config
 from parts.sampler import SamplingParams
+from parts.setup import configure
 
 RULER = Ruler(
     max_new_tokens=40,
@@ -242,9 +243,13 @@ def test_before_and_after_stand_side_by_side_in_a_table_a_language():
         "hau": {"greedy accuracy": Estimate(0.75, 0.7, 0.8)},
         "eng": {"greedy accuracy": Estimate(0.45, 0.4, 0.5)},
     }
+    before["hau"][measure.KL_NAME] = after["hau"][measure.KL_NAME] = Estimate(0.1, 0.0, 0.2)
     stream = io.StringIO()
-    measure.print_change(before, after, Console(file=stream, width=100))
+    config = Config(divergence="jsd")
+    measure.print_change(before, after, Console(file=stream, width=100), config)
     said = stream.getvalue()
+    assert "JSD to the teacher, nats/token" in said and measure.KL_NAME not in said
+    assert measure.KL_NAME in before["hau"], "results keep their names"
     assert said.index("Hausa") < said.index("English")
     row = next(line for line in said.splitlines() if "greedy accuracy" in line)
     assert row.index("0.250 [0.200, 0.300]") < row.index("0.750 [0.700, 0.800]")
@@ -252,6 +257,26 @@ def test_before_and_after_stand_side_by_side_in_a_table_a_language():
         "Hausa: greedy accuracy 0.250 before, 0.750 after",
         "English: greedy accuracy 0.500 before, 0.450 after",
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "forward KL to the teacher"),
+        ({"method": "grpo"}, "forward KL to the teacher"),
+        ({"method": "opsdc"}, "reverse KL to the teacher"),
+        ({"method": "ophsd"}, "reverse KL to the teacher with the solution"),
+        ({"method": "ssopd"}, "forward KL to the teacher with the solution"),
+        ({"teacher_reads": "voted"}, "forward KL to the teacher with the solution"),
+        ({"swap_solutions": True}, "forward KL to the teacher with the solution"),
+        ({"answer_only": True}, "forward KL to the teacher with the solution"),
+        ({"english_solution": False}, "forward KL to the teacher"),
+    ],
+)
+def test_the_title_says_which_divergence_it_is_and_what_another_teacher_reads(given, said):
+    """All were called the KL to the teacher."""
+    config, _ = configure({**given, "out": "runs/x"})
+    assert measure.kl_title(config) == f"{said}, nats/token"
 
 
 def test_without_the_detector_the_language_is_unknown_and_its_metrics_have_no_value(monkeypatch):

@@ -489,9 +489,13 @@ def test_an_attempt_that_ran_out_of_memory_leaves_nothing_in_the_log(
         ({"teacher_reads": "explained"}, False),
         ({"teacher_reads": "voted"}, False),
         ({"method": "ssopd"}, False),
+        # What the teacher read for the KL before training was kept, and no step reads it.
+        ({"method": "grpo"}, False),
+        ({"method": "egrsd"}, False),
+        ({"completion": "reference"}, False),
     ],
 )
-def test_only_prompts_that_never_change_are_kept(tmp_path, given, kept):
+def test_only_prompts_that_never_change_and_that_steps_read_are_kept(tmp_path, given, kept):
     setup, _ = make_setup(tmp_path, **given)
     problem = setup.train[0]
     rollouts = roll_out(setup, [problem], seed=0)

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import math
 import re
 import unicodedata
 from dataclasses import FrozenInstanceError, asdict, fields, replace
@@ -326,3 +327,19 @@ def test_the_first_share_of_problems_is_posed_in_english_where_they_have_it():
     assert pose_in_english(rows, 0.5) == [english, bare, SUM, SUM]
     assert pose_in_english(rows, 1.0) == [english, bare, english, english]
     assert rows == [SUM, bare, SUM, SUM]  # the caller's list stays as it was
+
+
+@pytest.mark.parametrize(
+    ("share", "size"), [(0.06, 8), (0.5, 1), (0.3, 5), (0.29, 100), (0.5, 64), (1.0, 3)]
+)
+def test_the_share_in_english_holds_over_the_steps(share, size):
+    """0.06 of 8 problems was rounded to none at every step, and so was 0.5 of a single one."""
+    counts = []
+    for step in range(1, 101):
+        posed = pose_in_english([SUM] * size, share, step=step)
+        counts.append(sum(problem.language == "eng" for problem in posed))
+    assert sum(counts) == pytest.approx(share * size * 100)
+    least = math.floor(share * size + 1e-9)
+    assert set(counts) <= {least, least + 1}
+    if share * size == pytest.approx(least):
+        assert set(counts) == {least}, "a whole number of problems is the same at every step"

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from parts.recipe import METHODS, CompareConfig, Config, EvalConfig
-from parts.settings import check_run, check_settings, fill, range_text, read_recipe, settle
+from parts.settings import (
+    check_run,
+    check_settings,
+    doubts_of,
+    fill,
+    range_text,
+    read_recipe,
+    settle,
+)
 
 NUMBERS = [
     f.name for f in fields(Config) if isinstance(f.default, int | float) and f.type is not bool
@@ -195,3 +203,23 @@ def test_completions_that_would_be_equal_are_refused():
     with pytest.raises(ValueError, match="--eval-temperature is 0, so that --eval-samples 8"):
         check_run(Config(eval_temperature=0.0))
     check_run(Config(eval_temperature=0.0, eval_samples=1))
+
+
+def test_what_a_warm_start_does_not_begin_with_is_said():
+    """The KL of --kl-coef was 7 nats before the first update, and nothing said to what."""
+    base = "the base without any adapter, not what --warm-start begins with"
+    kl, fixed = f"warning: the KL of --kl-coef is to {base}", f"warning: --teacher fixed is {base}"
+    grpo = Config(method="grpo", warm_start="runs/x", kl_coef=0.1)
+    assert doubts_of(grpo) == [kl]
+    assert doubts_of(replace(grpo, method="ssopd")) == [kl, fixed]
+    assert doubts_of(Config(warm_start="runs/x", kl_coef=0.1)) == [fixed], "COPSD has no such term"
+    for silent in (
+        replace(grpo, warm_start=None),
+        replace(grpo, kl_coef=0.0),
+        Config(),
+        Config(warm_start="runs/x", teacher="ema"),
+        Config(warm_start="runs/x", completion="reference"),
+    ):
+        assert doubts_of(silent) == []
+    helps = {f.name: f.metadata["doc"] for f in fields(Config)}
+    assert "without any adapter" in helps["kl_coef"] and "stay the base" in helps["warm_start"]

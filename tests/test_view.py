@@ -172,6 +172,17 @@ def test_a_terminal_of_ascii_has_another_ramp():
     assert b"KL     @_ 0.500 to 0.250" in stream.buffer.getvalue()  # type: ignore[attr-defined]
 
 
+def test_the_divergence_has_its_own_name():
+    row = {"step": 1, "progress": 0.1, "loss/kl_nats_per_token": 0.5}
+    stream = io.StringIO()
+    with StepView(Console(file=stream), 9, kl="reverse KL") as view:
+        view.show(row)
+    assert stream.getvalue() == "step 1/9  reverse KL 0.5000\n"
+    header, *_ = lines = shown([row, {**row, "step": 2}], 40, kl="reverse KL")
+    assert header.split() == ["step", "reverse", "KL"]
+    assert any(line.startswith("reverse KL ▁▁ 0.500 to 0.500") for line in lines)
+
+
 def test_progress_says_how_much_was_sampled():
     stream = io.StringIO()
     with SamplingProgress(Console(file=stream), "before") as progress:

@@ -277,7 +277,8 @@ def test_a_run_that_is_no_longer_finite_still_names_its_best_adapter(tmp_path, m
     out = tmp_path / "run"
     result = run_cli("--steps", "4", "--eval-every", "1", "--dev-problems", "2", "--out", str(out))
     assert result.exit_code == 1, result.output
-    said = f"error: after this update a weight is not finite; {out} keeps the last save\n"
+    kept = f"{out} keeps the state after step 2; the same command goes on from there"
+    said = f"error: after this update a weight is not finite; {kept}\n"
     assert result.stderr == said and "error" not in result.stdout
     best = read_json(out / "best.json")
     assert f"best adapter: {out / best['adapter']}, after step {best['step']}" in result.stdout
