@@ -221,8 +221,8 @@ _NUMBER = re.compile(
         | (?:(?P<factor>{_FIGURE})(?:\s?[×x*·]\s?10\^|e)|10\^)(?P<exponent>[-+]?\d+)
         # A mixed number: 3 1/2
         | (?P<whole>\d+)\ (?P<part>[1-9]\d*/\d+)
-        # A fraction: 7/2
-        | (?P<fraction>{_FIGURE}\s?/\s?{_FIGURE})
+        # A fraction: 7/2, 3/-4
+        | (?P<fraction>{_FIGURE}\s?/\s?-?{_FIGURE})
         # A numeral without place values or with units: 1.5万, 三千五百, ፲፰. With a half behind it
         # (半) it has no clear value: 一半 is a half, and 18万半 is either of two.
         | (?P<numeral>(?:\d[\d.,]*\ ?{_HAN_UNIT}(?:\d|{_HAN})*|{_HAN}+)半?|[፩-፼]+)
@@ -321,9 +321,17 @@ def _read_mixed_number(whole: int, part: str) -> Fraction | None:
 
 
 def _read_fraction(fraction: str) -> Fraction | None:
-    """Read 7/2; None for a denominator of zero."""
-    top, bottom = (_read_figure(figure.strip()) for figure in fraction.split("/"))
-    return top / bottom if top is not None and bottom else None
+    """Read 7/2 and 3/-4; None for a denominator of zero.
+
+    None also for 1/2,3, which is rather the list of 1/2 and 3. With a decimal comma in the
+    numerator, too, it is a fraction: 1,5/2,5.
+    """
+    figures = [figure.strip().removeprefix("-") for figure in fraction.split("/")]
+    top, bottom = map(_read_figure, figures)
+    is_list = "," in figures[1] and "," not in figures[0] and not _GROUPED.fullmatch(figures[1])
+    if top is None or not bottom or is_list:
+        return None
+    return -top / bottom if "-" in fraction else top / bottom
 
 
 # Figures in groups of three by one repeated mark, which is group 1, or in Indian groups: 12,34,567
