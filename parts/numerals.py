@@ -164,10 +164,11 @@ _SAID_OF_A_VARIABLE = (
 # What may stand around a number without changing it. It is matched on the skeleton in which every
 # letter and mark has become an "a" and every number a \0.
 _PROSE = re.compile(
-    r"a+(?:-a+|\s?[/·]\s?a+)*"  # words, also joined ones: birr, km/h, twenty-one
+    r"a+(?:-a+|\.?\s?[/·]\s?a+)*"  # words, also joined ones: birr, km/h, km./h, twenty-one
     r"|\([a\s]*\)"  # a remark in parentheses: 18 (eighteen birr)
     r"|[\s.,;?\"']"  # punctuation
-    r"|\0(?:\s?/\s?a+)?"  # the number itself, and what it is divided among: $18/hour
+    # The number itself, what is joined to it, 18-year-old, and what it is divided among, $18/hour
+    r"|\0(?:(?:-a+)+|\s?/\s?a+)?"
     r"|(?<!\0):|:(?!\0)"  # a colon, but not one between two numbers, a ratio's: 1:2
 )
 
@@ -184,12 +185,14 @@ _VARIABLE = re.compile(
     # O of "1O0".
     r"[a-zß-ʯͰ-ԯ]\0"
     # A single letter after it is a variable: 2x, 2 π, 2/x. Metre, gram, litre, hour, second and
-    # franc are none (m g l h s f). Neither is the letter of d'accord or of x-axis, nor the Spanish
-    # "and" of "18 y medio", nor the "for each" of "18 a day", which in Hausa is "18 a rana".
+    # franc are none (m g l h s f). Nor is the letter of d'accord, of x-axis or of p.m., nor the
+    # Spanish "and" of "18 y medio", nor the "for each" of "18 a day", in Hausa "18 a rana".
     rf"|\0\s?/?\s?(?![mglhsf](?!\w)|y (?:medi[oa]|(?:un |tres )?cuartos?)(?!\w)|{_FOR_EACH})"
-    rf"[a-zα-ω](?!'|-?[^\W\d_]|{MARK})"
+    rf"[a-zα-ω](?!'|-?[^\W\d_]|(?<![xyz])\.(?![bcnxyz])[^\W\d_](?![^\W\d_])|{MARK})"
     # A product of usual ones is, too: 2xy, 3ab
     r"|\0\s?/?\s?(?:[xyz]{2,3}|abc?|bc)(?![^\W\d_])"
+    # Behind a hyphen any such letter may be one, also a unit's and a Cyrillic one: 18-x, 18-m
+    rf"|\0-(?:[a-zα-ωасху]|[xyz]{{2,3}}|abc?|bc)(?![^\W\d_]|{MARK})"
 )
 
 
