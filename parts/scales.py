@@ -57,7 +57,7 @@ def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
     half. Multiples grow from left to right, 18 hundred thousand; the other way they are a sum.
     """
     parts = _split(skeleton)
-    if _CHANGES in parts:
+    if _CHANGES in parts or _CHANGE_IN_PLACE.search(unicodedata.normalize("NFKD", skeleton)):
         return None
     place = parts.index(NUMBER)
     before = [part for part in parts[max(place - 1, 0) : place] if _is_scale(part)]
@@ -199,11 +199,26 @@ def _phrases_without_spaces() -> list[str]:
             *language.get("changes", []),
         )
     }
-    thai_kana_or_han = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]")
-    return sorted(filter(thai_kana_or_han.match, phrases), key=len, reverse=True)
+    return sorted(filter(_THAI_KANA_OR_HAN.match, phrases), key=len, reverse=True)
 
 
+def _changes_in_place() -> list[str]:
+    """Return patterns of the same scripts' phrases of change in which the number has its place.
+
+    They count wherever they stand, too: the เท่าของ before the number of สองเท่าของ 18, from which
+    สองเท่า, a longer phrase, takes its first half as a word.
+    """
+    return [
+        re.escape(unicodedata.normalize("NFKD", phrase)).replace(r"\ ", r"\s*").replace("0", NUMBER)
+        for language in _LANGUAGES
+        for phrase in language.get("changes", [])
+        if "0" in phrase and _THAI_KANA_OR_HAN.search(phrase)
+    ]
+
+
+_THAI_KANA_OR_HAN = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]")
 _UNSPACED = re.compile("|".join(_phrases_without_spaces()))
+_CHANGE_IN_PLACE = re.compile("|".join(_changes_in_place()))
 
 
 def _read_effects() -> dict[tuple[str, ...], Effect]:
