@@ -165,7 +165,8 @@ _SAID_OF_A_VARIABLE = (
 # letter and mark has become an "a" and every number a \0.
 _PROSE = re.compile(
     r"a+(?:-a+|\.?\s?[/·]\s?a+)*"  # words, also joined ones: birr, km/h, km./h, twenty-one
-    r"|\([a\s]*\)"  # a remark in parentheses: 18 (eighteen birr)
+    # A remark in parentheses, 18 (eighteen birr), 21 (twenty-one), but no difference: 2(x-y)
+    r"|\((?:a|\s|(?:(?<=aaa)|(?<=-aa))-(?=aa)|(?<=a)'(?=aa))*\)"
     r"|[\s.,;?\"']"  # punctuation
     # The number itself, what is joined to it, 18-year-old, and what it is divided among, $18/hour
     r"|\0(?:(?:-a+)+|\s?/\s?a+)?"
