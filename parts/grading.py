@@ -212,6 +212,8 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     choice = _CHOICE.fullmatch(plain_text(answer[:MAX_ANSWER_CHARS])) if gold_choice else None
     if gold_choice and choice:
         return choice[1], "right" if choice[1] == gold_choice[1] else "wrong"
+    if _is_same_list(answer, gold):
+        return expected, "right"
     canonical = normalise(answer, as_text=not only_number)
     if canonical is None:
         return None, "no single answer"
@@ -224,6 +226,23 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     if same is None:
         return canonical, "time-out"
     return canonical, "right" if same else "wrong"
+
+
+# The marks of a list of figures, but not the comma of thousands: 1,2 and 1, 2 and 1; 2
+_LIST_MARK = re.compile(r" ?[,;] ?(?!\d{3}(?!\d))")
+_FIGURES = re.compile(r"[-+\d./]+(?:,[-+\d./]+)+")
+
+
+def _is_same_list(answer: str, gold: str) -> bool:
+    """Return whether two texts are the same list of figures, whatever its marks and spaces.
+
+    "1,2" may be a list or a decimal, and beside such a gold both readings are honoured: 1.2 is
+    right, which `normalise` finds, and so is 1, 2.
+    """
+    figures = _LIST_MARK.sub(",", plain_text(gold[:MAX_ANSWER_CHARS]))
+    if len(answer) > MAX_ANSWER_CHARS or not _FIGURES.fullmatch(figures):
+        return False
+    return _LIST_MARK.sub(",", plain_text(answer)) == figures
 
 
 # What makes a text a formula, which a figure alone does not, as in 3:30pm; and what makes it prose.

@@ -37,8 +37,14 @@ _DELIMITER = re.compile(r"\$|(?<!\\)\\[()\[\]]")
 # What may end a text without being part of it.
 _CLOSING_MARKS = " .,;:?"
 
-# Characters for which math-verify knows only the ASCII sign or the command.
-_SIGNS = {"−": "-", "–": "-", "∞": r"\infty ", "·": r"\cdot ", "∈": r"\in "}
+# Characters for which math-verify knows only the ASCII sign or the command. The marks of a list are
+# Chinese, Arabic and Ethiopic ones.
+_SIGNS = {
+    **{"−": "-", "–": "-", "∞": r"\infty ", "·": r"\cdot ", "∈": r"\in "},
+    **dict.fromkeys("、،፣", ","),
+    **dict.fromkeys("؛፤", ";"),
+    **dict.fromkeys("。።٫", "."),
+}
 
 # math-verify takes the whole box and looks for no formula in it.
 _WHOLE_BOX = (LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False),)
@@ -133,7 +139,12 @@ def _latex(text: str) -> str:
 
 
 def _plain_character(character: str) -> str:
-    """Return the ASCII digit of a digit in any script, and the ASCII spelling of a sign."""
+    """Return the ASCII digit of a digit in any script, and the ASCII spelling of a sign.
+
+    math-verify knows no full-width characters, such as those of （1，2）.
+    """
+    if unicodedata.east_asian_width(character) == "F":
+        character = unicodedata.normalize("NFKC", character)
     return str(unicodedata.decimal(character, _SIGNS.get(character, character)))
 
 

@@ -164,10 +164,12 @@ _SAID_OF_A_VARIABLE = (
 # What may stand around a number without changing it. It is matched on the skeleton in which every
 # letter and mark has become an "a" and every number a \0.
 _PROSE = re.compile(
-    r"a+(?:-a+|\s?[/·]\s?a+)*"  # words, also joined ones: birr, km/h, twenty-one
-    r"|\([a\s]*\)"  # a remark in parentheses: 18 (eighteen birr)
+    r"a+(?:-a+|\.?\s?[/·]\s?a+)*"  # words, also joined ones: birr, km/h, km./h, twenty-one
+    # A remark in parentheses, 18 (eighteen birr), 21 (twenty-one), but no difference: 2(x-y)
+    r"|\((?:a|\s|(?:(?<=aaa)|(?<=-aa))-(?=aa)|(?<=a)'(?=aa))*\)"
     r"|[\s.,;?\"']"  # punctuation
-    r"|\0(?:\s?/\s?a+)?"  # the number itself, and what it is divided among: $18/hour
+    # The number itself, what is joined to it, 18-year-old, and what it is divided among, $18/hour
+    r"|\0(?:(?:-a+)+|\s?/\s?a+)?"
     r"|(?<!\0):|:(?!\0)"  # a colon, but not one between two numbers, a ratio's: 1:2
 )
 
@@ -184,12 +186,14 @@ _VARIABLE = re.compile(
     # O of "1O0".
     r"[a-zß-ʯͰ-ԯ]\0"
     # A single letter after it is a variable: 2x, 2 π, 2/x. Metre, gram, litre, hour, second and
-    # franc are none (m g l h s f). Neither is the letter of d'accord or of x-axis, nor the Spanish
-    # "and" of "18 y medio", nor the "for each" of "18 a day", which in Hausa is "18 a rana".
+    # franc are none (m g l h s f). Nor is the letter of d'accord, of x-axis or of p.m., nor the
+    # Spanish "and" of "18 y medio", nor the "for each" of "18 a day", in Hausa "18 a rana".
     rf"|\0\s?/?\s?(?![mglhsf](?!\w)|y (?:medi[oa]|(?:un |tres )?cuartos?)(?!\w)|{_FOR_EACH})"
-    rf"[a-zα-ω](?!'|-?[^\W\d_]|{MARK})"
+    rf"[a-zα-ω](?!'|-?[^\W\d_]|(?<![xyz])\.(?![bcnxyz])[^\W\d_](?![^\W\d_])|{MARK})"
     # A product of usual ones is, too: 2xy, 3ab
     r"|\0\s?/?\s?(?:[xyz]{2,3}|abc?|bc)(?![^\W\d_])"
+    # Behind a hyphen any such letter may be one, also a unit's and a Cyrillic one: 18-x, 18-m
+    rf"|\0-(?:[a-zα-ωасху]|[xyz]{{2,3}}|abc?|bc)(?![^\W\d_]|{MARK})"
 )
 
 
@@ -221,8 +225,8 @@ _NUMBER = re.compile(
         | (?:(?P<factor>{_FIGURE})(?:\s?[×x*·]\s?10\^|e)|10\^)(?P<exponent>[-+]?\d+)
         # A mixed number: 3 1/2
         | (?P<whole>\d+)\ (?P<part>[1-9]\d*/\d+)
-        # A fraction: 7/2
-        | (?P<fraction>{_FIGURE}\s?/\s?{_FIGURE})
+        # A fraction: 7/2, 3/-4
+        | (?P<fraction>{_FIGURE}\s?/\s?-?{_FIGURE})
         # A numeral without place values or with units: 1.5万, 三千五百, ፲፰. With a half behind it
         # (半) it has no clear value: 一半 is a half, and 18万半 is either of two.
         | (?P<numeral>(?:\d[\d.,]*\ ?{_HAN_UNIT}(?:\d|{_HAN})*|{_HAN}+)半?|[፩-፼]+)
@@ -321,9 +325,17 @@ def _read_mixed_number(whole: int, part: str) -> Fraction | None:
 
 
 def _read_fraction(fraction: str) -> Fraction | None:
-    """Read 7/2; None for a denominator of zero."""
-    top, bottom = (_read_figure(figure.strip()) for figure in fraction.split("/"))
-    return top / bottom if top is not None and bottom else None
+    """Read 7/2 and 3/-4; None for a denominator of zero.
+
+    None also for 1/2,3, which is rather the list of 1/2 and 3. With a decimal comma in the
+    numerator, too, it is a fraction: 1,5/2,5.
+    """
+    figures = [figure.strip().removeprefix("-") for figure in fraction.split("/")]
+    top, bottom = map(_read_figure, figures)
+    is_list = "," in figures[1] and "," not in figures[0] and not _GROUPED.fullmatch(figures[1])
+    if top is None or not bottom or is_list:
+        return None
+    return -top / bottom if "-" in fraction else top / bottom
 
 
 # Figures in groups of three by one repeated mark, which is group 1, or in Indian groups: 12,34,567

@@ -172,6 +172,8 @@ _REWRITES = [
         ),
         # Currency, percent: 18 $, 18\% -> 18
         (r"\\?[$%]", " "),
+        # Percent in words that begin with a hundred, before a number: ร้อยละ 18, 百分之18 -> 18
+        (rf"(?:ร้อยละ|百分之){_BEFORE_A_NUMBER}", " "),
         # East African "so many shillings": 500/=, 500/- -> 500
         (r"(?<=\d)/[=-](?!\s*\d)", " "),
         # Currency against its number: KSh500 -> 500

@@ -57,7 +57,10 @@ def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
     half. Multiples grow from left to right, 18 hundred thousand; the other way they are a sum.
     """
     parts = _split(skeleton)
-    if _CHANGES in parts:
+    if _CHANGES in parts or _CHANGE_IN_PLACE.search(unicodedata.normalize("NFKD", skeleton)):
+        return None
+    parts = _without_repetition(number, parts)
+    if parts is None:
         return None
     place = parts.index(NUMBER)
     before = [part for part in parts[max(place - 1, 0) : place] if _is_scale(part)]
@@ -80,6 +83,96 @@ def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
         else:
             number += effect.amount if number >= 0 else -effect.amount
     return number
+
+
+def _without_repetition(number: Fraction, parts: list[str | Effect]) -> list[str | Effect] | None:
+    """Return the parts without words that say the number again; None: they say another one.
+
+    They stand in parentheses, 2000 (two thousand). In front of the number, two thousand (2000),
+    only what has a scale is looked at here, and what says another number stays.
+    """
+    kept: list[str | Effect] = []
+    for part in parts:
+        kept.append(part)
+        if part == ")" and "(" in kept:
+            opening = len(kept) - 1 - kept[::-1].index("(")
+            said = _say(kept[opening + 1 : -1])
+            if said not in (None, abs(number)):
+                return None
+            if said is not None:
+                del kept[opening:]
+    place = start = kept.index(NUMBER)
+    while start and (_counts(kept[start - 1]) or kept[start - 1] in _JOINS):
+        start -= 1
+    words = kept[start:place]
+    if any(map(_is_scale, words)) and _say(words) == abs(number):
+        del kept[start:place]
+    return kept
+
+
+def _say(words: list[str | Effect]) -> Fraction | None:
+    """Return the number that words say; None: none, or not clearly one, or they count a noun.
+
+    Another word may stand beside a scale with its count, two thousand birr. Beside a mere scale it
+    may be a count that the table lacks: elfu saba. A scale alone is one of it only where the count
+    would stand after it: "1000 (thousand)" may be in thousands.
+    """
+    places = [place for place, word in enumerate(words) if _counts(word)]
+    if not places or NUMBER in words:
+        return None
+    said = words[places[0] : places[-1] + 1]
+    others = words[: places[0]] + words[places[-1] + 1 :]
+    scales = list(filter(_is_scale, said))
+    is_after = any(scale.may_precede for scale in scales)
+    lacks_count = _is_scale(said[-1 if is_after else 0])
+    is_mixed = any(not _counts(word) and word not in _JOINS for word in said)
+    is_cut = any(isinstance(word, Effect) or word in _JOINS for word in others)
+    if is_mixed or is_cut or (lacks_count and not is_after):
+        return None
+    if others and (lacks_count or not scales):
+        return None
+    return _add_from_right(said) if is_after else _add_from_left(said)
+
+
+def _add_from_left(said: list[str | Effect]) -> Fraction:
+    """Add up a numeral whose counts stand before their scales: two hundred thousand and fifty.
+
+    A scale multiplies what came before it, and from a thousand on it ends that, too.
+    """
+    total = group = Fraction(0)
+    for word in said:
+        amount = _amount(word)
+        if _is_scale(word) or (amount == 10 and 1 < group < 10):  # eight tens: แปดสิบ
+            group = (group or 1) * amount
+        else:
+            group += amount
+        if _is_scale(word) and amount >= 1000:
+            total, group = total + group, Fraction(0)
+    return total + group
+
+
+def _add_from_right(said: list[str | Effect]) -> Fraction:
+    """Add up a numeral whose counts stand after their scales: elfu mbili na mia tano.
+
+    From right to left it is as from left to right, and each of its joined terms is one of its own.
+    """
+    terms: list[list[str | Effect]] = [[]]
+    for word in said:
+        if word in _JOINS:
+            terms.append([])
+        else:
+            terms[-1].insert(0, word)
+    return sum(map(_add_from_left, terms), Fraction(0))
+
+
+def _amount(word: str | Effect) -> Fraction:
+    """Return the amount of a part; that of a join is nothing, and that of a word for one is one."""
+    return word.amount if isinstance(word, Effect) else Fraction(word in _ONES)
+
+
+def _counts(part: str | Effect) -> bool:
+    """Return whether a part is a numeral, a multiple, or a word for one that is in its place."""
+    return part in _ONES or (isinstance(part, Effect) and part.kind in ("says", "times"))
 
 
 def _is_scale(part: str | Effect) -> TypeGuard[Effect]:
@@ -199,11 +292,26 @@ def _phrases_without_spaces() -> list[str]:
             *language.get("changes", []),
         )
     }
-    thai_kana_or_han = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]")
-    return sorted(filter(thai_kana_or_han.match, phrases), key=len, reverse=True)
+    return sorted(filter(_THAI_KANA_OR_HAN.match, phrases), key=len, reverse=True)
 
 
+def _changes_in_place() -> list[str]:
+    """Return patterns of the same scripts' phrases of change in which the number has its place.
+
+    They count wherever they stand, too: the เท่าของ before the number of สองเท่าของ 18, from which
+    สองเท่า, a longer phrase, takes its first half as a word.
+    """
+    return [
+        re.escape(unicodedata.normalize("NFKD", phrase)).replace(r"\ ", r"\s*").replace("0", NUMBER)
+        for language in _LANGUAGES
+        for phrase in language.get("changes", [])
+        if "0" in phrase and _THAI_KANA_OR_HAN.search(phrase)
+    ]
+
+
+_THAI_KANA_OR_HAN = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]")
 _UNSPACED = re.compile("|".join(_phrases_without_spaces()))
+_CHANGE_IN_PLACE = re.compile("|".join(_changes_in_place()))
 
 
 def _read_effects() -> dict[tuple[str, ...], Effect]:
@@ -245,5 +353,6 @@ _EFFECTS = _read_effects()
 _JOINS = {
     word for language in _LANGUAGES for join in language.get("joins", []) for word in _phrase(join)
 }
+_ONES = {word for language in _LANGUAGES for word in _phrase(" ".join(language.get("ones", [])))}
 _OPERATORS = {word for language in _LANGUAGES for word in language.get("operators", [])}
 _LONGEST_PHRASE = max(len(phrase) for phrase in _EFFECTS)

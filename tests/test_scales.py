@@ -72,6 +72,22 @@ def test_a_numeral_that_a_join_or_an_operator_ties_to_a_number_leaves_no_answer(
 
 
 @pytest.mark.parametrize("code", LANGUAGES)
+def test_a_scale_with_its_count_may_say_the_number_again_and_no_other(code):
+    words = LANGUAGES[code]
+    counts = [(1, one) for one in words.get("ones", [])]
+    counts += [(int(amount), each[0]) for amount, each in words.get("numerals", {}).items()]
+    for size, multiples in words.get("times", {}).items():
+        if multiples[0] in ("billions", "trillions"):  # French; in sloppy English a thousandth
+            continue
+        for count, word in counts:
+            pair = (multiples[0], word) if words["count"] == "after" else (word, multiples[0])
+            number, said = count * int(size), " ".join(pair)
+            assert normalise(f"{number} ({said})") == normalise(f"{said} ({number})"), said
+            assert normalise(f"{number} ({said})") == str(number), said
+            assert normalise(f"{number + 1} ({said})") is None, said
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
 def test_a_sum_behind_a_scaled_number_leaves_no_answer(code):
     for join in LANGUAGES[code].get("joins", []):
         assert normalise(f"2 thousand {join} six") is None
