@@ -65,7 +65,7 @@ from parts.prompts import (
 from parts.recipe import EvalConfig
 from parts.sampler import SamplingParams
 from parts.selfcheck import check_model
-from parts.settings import check_settings, read_recipe
+from parts.settings import check_settings, flag_of, read_recipe
 from parts.tables import estimates_table, print_table
 from parts.view import SamplingProgress, say
 
@@ -312,7 +312,7 @@ def refuse_idle(given: dict[str, Any], settings: Settings) -> None:
     """Raise ValueError for a typed flag that would do nothing."""
     cuts = [flag for flag in ("top_k", "top_p") if flag in given]
     if settings.temperature == 0 and cuts:
-        flags = " and ".join(f"--{flag.replace('_', '-')}" for flag in cuts)
+        flags = " and ".join(map(flag_of, cuts))
         raise ValueError(
             f"at temperature 0 only the most likely token is drawn: leave out {flags}, "
             "or set --temperature above 0"

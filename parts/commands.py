@@ -18,7 +18,7 @@ from rich.table import Table
 from parts.program import bad_input, make_program, other_ranks, start, working
 from parts.prompts import languages
 from parts.recipe import CHOSEN_BY, OWN_SETTINGS, CompareConfig, Config, EvalConfig
-from parts.settings import range_text, refuse_idle
+from parts.settings import flag_of, range_text, refuse_idle
 
 Given = dict[str, Any]  # the values of the flags that were typed
 
@@ -352,7 +352,7 @@ def evaluate_command(given: Given, context: typer.Context) -> None:
     """Sample, grade, and print pass@k with its companions and 95 % intervals."""
     if context.invoked_subcommand:
         if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            flags = ", ".join(map(flag_of, given))
             raise typer.BadParameter(f"{flags} before report, which would not see it")
         return
     console = start()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from parts.lora import LoRALinear, adapted
+from parts.lora import LoRALinear, adapted_product
 
 # Copies take no more memory than this, or they are not made.
 COPIES_BYTES = 2**31
@@ -87,7 +87,7 @@ def rounded_product(layer: LoRALinear) -> Product:
     assert layer.active is not None
     lora_A, lora_B = (tensor.to(layer.weight.dtype) for tensor in layer.active)
     fixed = {"weight": layer.weight, "bias": layer.bias, "scale": layer.scale}
-    return partial(adapted, lora_A=lora_A, lora_B=lora_B, **fixed)
+    return partial(adapted_product, lora_A=lora_A, lora_B=lora_B, **fixed)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from parts.machine import DTYPES
 from parts.microbatch import Limit
 from parts.model import resolve_model
 from parts.recipe import Config
-from parts.settings import check_run, fill
+from parts.settings import check_run, fill, flag_of
 from parts.view import say
 
 GIB = 2**30
@@ -90,7 +90,7 @@ def flags_text(changes: dict[str, Any]) -> str:
     """Return settings as they are typed: --micro-batch 2 --gradient-checkpointing."""
     words = []
     for name, value in changes.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_of(name)
         words.append(flag if value is True else f"{flag} {value}")
     return " ".join(words)
 

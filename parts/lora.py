@@ -50,10 +50,10 @@ class LoRALinear(nn.Module):
         """Return y in the base's dtype."""
         if self.active is None:
             return nn.functional.linear(x, self.weight, self.bias)
-        return adapted(x, self.weight, self.bias, *self.active, self.scale)
+        return adapted_product(x, self.weight, self.bias, *self.active, self.scale)
 
 
-def adapted(
+def adapted_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float
 ) -> Tensor:
     """Return W x + b + scale B A x.

@@ -25,7 +25,7 @@ from parts.model import load_config, load_tokenizer, resolve_model
 from parts.prompts import Problem, find_language
 from parts.recipe import OWN_SETTINGS, CompareConfig, Config
 from parts.runs import START_ANEW, Run
-from parts.settings import check_settings, doubts_of, idle_settings
+from parts.settings import check_settings, doubts_of, flag_of, idle_settings
 from parts.setup import configure, fitting_problems, load_setup, needs_answers
 from parts.view import say
 
@@ -80,7 +80,7 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
     check_settings(options)
     for name, why in OWN_SETTINGS.items():
         if name in given:
-            raise ValueError(f"--{name.replace('_', '-')} is not for a comparison: {why}")
+            raise ValueError(f"{flag_of(name)} is not for a comparison: {why}")
     own = {f.name for f in fields(CompareConfig)} - {f.name for f in fields(Config)}
     own |= {"lang", "out", "dev_problems"}
     shared = {name: value for name, value in given.items() if name not in own}

@@ -172,7 +172,7 @@ def idle_settings(given: dict[str, Any], config: Config) -> dict[str, str]:
         for name, values in f.metadata["needs"].items():
             value = getattr(config, name)
             if f.name in given and value not in values:
-                other = "--" + name.replace("_", "-")
+                other = flag_of(name)
                 is_count = isinstance(values, range)
                 valid = f"{values.start} or more" if is_count else ", ".join(map(str, values))
                 said = f"{_flag(f)} is for {other} {valid}; here {other} is {value}"
@@ -180,8 +180,7 @@ def idle_settings(given: dict[str, Any], config: Config) -> dict[str, str]:
     if not config.eval_problems and not config.eval_every:
         for name in ("eval_samples", "eval_temperature", "eval_top_p"):
             if name in given:
-                flag = "--" + name.replace("_", "-")
-                idle[name] = f"{flag} is for an evaluation; here --eval-problems is 0"
+                idle[name] = f"{flag_of(name)} is for an evaluation; here --eval-problems is 0"
     return idle
 
 
@@ -243,8 +242,13 @@ def range_text(f: Field) -> str:
     return ", ".join(text for text, bound in bounds.items() if math.isfinite(bound))
 
 
+def flag_of(name: str) -> str:
+    """Return a setting as it is typed: --micro-batch for micro_batch."""
+    return "--" + name.replace("_", "-")
+
+
 def _flag(f: Field) -> str:
-    return "--" + f.name.replace("_", "-")
+    return flag_of(f.name)
 
 
 def _is_inside(value: float, f: Field) -> bool:

@@ -432,11 +432,6 @@ EXPORT = {
     "a pipe as file": a_pipe("--file"),
     "a file below a file": lambda folder: ["--file", str(folder / "README.md" / "x.jsonl")],
     "problems below 0": typed("--eval-problems", "-1"),
-    "a temperature that overflows": typed("--temperature", "1e-38"),
-    "an evaluation's temperature that overflows": typed("--eval-temperature", "1e-38"),
-    "samples of no evaluation": typed("--eval-problems", "0", "--eval-samples", "5"),
-    "problems set aside for no look": typed("--dev-problems", "5"),
-    "two ends": typed("--steps", "5", "--token-budget", "100000"),
     "an answer with a control token": data_of(json.dumps({**ROW, "answer": "16<|im_end|>"}) + "\n"),
 }
 REPORT = {
