@@ -73,18 +73,32 @@ TRAIN += ["--eval-problems", "1"]
 WATCHED = ["--eval-every", "2", "--dev-problems", "1"]  # an adapter at a look, and the best one
 COMPARE = [*SMALL, "--seeds", "1", "--sweep", "1", "--token-budget", "32", "--batch-size", "2"]
 COMPARE += ["--group-size", "2", "--eval-problems", "1", "--dev-problems", "1"]
-PROGRAMS = [
-    Program("train copsd", commands.copsd, TRAIN),
-    Program(
-        "train grpo", commands.copsd, [*TRAIN, *WATCHED, "--method", "grpo", "--group-size", "2"]
-    ),
-    Program(
-        "eval",
-        commands.evaluation,
-        ["--device", "cpu", "--pass-at-k", "2", "--limit", "6", "--max-new-tokens", "8"],
-    ),
-    Program("compare", commands.comparison, COMPARE),
-]
+GRPO = [*WATCHED, "--method", "grpo", "--group-size", "2"]
+EVALUATE = ["--device", "cpu", "--pass-at-k", "2", "--limit", "6", "--max-new-tokens", "8"]
+
+
+def few_problems(folder: Path) -> list[str]:
+    """Write a few of the lab's problems; return the flags that name them.
+
+    To read all of them takes longer than such a run does.
+    """
+    flags = []
+    for flag, split in (("--data", "train"), ("--eval-data", "test")):
+        text = (ROOT / f"lab/problems/hau/{split}.jsonl").read_text("utf-8")
+        path = folder / f"{split}.jsonl"
+        path.write_text("\n".join(text.split("\n")[:40]) + "\n", "utf-8")
+        flags += [flag, str(path)]
+    return flags
+
+
+def make_programs(data: list[str]) -> list[Program]:
+    """Return what is tried, on the problems that these flags name."""
+    return [
+        Program("train copsd", commands.copsd, [*TRAIN, *data]),
+        Program("train grpo", commands.copsd, [*TRAIN, *data, *GRPO]),
+        Program("eval", commands.evaluation, EVALUATE),
+        Program("compare", commands.comparison, [*COMPARE, *data]),
+    ]
 
 
 # What is compared.
@@ -133,6 +147,7 @@ class Bench:
     seconds: dict[str, float]
     writes: dict[str, list[Path]]  # by program: what it opened, made or replaced, in order
     interrupted: dict[str, Path]  # a folder whose run was killed at two thirds of its writes
+    training: Program
 
     def place(self) -> Path:
         """Return a new folder's name."""
@@ -155,9 +170,9 @@ class Bench:
         return "lost"
 
 
-def prepare(folder: Path, programs: list[Program]) -> Bench:
+def prepare(folder: Path, programs: list[Program], training: Program) -> Bench:
     """Run each program unharmed, and once killed at two thirds of its writes."""
-    bench = Bench(folder, random.Random(0), {}, {}, {}, {})
+    bench = Bench(folder, random.Random(0), {}, {}, {}, {}, training)
     for program in programs:
         out = bench.place()
         events = out.with_name("events")
@@ -290,7 +305,7 @@ def _one_worked(bench: Bench, program: Program, out: Path, ends: list[Ended]) ->
 
 def not_finite(bench: Bench, where: str) -> str:
     """Let a number be NaN, or too large, and expect a clear stop."""
-    program = PROGRAMS[0]
+    program = bench.training
     out = bench.place()
     if where == "weights":
         model = out.with_name("model")
@@ -298,12 +313,11 @@ def not_finite(bench: Bench, where: str) -> str:
         tensors = load_file(model / "model.safetensors")
         next(iter(tensors.values())).view(-1)[3] = torch.nan
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-        data = ["--data", str(ROOT / "lab" / "problems" / "hau" / "train.jsonl")]
-        program = Program("", program.app, [*TRAIN, "--model", str(model), *data])
+        program = Program("", program.app, [*program.arguments, "--model", str(model)])
     patches = {"loss": nan_loss, "gradient": infinite_gradient, "logits": unseen_update}
     patch = patches.get(where)
     if where in ("logits", "update"):
-        program = Program("", program.app, [*TRAIN, "--lr", "1e30"])
+        program = Program("", program.app, [*program.arguments, "--lr", "1e30"])
     ended = run(program, out, patch=patch)
     words = "not finite" if where in ("weights", "logits", "update") else "no finite gradient"
     if ended.code > 0 and ended.is_clear and words in ended.errors + ended.said:
@@ -396,14 +410,16 @@ def main() -> None:
     options = parser.parse_args()
     until = time.monotonic() + (math.inf if options.short else options.seconds)
     torch.set_num_threads(1)
-    programs = [program for program in PROGRAMS if options.program in program.name]
+    folder = Path(tempfile.mkdtemp())
+    every = make_programs(few_problems(folder))
+    programs = [program for program in every if options.program in program.name]
     if not programs:
-        parser.error(f"--program: valid are {', '.join(each.name for each in PROGRAMS)}")
+        shutil.rmtree(folder)
+        parser.error(f"--program: valid are {', '.join(each.name for each in every)}")
     if options.short and not options.program:
         programs = [program for program in programs if program.name in ("train copsd", "eval")]
     counts: dict[str, Counter] = {}
-    folder = Path(tempfile.mkdtemp())
-    bench = prepare(folder, programs)
+    bench = prepare(folder, programs, training=every[0])
     groups = [bench.random.sample(g, len(g)) for g in trials(bench, programs)]
     possible = Counter(name for group in groups for name, _ in group)
     try_in_turn(groups, counts, until, rounds=1 if options.short else None)

@@ -89,7 +89,9 @@ def start(
 def _be(program: Program, out: Path, words: Path, hook: Hook | None, patch: Patch | None) -> int:
     """Be the forked process; return its exit code."""
     os.setsid()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which a bench that nohup began ignores
+    # A bench that nohup began ignores SIGHUP, and one that a script began with & ignores SIGINT.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, name in ((1, "said"), (2, "errors")):
         os.dup2(os.open(f"{words}.{name}", os.O_WRONLY | os.O_TRUNC), number)
     sys.stdout = os.fdopen(1, "w", closefd=False)

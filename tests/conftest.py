@@ -1,8 +1,12 @@
 """Shared fixtures: a random two-layer model that every module can be tested on in milliseconds."""
 
+import atexit
 import json
 import os
+import shutil
 import signal
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +96,14 @@ def stop_at(step: int, view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(view, "show", _show)
 
 
-def few_problems(folder: Path) -> dict[str, str]:
+@cache
+def few_problems() -> dict[str, str]:
     """Return the settings of a run on a few of the lab's problems, in Hausa and in Swahili.
 
     Reading all of them takes longer than two small steps do.
     """
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     settings = {}
     for name, split in (("data", "train"), ("eval_data", "test")):
         rows = []
@@ -107,6 +114,12 @@ def few_problems(folder: Path) -> dict[str, str]:
         path.write_text("\n".join(rows) + "\n", encoding="utf-8")
         settings[name] = str(path)
     return settings
+
+
+def few_flags() -> list[str]:
+    """Return the same as words of a command line."""
+    names = {name: "--" + name.replace("_", "-") for name in few_problems()}
+    return [word for name, path in few_problems().items() for word in (names[name], path)]
 
 
 def assert_alike_but_for_rounding(

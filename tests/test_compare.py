@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, few_flags
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -35,6 +35,7 @@ SMALL = [
     *("--lang", "ha", "--seeds", "2", "--sweep", "0.5,1", "--token-budget", "640"),
     *("--batch-size", "8", "--group-size", "4", "--max-new-tokens", "40"),
     *("--eval-problems", "6", "--eval-samples", "2", "--dev-problems", "5"),
+    *few_flags(),
 ]
 
 
@@ -302,6 +303,7 @@ def test_an_arm_stopped_in_its_last_step_is_measured_by_the_next_call(tmp_path, 
     flags = ["--seeds", "1", "--sweep", "1", "--token-budget", "32", "--max-new-tokens", "8"]
     flags += ["--batch-size", "2", "--group-size", "2", "--eval-problems", "1"]
     flags += ["--eval-samples", "2", "--dev-problems", "1", "--out", str(tmp_path / "out")]
+    flags += few_flags()
 
     def _stop(progress: ArmsProgress, metrics: dict[str, Any]) -> None:
         if metrics["progress"] >= 1:
@@ -323,7 +325,7 @@ def test_what_is_wrong_with_the_folder_of_an_arm_is_said(tmp_path, monkeypatch):
     flags = ["--steps", "6", "--token-budget", "64", "--seeds", "1", "--sweep", "1"]
     flags += ["--batch-size", "2", "--group-size", "2", "--max-new-tokens", "8"]
     flags += ["--eval-problems", "1", "--eval-samples", "2", "--dev-problems", "1"]
-    flags += ["--out", str(tmp_path / "out")]
+    flags += ["--out", str(tmp_path / "out"), *few_flags()]
 
     def _stop(progress: ArmsProgress, metrics: dict[str, Any]) -> None:
         if metrics["step"] == 2:

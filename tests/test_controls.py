@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import few_problems
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -28,7 +29,7 @@ SMALL = {"steps": 1, "batch_size": 6, "micro_batch": 4, "eval_problems": 0, "max
 
 
 def make_setup(tmp_path: Path, **given) -> tuple[Setup, Run]:
-    config, folder = configure({**SMALL, "out": str(tmp_path / "run"), **given})
+    config, folder = configure({**SMALL, **few_problems(), "out": str(tmp_path / "run"), **given})
     return prepare(config, folder, QUIET)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import die_at, stop_at
+from conftest import die_at, few_flags, few_problems, stop_at
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -31,7 +31,7 @@ QUIET = Console(quiet=True)
 
 
 def make_setup(tmp_path: Path, **given):
-    config, folder = configure({**SMALL, "out": str(tmp_path / "run"), **given})
+    config, folder = configure({**SMALL, **few_problems(), "out": str(tmp_path / "run"), **given})
     return prepare(config, folder, QUIET)
 
 
@@ -434,8 +434,9 @@ def test_gradients_that_are_not_finite_are_dropped_and_end_the_run_when_they_rep
 # The command line
 
 
-def run_cli(*arguments: str):
-    return CliRunner().invoke(commands.copsd, list(arguments))
+def run_cli(command: str, *arguments: str):
+    few = few_flags() if command == "train" else []
+    return CliRunner().invoke(commands.copsd, [command, *few, *arguments])
 
 
 def test_a_run_whose_numbers_end_says_what_it_keeps_and_no_more(tmp_path):

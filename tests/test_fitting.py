@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import few_flags
 from test_copsd import jsonl, timeless
 from test_copsd import train as train_copsd
 from test_footprint import LENGTHS, planned
@@ -93,7 +94,7 @@ def test_plan_takes_a_budget():
 
 
 def test_training_says_its_memory_first_and_refuses_what_cannot_fit(tmp_path, monkeypatch):
-    flags = ["train", "--steps", "1", "--batch-size", "2", "--eval-problems", "0"]
+    flags = ["train", *few_flags(), "--steps", "1", "--batch-size", "2", "--eval-problems", "0"]
     out = tmp_path / "run"
     monkeypatch.setattr(fitting, "free_bytes", lambda device: 2**20)
     refused = CliRunner().invoke(commands.copsd, [*flags, "--out", str(out)])

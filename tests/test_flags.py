@@ -119,7 +119,7 @@ def fingerprint(folder: Path) -> list:
 
 def test_every_flag_has_a_tested_effect(tmp_path):
     assert CHANGES.keys() | ELSEWHERE == {f.name for f in fields(Config)}
-    few = few_problems(tmp_path)
+    few = few_problems()
     paper = {"clip_mode": "entry", **few}  # without a clip, its size has nothing to change
     plain = fingerprint(train(tmp_path / "plain", **paper))
     for name, value in CHANGES.items():
@@ -186,7 +186,7 @@ def test_every_flag_of_grpo_has_an_effect(tmp_path, monkeypatch):
         copsd, "is_correct", lambda text, gold, think_open: len(text) % 3 == 0
     )  # few dead groups
     base = {"batch_size": 16, "group_size": 4, "temperature": 1.5, "max_new_tokens": 30, "lr": 5e-3}
-    base |= few_problems(tmp_path)
+    base |= few_problems()
     plain = (train_grpo(tmp_path / "plain", **base) / ADAPTER).read_bytes()
     for name, value in FLAGS.items():
         assert (

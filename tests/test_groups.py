@@ -100,7 +100,7 @@ def test_problems_without_an_english_side_train_grpo_and_are_evaluated(tmp_path)
     ]
     plain = [{"question": row["problem_translated"], "answer": row["answer"]} for row in rows[:12]]
     data.write_text("".join(json.dumps(row) + "\n" for row in plain), encoding="utf-8")
-    setup, run = make_setup(tmp_path, data=str(data), eval_problems=4)
+    setup, run = make_setup(tmp_path, data=str(data), eval_data=str(data), eval_problems=4)
     assert copsd.train_grpo(setup, run, StepView(QUIET, 2))
     measured = copsd.measure_once(setup, run, QUIET, "after")
     assert measured.keys() == {"hau"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import die_at
+from conftest import die_at, few_problems
 from rich.console import Console
 
 import copsd
@@ -46,7 +46,7 @@ ADAPTER = Path("adapters/step_00002/adapter_model.safetensors")
 
 
 def make_setup(tmp_path: Path, **given):
-    config, folder = configure({**SMALL, "out": str(tmp_path / "run"), **given})
+    config, folder = configure({**SMALL, **few_problems(), "out": str(tmp_path / "run"), **given})
     return prepare(config, folder, QUIET)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import die_at
+from conftest import die_at, few_flags, few_problems
 from rich.console import Console
 from test_grpo import jsonl, nudge
 from typer.testing import CliRunner
@@ -55,7 +55,7 @@ VARIANTS = {
 
 
 def make_setup(tmp_path: Path, **given):
-    config, folder = configure({**SMALL, "out": str(tmp_path / "run"), **given})
+    config, folder = configure({**SMALL, **few_problems(), "out": str(tmp_path / "run"), **given})
     return prepare(config, folder, QUIET)
 
 
@@ -508,7 +508,7 @@ def test_only_prompts_that_never_change_and_that_steps_read_are_kept(tmp_path, g
 
 def run_cli(*arguments: str):
     small = ["--steps", "1", "--batch-size", "8", "--eval-problems", "0"]
-    return CliRunner().invoke(commands.copsd, ["train", *small, *arguments])
+    return CliRunner().invoke(commands.copsd, ["train", *small, *few_flags(), *arguments])
 
 
 @pytest.mark.parametrize(

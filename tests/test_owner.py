@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, few_flags
 from typer.testing import CliRunner
 
 from parts import commands, owner
@@ -141,6 +141,7 @@ def test_a_forked_child_does_not_give_up_its_parents_folders(tmp_path):
 
 SMALL = ["--max-new-tokens", "8", "--out"]
 TRAINED = ["--steps", "1", "--batch-size", "2", "--eval-problems", "1", "--eval-samples", "1"]
+TRAINED += few_flags()
 COMPARED = [*TRAINED, "--group-size", "2", "--seeds", "1", "--sweep", "1", "--dev-problems", "1"]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_alike_but_for_rounding
+from conftest import assert_alike_but_for_rounding, few_flags
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -21,6 +21,7 @@ from parts.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--steps", "2", "--batch-size", "6", "--micro-batch", "2", "--eval-problems", "0"]
+SMALL += few_flags()
 GROUPS = ["--group-size", "2", "--temperature", "1.5", "--lr", "1e-3"]
 MEMBERS = {
     "copsd": SMALL,

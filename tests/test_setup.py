@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from conftest import few_problems
 from safetensors.torch import load_file, save_file
 from test_copsd import QUIET, SMALL
 from test_methods import GROUPS, make_setup, run_cli, train
@@ -39,7 +40,7 @@ def test_the_command_that_comes_next_evaluates_the_run_as_it_was_trained(tmp_pat
     added = ["--benchmark", "lab/problems/hau/train.jsonl", "--thinking", "off"]
     assert words == [*begin, *added, "--adapter", str(tmp_path / "a run" / "run")]
     # The file of the model's recipe is eval.py's, too: the README shows this line.
-    setup, _ = make_setup(tmp_path / "lab")
+    setup, _ = prepare(*configure({"out": str(tmp_path / "lab")}), QUIET)
     assert evaluation_command(setup, Path("runs/copsd-tiny-hau-0")) == (
         "python eval.py --pass-at-k 8 --model lab/tiny --lang hau --adapter runs/copsd-tiny-hau-0"
     )
@@ -94,8 +95,7 @@ def test_a_run_goes_on_tomorrow_with_the_date_that_its_template_wrote_today(tmp_
     shutil.copytree("lab/tiny", model)
     template = (model / "chat_template.jinja").read_text(encoding="utf-8")
     (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
-    data = {name: "lab/problems/hau/train.jsonl" for name in ("data", "eval_data")}
-    given = {**SMALL, **data, "model": str(model), "out": str(tmp_path / "run")}
+    given = {**SMALL, **few_problems(), "model": str(model), "out": str(tmp_path / "run")}
     config, folder = configure(given)
     setup, run = prepare(config, folder, QUIET, "2025-01-09")
     assert read_json(run.record_file)["identity"]["template_date"] == "2025-01-09"

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from conftest import few_flags
 from typer.testing import CliRunner
 
 from parts import commands, track
@@ -18,7 +19,7 @@ SMALL = ["--steps", "2", "--batch-size", "4", "--max-new-tokens", "20", "--eval-
 
 
 def run_cli(*arguments: str):
-    return CliRunner().invoke(commands.copsd, ["train", *SMALL, *arguments])
+    return CliRunner().invoke(commands.copsd, ["train", *SMALL, *few_flags(), *arguments])
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import die_at, stop_at
+from conftest import die_at, few_flags, few_problems, stop_at
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -23,11 +23,11 @@ from parts.watch import Rule, Watching, alarms, best_row, repeated_share
 SMALL = {"batch_size": 8, "micro_batch": 4, "eval_problems": 0, "max_new_tokens": 24, "lr": 5e-3}
 LOOKS = {"eval_every": 2, "dev_problems": 5}
 QUIET = Console(quiet=True)
-TRAIN = Path("lab/problems/hau/train.jsonl")
+TRAIN = Path(few_problems()["data"])
 
 
 def make_setup(out: Path, **given):
-    config, folder = configure({**SMALL, "out": str(out), **given})
+    config, folder = configure({**SMALL, **few_problems(), "out": str(out), **given})
     return prepare(config, folder, QUIET)
 
 
@@ -200,7 +200,7 @@ def test_the_best_step_is_the_first_of_the_best():
 
 def run_cli(*arguments: str):
     small = ["--batch-size", "4", "--max-new-tokens", "20", "--eval-problems", "0"]
-    return CliRunner().invoke(commands.copsd, ["train", *small, *arguments])
+    return CliRunner().invoke(commands.copsd, ["train", *small, *few_flags(), *arguments])
 
 
 def test_what_is_shown_changes_no_byte(tmp_path):
