@@ -207,7 +207,8 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
             # The loss and its gradient; where memory runs out, again in smaller micro-batches.
             cosine = steplog.asks_for_cosine(config, step)
             attempt = partial(copsd_gradient, setup, rollouts, reading.prompts, watch, cosine)
-            tally, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad, len(rollouts))
+            own = len(rollouts[ranks.share(len(rollouts))])
+            tally, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad, own)
             tally = steplog.merge(ranks.gather([tally]))
 
             # The update. The learning rate falls linearly to 0. A --teacher that moves is renewed.
@@ -237,8 +238,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
                     updated=student_tokens,
                 ),
             }
-            scores = {"kl_nats_per_token": tally.row_means("kl_N")}
-            logged = (problems, rollouts, scores)
+            logged = (problems, rollouts, {"kl_nats_per_token": tally.row_means("kl_N")})
             if steps.finish_step(setup, run, view, optimizer, metrics, *logged, stopped):
                 return False
     return not ranks.gather(stopped)  # one may have come in the last step
@@ -426,8 +426,7 @@ def grpo_gradient(
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     kept_tokens = count_tokens([rollouts[row] for row in kept])
     reduction, denominator = loss_reduction(config, kept_tokens, len(kept))
-    share = ranks.share(len(groups))  # groups stay whole
-    mine = range(len(groups))[share]
+    mine = range(len(groups))[ranks.share(len(groups))]  # groups stay whole
     own = [row for row in kept if row // config.group_size in mine]
     teacher_prompts: list[list[int]] = []  # of a method that has a teacher
     if credit:
@@ -461,7 +460,7 @@ def grpo_gradient(
         watch.lap("update")
         tally.add(loss, stats, rows, lengths)
     if add_term:
-        add_term(setup, groups[share], len(groups), tally, limit)
+        add_term(setup, groups[mine.start : mine.stop], len(groups), tally, limit)
         watch.lap("update")
     return tally
 
@@ -503,6 +502,7 @@ def train_grpo(
             reward_BG = torch.tensor([group.rewards for group in groups])
             advantage_B = advantages(reward_BG, config.scale_rewards).flatten()
             kept = rows_in_the_loss(config, rollouts)
+            own = len(groups[ranks.share(len(groups))]) * config.group_size
 
             # Updates on this batch. All compare with the log-probs from before the first of them.
             tallies = []
@@ -512,7 +512,7 @@ def train_grpo(
             given = (setup, groups, advantage_B, kept, old_logprobs, watch, credit, term)
             attempt = partial(grpo_gradient, *given)
             for _ in range(config.inner_epochs):
-                part, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad, len(kept))
+                part, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad, own)
                 tallies += ranks.gather([part])
 
                 # The update. The learning rate falls linearly to 0.

@@ -26,10 +26,10 @@ def one_token_attention(
     scaling: float | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
-    """Return attention's output as [rows, 1, heads, head size], as transformers asks for it.
+    """Return attention's output as [rows, 1, heads, values' size], as transformers asks for it.
 
     query           [rows, heads, 1, head size]
-    key, value      [rows, heads of keys, columns, head size]
+    key, value      [rows, heads of keys, columns, head size]; values may have a size of their own
     attention_mask  [rows, 1, 1, columns], is added to the scores
     scaling         the factor on the scores; None: one over the root of the head size
     """
@@ -38,7 +38,7 @@ def one_token_attention(
     output = scaled_dot_product_attention(
         grouped, key, value, attn_mask=attention_mask, scale=scaling
     )
-    return output.reshape(rows, 1, heads, size), None
+    return output.reshape(rows, 1, heads, -1), None
 
 
 AttentionInterface.register(NAME, one_token_attention)

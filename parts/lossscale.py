@@ -80,8 +80,9 @@ class LossScale:
         self.losses_finite = True
         if self.fell:
             self.factor /= 2
+        if not finite:
             self.good_updates = 0
-        elif self.moves and finite:
+        elif self.moves:
             self.good_updates += 1
             if self.good_updates == GROWTH:
                 self.factor *= 2

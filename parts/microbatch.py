@@ -121,7 +121,8 @@ def halve_until_it_fits(
     attempt      takes a step's rows in micro-batches; what it reads stays, so no token is sampled
                  twice
     start_again  undoes what a failed attempt left, such as a part of the gradient
-    rows         of the step: half of a limit above them could be the same attempt again
+    rows         of the step, as many as this rank has or more: half of a limit above them could be
+                 the same attempt again
     """
     while True:
         try:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from parts.batch import Cursor, WrittenLayer, additive_mask, right_aligned
+from parts.family import context_length
 
 # What is kept takes no more memory than this. The lab's 1,250 prompts of 176 tokens take 0.8 GiB;
 # one of that length takes 5 MiB of Qwen2.5-1.5B in bf16.
@@ -21,8 +22,8 @@ KEPT_BYTES = 2**30
 class KeptPrompts:
     """Keys and values of prompts, under weights that do not change while it is used.
 
-    kept   by a prompt's ids without the last: [2 layers, heads, columns, head size], keys and
-           values in turn
+    kept   by a prompt's ids without the last: each layer's keys and its values in turn, all of them
+           [1, heads, columns, head size]
     bytes  of all that is kept, at most KEPT_BYTES
 
     Every prompt is computed alone, kept or not: a row of a batch is rounded otherwise in another
@@ -31,7 +32,7 @@ class KeptPrompts:
     """
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[int, ...], Tensor] = {}
+        self.kept: dict[tuple[int, ...], list[Tensor]] = {}
         self.bytes = 0
 
     @torch.no_grad()
@@ -63,7 +64,7 @@ class KeptPrompts:
             scored_BC[index, : len(ids)] = True
 
         # The prompts end at one column, and behind it every row sees its own tokens so far.
-        lengths = [layers.shape[2] for layers in before]
+        lengths = [layers[0].shape[2] for layers in before]
         columns = max(lengths)
         end_C1 = torch.arange(columns, columns + width)[:, None]
         column_T = torch.arange(columns + width)
@@ -74,23 +75,26 @@ class KeptPrompts:
         cache = Cache(
             layers=[
                 WrittenLayer(
-                    right_aligned([layers[None, index] for layers in before], room=width),
-                    right_aligned([layers[None, index + 1] for layers in before], room=width),
+                    right_aligned([layers[index] for layers in before], room=width),
+                    right_aligned([layers[index + 1] for layers in before], room=width),
                     cursor,
                 )
                 for index in range(0, len(before[0]), 2)
             ]
         )
+        # Behind a row that has ended come pads: theirs must be positions that there are.
+        position_BC = torch.tensor(lengths)[:, None] + torch.arange(width)
+        position_BC = position_BC.clamp(max=context_length(model.config) - 1)
         output = model.base_model(
             input_ids=ids_BC.to(model.device),
-            position_ids=(torch.tensor(lengths)[:, None] + torch.arange(width)).to(model.device),
+            position_ids=position_BC.to(model.device),
             attention_mask=additive_mask(hidden_BCT[:, None].to(model.device), model.dtype),
             past_key_values=cache,
             use_cache=True,
         )
         return output.last_hidden_state[scored_BC.to(model.device)]
 
-    def _read(self, model: PreTrainedModel, ids: tuple[int, ...]) -> Tensor:
+    def _read(self, model: PreTrainedModel, ids: tuple[int, ...]) -> list[Tensor]:
         """Return a prompt's keys and values, computed unless they are kept."""
         if ids in self.kept:
             return self.kept[ids]
@@ -98,8 +102,9 @@ class KeptPrompts:
         ids_1P = torch.tensor([ids], device=model.device)
         model.base_model(input_ids=ids_1P, past_key_values=cache, use_cache=True)
         read: list[Any] = cache.layers
-        layers = torch.cat([tensor for layer in read for tensor in (layer.keys, layer.values)])
-        if self.bytes + layers.nbytes <= KEPT_BYTES:
+        layers = [tensor for layer in read for tensor in (layer.keys, layer.values)]
+        size = sum(tensor.nbytes for tensor in layers)
+        if self.bytes + size <= KEPT_BYTES:
             self.kept[ids] = layers
-            self.bytes += layers.nbytes
+            self.bytes += size
         return layers

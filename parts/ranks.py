@@ -125,12 +125,17 @@ def agreed(**identity: Any) -> dict[str, Any]:
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
-    """Replace every rank's gradient by the sum over the ranks, in one message."""
+    """Replace every rank's gradient by the sum over the ranks, in one message.
+
+    Where no row was in the loss, it is zero. Without one, AdamW would pass that step by, and its
+    momentum would move the adapter only where another rank had rows.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     if count() == 1:
         return
-    # A rank without rows has no gradient, which adds nothing.
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([grad.flatten() for grad in grads])
+    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     _together(dist.all_reduce, flat)
     sizes = [parameter.numel() for parameter in parameters]
     for parameter, grad in zip(parameters, flat.split(sizes), strict=True):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from parts.batch import PLAIN_STEPS
 from parts.model import final_hidden, head_weight, token_count
+from parts.packing import packed_hidden
 from parts.prefixes import KeptPrompts
 from parts.sampler import SamplingParams, sample
 
@@ -31,10 +32,11 @@ def check_model(model: PreTrainedModel, name: str) -> None:
 
     name  what the message calls the model
 
-    Four comparisons: hidden states times the head are the model's own logits; two prompts of
+    Five comparisons: hidden states times the head are the model's own logits; two prompts of
     different lengths through the sampler, alone and beside each other, have the log-probs of a
-    plain forward pass; so has a completion behind a kept prompt; and two passes in training mode
-    agree. About a dozen passes over a dozen tokens.
+    plain forward pass; so has a completion behind a kept prompt, and so has the second of two that
+    are packed behind one; and two passes in training mode agree. About a dozen passes over a dozen
+    tokens.
     The global random state stays as it was, and so do the modes of the modules.
     """
     called = f"{name} ({model.config.model_type})"
@@ -100,6 +102,15 @@ def _differences(model: PreTrainedModel) -> Iterator[tuple[str, float, float]]:
     yield (
         "logits behind a kept prompt and of a plain pass",
         _apart(model, behind_NV, own_NV),
+        spread,
+    )
+
+    packed_ND = packed_hidden(model, prompts[:1] * 2, [[token] * NEW_TOKENS] * 2)
+    second_ND = packed_ND[NEW_TOKENS:]  # stands behind the first completion and must not see it
+    second_NV = nn.functional.linear(second_ND, head_weight(model)).float()
+    yield (
+        "logits of a completion packed behind another and of a plain pass",
+        _apart(model, second_NV, logits[0][LENGTHS[0] - 1 : -1]),
         spread,
     )
 

@@ -174,8 +174,9 @@ def work_metrics(
 ) -> Metrics:
     """Return what each phase handled, in tokens and seconds, the lengths, and the peak memory.
 
-    sampled, scored, updated  tokens that were generated, went forward, went backward; a prompt that
-                              rows share (parts/packing.py) counts in each of them
+    sampled, scored, updated  tokens that were generated, went forward, went backward. A prompt that
+                              rows share (parts/packing.py) counts in each of them, and one that is
+                              kept from an earlier epoch (parts/prefixes.py) in every step
     """
     cut = sum(rollout.finish_reason == "length" for rollout in rollouts)
     return {
@@ -202,8 +203,7 @@ def completion_rows(
     scores  name -> each row's value, to stand beside it
     They are spread evenly over the step, for problems posed in English come first.
     """
-    distance = max(1, len(rollouts) // LOGGED_ROLLOUTS)
-    kept = range(0, len(rollouts), distance)[:LOGGED_ROLLOUTS]
+    kept = sorted({len(rollouts) * place // LOGGED_ROLLOUTS for place in range(LOGGED_ROLLOUTS)})
     return [
         {
             "step": step,

@@ -154,8 +154,11 @@ def alarms(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
-    """Return a metric's mean over the steps that have a number for it, None if none has."""
-    numbers = [row[name] for row in rows if row.get(name) is not None]
+    """Return a metric's mean over the steps that have a number for it, None if none has.
+
+    Not a number is what a dropped update leaves; in the log it is null.
+    """
+    numbers = [row[name] for row in rows if row.get(name) is not None and math.isfinite(row[name])]
     return sum(numbers) / len(numbers) if numbers else None
 
 

@@ -39,7 +39,8 @@ def token_weights(config: Config, stats: Mapping[str, Tensor], lengths: list[int
         elif config.token_weight == "position":
             weight_C = by_position(len(entropy_C)).to(entropy_C)
         # The prefix is cut from what is weighted, and the rest of it has the mean 1 again.
-        prefix = math.ceil(config.loss_prefix * len(entropy_C))
+        # 0.07 of 100 tokens is 7, and as a product of floats a little more than 7.
+        prefix = math.ceil(round(config.loss_prefix * len(entropy_C), 9))
         weight_C[prefix:] = 0
         rows.append(mean_one(weight_C))
     return torch.cat(rows) if rows else None

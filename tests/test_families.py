@@ -47,6 +47,12 @@ RIGHT = {
     "arcee": {},
     "biogpt": {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3, "layerdrop": 0.3},
     "bitnet": {},
+    "deepseek_v3": {
+        **{**LATENT, "v_head_dim": 12},  # values narrower than keys
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
+        "head_dim": 8,
+    },
     "falcon": {"hidden_dropout": 0.3},
     "gemma": {"head_dim": 8},
     "gemma3_text": {"head_dim": 8, "sliding_window": 64},
@@ -66,6 +72,7 @@ RIGHT = {
     "smollm3": {},
     "stablelm": {"hidden_dropout": 0.3},
     "starcoder2": {"residual_dropout": 0.3, "embedding_dropout": 0.3},
+    "youtu": LATENT,
 }
 REFUSED = {
     "bart": ({"d_model": 32}, r"\(bart\) is of an encoder-decoder family"),

@@ -16,7 +16,7 @@ def test_the_scale_falls_to_one_and_grows_after_good_updates_in_a_row(monkeypatc
     monkeypatch.setattr(lossscale, "GROWTH", 2)
     scale = LossScale(4.0, moves=True)
     factors = []
-    for finite in (True, False, True, True, False, False, False):
+    for finite in (True, False, True, True, False, False, False, True, False):
         scale.adapt(finite, losses_finite=True)
         factors.append((scale.factor, scale.good_updates, scale.fell))
     assert factors == [
@@ -27,6 +27,8 @@ def test_the_scale_falls_to_one_and_grows_after_good_updates_in_a_row(monkeypatc
         (2.0, 0, True),
         (1.0, 0, True),
         (1.0, 0, False),  # at 1 the scale is not to blame
+        (1.0, 1, False),
+        (1.0, 0, False),  # and good updates are no longer in a row
     ]
 
 

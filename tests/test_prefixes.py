@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_sampler import random_prompts
+from transformers import OPTConfig, OPTForCausalLM
 
 from copsd import completion_hidden
 from parts import prefixes
@@ -51,7 +52,21 @@ def test_what_is_kept_is_bounded_and_changes_no_bit(tiny_model, monkeypatch):
             found = kept.completion_hidden(tiny_model, PROMPTS, COMPLETIONS)
             assert torch.equal(found, expected)
             assert kept.bytes <= limit
-            assert kept.bytes == sum(layers.nbytes for layers in kept.kept.values())
+            tensors = [tensor for layers in kept.kept.values() for tensor in layers]
+            assert kept.bytes == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_pads_behind_a_long_prompt_stay_within_the_context():
+    """The longest prompt and the longest completion are of two rows, and together too long."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=300, max_position_embeddings=64, word_embed_proj_dim=32, **sizes)
+    model = OPTForCausalLM(config).eval()
+    prompts = random_prompts(50, 6)
+    completions = [[7, 8, 9], [*range(10, 60)]]
+    found_ND = KeptPrompts().completion_hidden(model, prompts, completions)
+    plain_ND = completion_hidden(model, prompts, completions).detach()
+    torch.testing.assert_close(found_ND, plain_ND, atol=1e-5, rtol=1e-5)
 
 
 def test_a_prompt_of_one_id_is_refused(tiny_model):

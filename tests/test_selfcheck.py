@@ -86,6 +86,23 @@ def see_the_whole_batch(model):
     model.model.layers[0].mlp.register_forward_hook(_mix)
 
 
+def see_from_first_to_last(model):
+    """Let a model read of a mask where a row begins and ends, and nothing in between."""
+
+    def _fill(module, inputs, given):
+        mask = given.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            seen = mask[:, 0] == 0
+            columns = torch.arange(mask.shape[-1])
+            first = seen.int().argmax(-1, keepdim=True)
+            last = mask.shape[-1] - 1 - seen.flip(-1).int().argmax(-1, keepdim=True)
+            between = (columns >= first) & (columns <= last)
+            given["attention_mask"] = batch.additive_mask(~between[:, None], mask.dtype)
+        return inputs, given
+
+    model.model.register_forward_pre_hook(_fill, with_kwargs=True)
+
+
 def fail(model):
     def _fail(module, inputs, output):
         raise KeyError("no\nkey")
@@ -104,6 +121,7 @@ def scale(model):
         (add_noise, "differ by"),
         (forget_positions, "a row sampled beside another and of a plain pass differ by"),
         (see_the_whole_batch, "differ by"),
+        (see_from_first_to_last, "packed behind another and of a plain pass differ by"),
         (fail, "its code fails with KeyError"),
     ],
 )

@@ -151,7 +151,10 @@ def test_work_is_in_tokens_and_seconds_and_cut_is_by_the_length_limit():
 
 @pytest.mark.parametrize(
     ("count", "kept"),
-    [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (9, [0, 2, 4, 6]), (64, [0, 16, 32, 48])],
+    [
+        *[(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (64, [0, 16, 32, 48])],
+        *[(7, [0, 1, 3, 5]), (11, [0, 2, 5, 8])],  # the first half of them was shown
+    ],
 )
 def test_logged_rollouts_are_whole_and_spread_over_the_step(count, kept):
     problems = [Problem(f"p{i}", "?", None, None, str(i), "hau") for i in range(count)]

@@ -99,6 +99,9 @@ def test_an_alarm_is_of_means_over_the_first_and_the_last_steps():
     holes = a_log(format_frac=[0.9] * 5 + [0.9] * 3)
     holes[0]["rollout/format_frac"] = None
     assert alarms(holes) == {}
+    # The log has null for a step whose numbers ended; in memory it is nan.
+    dropped = a_log(format_frac=[0.9] * 7 + [float("nan")])
+    assert alarms(dropped) == {}
 
 
 def test_a_rule_has_two_sides():

@@ -79,6 +79,9 @@ def test_a_prefix_keeps_the_first_share_of_each_completion_and_at_least_a_token(
     assert weight_N.tolist() == pytest.approx([2.0, 2.0, 0.0, 0.0, 3.0, 0.0, 0.0])
     short_N = token_weights(Config(loss_prefix=0.01), {"teacher_entropy_N": ENTROPY_N[:3]}, [1, 2])
     assert short_N is not None and short_N.tolist() == [1.0, 2.0, 0.0]
+    # As floats, 0.07 times 100 is above 7.
+    long_N = token_weights(Config(loss_prefix=0.07), {"teacher_entropy_N": torch.ones(100)}, [100])
+    assert long_N is not None and int((long_N > 0).sum()) == 7
 
 
 def test_weights_by_position_fall_to_the_end():
