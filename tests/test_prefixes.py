@@ -59,8 +59,15 @@ def test_what_is_kept_is_bounded_and_changes_no_bit(tiny_model, monkeypatch):
 def test_pads_behind_a_long_prompt_stay_within_the_context():
     """The longest prompt and the longest completion are of two rows, and together too long."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = OPTConfig(vocab_size=300, max_position_embeddings=64, word_embed_proj_dim=32, **sizes)
+    config = OPTConfig(
+        vocab_size=300,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+    )
     model = OPTForCausalLM(config).eval()
     prompts = random_prompts(50, 6)
     completions = [[7, 8, 9], [*range(10, 60)]]
