@@ -57,6 +57,8 @@ CHAIN = re.compile(
     r"(\d+(?:[.,]\d+)*)(?![.,]?\d|\s*/).*(?<![\d.,])\1(?![.,]?\d)",
     re.DOTALL,
 )
+# A sum within a sentence: she makes 9 * 2 = 18 dollars.
+SUM = re.compile(r"\d\s*[=×÷*+]\s*\d|\d\s+[-−/]\s+\d")
 MANY_WORDS = 12
 WORD = re.compile(r"(?<![\\\w])(?!and\b|or\b)[^\W\d_]{2,}")
 ESCAPES = {"\b": r"\b", "\f": r"\f", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
@@ -113,9 +115,10 @@ def _read_problems(path: Path, language: str | None) -> Loaded:
     for number, (where, cells) in enumerate(raw_rows(path)):
         if not isinstance(cells, dict):
             raise ValueError(f"{where}: must be an object, not a {type(cells).__name__}")
-        row = {name.lower(): value for name, value in cells.items()}
+        row = {name.strip().lower(): value for name, value in cells.items()}
         if len(row) < len(cells):
-            raise ValueError(f"{where}: two columns differ in case only: {', '.join(cells)}")
+            said = f"two columns differ in case or blanks only: {', '.join(cells)}"
+            raise ValueError(f"{where}: {said}")
         names = (_text(row, column, where) for column in LANGUAGE_COLUMNS)
         named = next((name for name in names if name), None)
         spoken = named_language(named) if named else wanted
@@ -195,8 +198,10 @@ def _answer(row: dict[str, Any], where: str) -> str | None:
 def _is_worked(answer: str) -> bool:
     """Return whether an answer tells how it was found."""
     has_lines = "\n" in answer and r"\begin" not in answer
-    tells_much = len(WORD.findall(answer)) > MANY_WORDS
-    return (tells_much and (has_lines or "=" in answer)) or CHAIN.search(answer) is not None
+    words = len(WORD.findall(answer))
+    if words > MANY_WORDS and (has_lines or "=" in answer):
+        return True
+    return CHAIN.search(answer) is not None or (words > 2 and SUM.search(answer) is not None)
 
 
 def _text(row: dict[str, Any], column: str, where: str) -> str | None:
@@ -221,7 +226,8 @@ def _cell(row: dict[str, Any], column: str, where: str) -> str:
         raise ValueError(f"{where}: {column} is {value}, which is no number")
     text = str(value)
     if has_point and "e" in text.lower():
-        text = format(Decimal(text), "f")  # 1e+16 written out, which a grader reads
+        # 1e+16 is written out, which a grader reads: all figures of a whole number, 2.0**60.
+        text = format(Decimal(value if value == value // 1 else text), "f")
     _refuse_broken(BROKEN_TEXT, text, column, where)
     return text
 

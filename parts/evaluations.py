@@ -1,5 +1,6 @@
 """Finished evaluations: read back, checked against their records, and compared in a report."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -84,7 +85,25 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
             if "format rate" not in summary:  # which a figure shows
                 raise ValueError("it has no format rate")
         curve = pass_at_k_curve(results, settings["samples"])
+        with remedied(EVALUATE_AGAIN):
+            check_same_attempts(file.parent, curve, summary)
         yield Finished(record, results, Evaluation(name, settings, rows, summary, curve))
+
+
+def check_same_attempts(
+    folder: Path, curve: Mapping[int, Estimate], summary: Mapping[str, Estimate]
+) -> None:
+    """Raise ValueError unless a folder's summary is of the attempts that stand beside it.
+
+    A table is made of the one and a figure of the other. Digests tell, too, where they are there.
+    """
+    for k, estimate in curve.items():
+        stored = summary.get(f"pass@{k}", estimate)
+        if not math.isclose(stored.value, estimate.value, abs_tol=1e-9):
+            raise ValueError(
+                f"{folder}: summary.json has a pass@{k} of {stored.value:.3f}; by problems.jsonl it "
+                f"is {estimate.value:.3f}"
+            )
 
 
 def check_alike(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
@@ -207,7 +226,10 @@ def report(found: Comparison, out: Path, console: Console) -> None:
     ]
     tables = []
     if found.tests:
-        tables = [text_table("Paired tests over problems", header, found.tests)]
+        title = "Paired tests over problems"
+        if len(found.tests) > 1:
+            title += f"; {2 * len(found.tests)} p-values, each as if it were the only one"
+        tables = [text_table(title, header, found.tests)]
     if found.days:
         title = "The prompts differ: the chat template writes today's date, and it was another"
         tables.append(text_table(title, ["run", "language", "date"], found.days))

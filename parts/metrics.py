@@ -235,13 +235,18 @@ def harness_correct(completion: str, gold: str) -> bool:
 
 
 def majority_correct(attempts: list[Attempt]) -> bool:
-    """Return whether the most frequent canonical answer is right; ties go to the one seen first.
+    """Return whether the most frequent answer is right; ties go to the one seen first.
 
-    An attempt without a single boxed answer does not vote; where none votes, the majority is wrong.
+    Wrong answers are told apart by their canonical text. Right ones are equal, however they are
+    written. An attempt without a single boxed answer does not vote; where none votes, the majority
+    is wrong.
     """
-    votes = Counter(attempt.canonical for attempt in attempts if attempt.canonical is not None)
-    winner = votes.most_common(1)[0][0] if votes else None  # of equals, the first counted
-    return any(attempt.correct for attempt in attempts if attempt.canonical == winner)
+    votes = Counter(
+        (attempt.correct, None if attempt.correct else attempt.canonical)
+        for attempt in attempts
+        if attempt.canonical is not None
+    )
+    return bool(votes) and votes.most_common(1)[0][0][0]  # of equals, the first counted
 
 
 def ratios(results: list[Graded], ks: list[int]) -> dict[str, Ratio]:

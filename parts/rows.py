@@ -128,7 +128,7 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
     """
     table = _table_lines(path, delimiter="\t", quoting=csv.QUOTE_NONE)
     header = table[0][1] if table else []
-    if len(header) == 2 and header[1].strip("- ").replace(",", "").isdecimal():
+    if len(header) == 2 and re.fullmatch(r"[-$€£₦ ]*\d[\d.,/]*[% ]*", header[1]):
         header = ["question", "answer"]
     else:
         table = table[1:]

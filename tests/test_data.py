@@ -114,6 +114,7 @@ def test_a_bad_file_is_one_line_that_names_the_file_and_the_place(tmp_path, name
         ("½", "½"),
         ("None of them", "None of them"),
         (1e16, "10000000000000000"),
+        (2.0**60, str(2**60)),
         (5e-7, "0.0000005"),
         (0.1, "0.1"),
         (8.0, "8.0"),
@@ -169,6 +170,8 @@ def test_an_answer_is_the_last_box_of_a_worked_solution_and_an_equation_stays(
         r"5 \times 3 = 15, 15 + 3 = 18",
         "She sells nine eggs for two birr each and so the answer must be y = 18",
         "She has nine eggs left.\nEach of them costs two birr. So she makes 18.",
+        "She makes 9 * 2 = 18 dollars every day.",
+        "Janet sells 16 - 3 - 4 eggs so she makes 18",
     ],
 )
 def test_a_worked_solution_without_its_mark_is_an_error_with_its_line(tmp_path, answer):

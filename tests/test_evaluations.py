@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from parts import commands, metrics
 from parts.chat import freeze_date
 from parts.evaluations import Finished, differing_rows, load_evaluations
-from parts.files import read_json, read_rows, read_sealed, write_sealed
+from parts.files import json_lines, read_json, read_rows, read_sealed, write_sealed
 from parts.model import load_tokenizer
 from parts.prompts import template_hash
 from parts.tables import cell
@@ -131,6 +131,18 @@ def test_what_cannot_be_compared_is_refused(tmp_path, two_evaluations):
     assert "holds no evaluation" in said(first, str(tmp_path / "nowhere"))
     (Path(second) / "swa" / "summary.json").unlink()
     assert "swa is not finished" in said(first, second)
+
+
+def test_verdicts_that_are_not_those_of_the_summary_are_refused(tmp_path, two_evaluations):
+    """Without digests, a table of the one and a figure of the other were drawn."""
+    out = Path(shutil.copytree(two_evaluations[0], tmp_path / "edited"))
+    rows = read_rows(out / "swa" / "problems.jsonl")
+    for attempt in rows[0]["attempts"]:
+        attempt["correct"] = not attempt["correct"]
+    (out / "swa" / "problems.jsonl").write_text(json_lines(rows), encoding="utf-8")
+    (out / "swa" / "digests.json").unlink()
+    result = run_cli("report", str(out), "--out", str(tmp_path / "report"))
+    assert result.exit_code == 2 and "summary.json has a pass@1 of" in result.stderr, result.output
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,12 @@ def test_the_majority_is_of_canonical_answers_and_ties_go_to_the_first():
     assert not majority_correct([none, none])
     same = attempt(True, "1.0", canonical="1")  # written otherwise, the same vote
     assert majority_correct([two, one, two, same, same])
+    # Right answers are equal also where their canonical texts are not, and a wrong one is not right
+    # because its text is that of a right one: M is not m.
+    root, product = (attempt(True, text) for text in (r"\\sqrt{12}", r"2\\sqrt{3}"))
+    assert majority_correct([two, two, root, product, product])
+    small, large = attempt(False, "m", canonical="m"), attempt(True, "M", canonical="m")
+    assert not majority_correct([small, small, large])
     assert values([graded(two, one, one)], [1, 2, 3])["maj@2"] == 0.0  # of the first two attempts
 
 

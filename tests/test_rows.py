@@ -67,6 +67,17 @@ def test_a_raw_field_of_a_tsv_keeps_its_quotation_marks(tmp_path, field):
     assert load_problems(path, language="ha")[0].problem == field
 
 
+@pytest.mark.parametrize("answer", ["18.5", "1/2", "$18", "-3", "20 %"])
+def test_a_table_without_a_header_may_begin_with_any_number(tmp_path, answer):
+    path = write_file(tmp_path, "rows.tsv", f"Nawa?\t{answer}\nNe?\t4\n")
+    assert [row.answer for row in load_problems(path, language="ha")] == [answer, "4"]
+
+
+def test_blanks_around_a_heading_are_none_of_it(tmp_path):
+    path = write_file(tmp_path, "rows.jsonl", json.dumps({" Question ": "Nawa?", "answer ": 4}))
+    assert [row.problem for row in load_problems(path, language="ha")] == ["Nawa?"]
+
+
 def test_mgsm_has_no_header_and_msvamp_a_line_of_json_per_row(tmp_path):
     path = write_file(tmp_path, "mgsm_sw.tsv", "Mayai mangapi?\t1,450\nSiku\nngapi?\t-3\n")
     rows = [(row.id, row.problem, row.answer) for row in load_problems(path, language="sw")]
@@ -152,8 +163,8 @@ def test_blanks_around_a_column_of_a_table_are_not_part_of_its_name(tmp_path):
     [
         ("rows.csv", "question,answer,answer\nNini?,4,5\n", "two columns are called 'answer'"),
         ("rows.tsv", "question\tanswer\tanswer \nNini?\t4\t5\n", "are called 'answer'"),
-        ("rows.csv", "question,answer,Answer\nNini?,4,5\n", "differ in case only"),
-        ("rows.jsonl", '{"question": "Nini?", "answer": 4, "Answer": 5}\n', "in case only"),
+        ("rows.csv", "question,answer,Answer\nNini?,4,5\n", "differ in case or blanks only"),
+        ("rows.jsonl", '{"question": "Nini?", "answer": 4, "Answer": 5}\n', "case or blanks only"),
     ],
 )
 def test_a_column_that_is_there_twice_is_an_error(tmp_path, name, text, said):
