@@ -241,7 +241,8 @@ def read_results(path: Path) -> Results:
     with remedied("remove it to have the arm run again"):
         results = read_sealed(path)
         final = results.get("final")
-        if not (isinstance(final, dict) and "greedy" in final and "points" in results):
+        greedy = final.get("greedy") if isinstance(final, dict) else None
+        if not (isinstance(greedy, dict) and "pass@1" in greedy and "points" in results):
             raise ValueError(f"{path} is damaged: it holds no results")
     Run(path.parent).check_inventory(results.get("files", {}))
     return results

@@ -613,10 +613,9 @@ def train(
         with (watching or Watching()).start(setup, run, console) as view:
             finished = loop(setup, run, view)
     except FloatingPointError as error:
-        if ranks.is_first():
-            program.say_error(f"{error}; {run.kept()}")
-            if best := write_best(run):
-                say(console, best)
+        program.say_error(f"{error}; {run.kept()}")  # also where it is another rank's alone
+        if ranks.is_first() and (best := write_best(run)):
+            say(console, best)
         return 1
     for line in view.summary(finished):
         say(console, line)

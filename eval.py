@@ -186,7 +186,8 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
         run = kept.get(language.iso3)
         if run:
             run.check(asdict(one), identity)
-            read_done(run, problems)  # what is damaged is refused before a folder is made
+            # What is damaged is refused before a folder is made.
+            read_done(run, problems, one.samples)
             records.append((run, asdict(one), identity))
         parts.append(Part(language, one, problems, run, []))
     if out:
@@ -205,10 +206,11 @@ def open_folders(parts: list[Part], records: list[Record], console: Console) -> 
     for run, settings, identity in records:
         if taken_over := run.create(settings, identity):
             say(console, taken_over)
-    return [
-        replace(part, done=ranks.decide(read_done(part.run, part.problems) if part.run else []))
-        for part in parts
-    ]
+
+    def _done(part: Part) -> list[Graded]:
+        return read_done(part.run, part.problems, part.settings.samples) if part.run else []
+
+    return [replace(part, done=ranks.decide(_done(part))) for part in parts]
 
 
 def refuse_mixture(out: Path | None, records: list[Record]) -> None:
@@ -372,7 +374,7 @@ def load_weights(
     tokenizer: PreTrainedTokenizerBase,
     device: str,
     dtype: str,
-) -> tuple[PreTrainedModel, dict[str, str | None]]:
+) -> tuple[PreTrainedModel, dict[str, str | float | None]]:
     """Return the model with its adapter, and the fingerprints of both.
 
     tokenizer  the one that the model is to be used with
@@ -384,25 +386,38 @@ def load_weights(
     check_vocabulary(model, tokenizer, f"model {settings.model}")
     base = folder_fingerprint(folder)
     adapter = None
+    scale = None
     if settings.adapter is not None:
         path = Path(settings.adapter)
         refuse_foreign_adapter(path, base, settings.model, folder)
         lora = load_adapter(model, runs.last_adapter_folder(path))
         adapter = weights_fingerprint(lora.state_dict())
+        scale = lora.alpha / lora.rank
     name = str(next(model.parameters()).dtype).removeprefix("torch.")
     files = files_fingerprints(folder)
-    return model, {"base_weights": base, **files, "adapter_weights": adapter, "dtype": name}
+    return model, {
+        "base_weights": base,
+        **files,
+        "adapter_weights": adapter,
+        "adapter_scale": scale,
+        "dtype": name,
+    }
 
 
-def read_done(run: runs.Run, problems: list[Problem]) -> list[Graded]:
-    """Return what the folder holds of an evaluation; ValueError where it is of other problems."""
+def read_done(run: runs.Run, problems: list[Problem], samples: int) -> list[Graded]:
+    """Return what the folder holds of an evaluation; ValueError where it is of other problems.
+
+    samples  the attempts at each of them
+    """
     file = run.folder / "problems.jsonl"
     with remedied(runs.MAKE_AGAIN):
         rows = read_rows(file)
         with naming(file):
             done = [read_graded(row) for row in rows]
-    if [graded.id for graded in done] != [problem.id for problem in problems[: len(done)]]:
-        raise ValueError(f"{file} has other problems; choose another --out")
+    held = [(graded.id, graded.problem, graded.gold) for graded in done]
+    asked = [(each.id, each.problem, str(each.answer)) for each in problems[: len(done)]]
+    if held != asked or any(len(graded.attempts) != samples for graded in done):
+        raise ValueError(f"{file} has other problems, or other attempts; choose another --out")
     run.check_digests()
     return done
 

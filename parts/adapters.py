@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parts.checkpoints import write_tensors
-from parts.files import read_object, write_text
+from parts.files import make_folder, read_object, write_text
 from parts.lora import Lora, adaptable_layers, attach_lora, copy_exactly
 from parts.model import refuse_not_finite
 from parts.typed import typed
@@ -86,7 +86,7 @@ def save_adapter(lora: Lora, folder: Path, *, base_model: str, revision: str | N
         "lora_dropout": 0.0,
         "target_modules": list(lora.targets),
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     # ASCII, other than write_json: peft reads the file in whatever encoding the machine is set to.
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     tensors = {f"{PREFIX}{name}{SUFFIX}": tensor for name, tensor in lora.sets["current"].items()}
@@ -151,7 +151,8 @@ def _check_plain(saved: dict[str, Any]) -> None:
         typed(saved.get(field), list[str] | str | None, f"{CONFIG_FILE}: {field}")
     if typed(saved["r"], int, f"{CONFIG_FILE}: r") < 1:
         raise ValueError(f"{CONFIG_FILE}: r is {saved['r']}; valid: 1 or more")
-    typed(saved["lora_alpha"], float, f"{CONFIG_FILE}: lora_alpha")
+    if typed(saved["lora_alpha"], float, f"{CONFIG_FILE}: lora_alpha") <= 0:
+        raise ValueError(f"{CONFIG_FILE}: lora_alpha is {saved['lora_alpha']}; valid: above 0")
     layers = list[int] | int | None
     typed(saved.get("layers_to_transform"), layers, f"{CONFIG_FILE}: layers_to_transform")
 

@@ -22,7 +22,15 @@ from safetensors.torch import load_file
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from parts.files import PARTIAL, file_digest, read_sealed, whole_file, write_sealed
+from parts.files import (
+    PARTIAL,
+    file_digest,
+    make_folder,
+    read_sealed,
+    remove_file,
+    whole_file,
+    write_sealed,
+)
 
 FOLDER = "resume"
 TENSORS = ".safetensors"
@@ -82,7 +90,7 @@ def save(
     spare  steps whose states stay whatever `keep` says, such as the best one's
     """
     folder = run_folder / FOLDER
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     file = _file(folder, step, TENSORS)
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     write_tensors(file, contiguous, {"step": str(step)})
@@ -208,7 +216,7 @@ def _remove_older(folder: Path, step: int, *, keep: int, spare: Collection[int])
     for path in _files(folder.parent):
         ours = re.fullmatch(r"step_\d+\.(?:json|safetensors)", path.name.removesuffix(PARTIAL))
         if ours and path.name not in names:
-            path.unlink()
+            remove_file(path)
 
 
 def _is_due(voucher: Path) -> bool:

@@ -237,6 +237,8 @@ def show_command(
         ranks.refuse("copsd.py show")
         if html:
             refuse_no_file(html, "--html")
+            if html.suffix.lower() not in (".html", ".htm"):
+                raise ValueError(f"--html is {html}; valid: a name in .html or .htm")
         config, folder = configure(given)
         refuse_idle(given, config)
         setup = show.prepare(config, folder, adapter, console)

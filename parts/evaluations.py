@@ -30,7 +30,7 @@ from parts.view import say
 
 EVALUATE_AGAIN = "remove it, and the command that began the evaluation makes it again"
 # Of the identity of an evaluation, what its languages have in common.
-SHARED = ("base_weights", "adapter_weights", "dtype")
+SHARED = ("base_weights", "adapter_weights", "adapter_scale", "dtype")
 
 # In these settings two runs that are compared may differ without a word: they are what is compared,
 # are refused or said elsewhere, or change no attempt's chances.
@@ -63,6 +63,9 @@ def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
     files = [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]
     if not files:
         raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is no file; {EVALUATE_AGAIN}")
     records = {file: read_record(file) for file in files}
     check_alike(folder, {file.parent.name: record for file, record in records.items()})
     for file, record in records.items():
@@ -101,8 +104,8 @@ def check_same_attempts(
         stored = summary.get(f"pass@{k}", estimate)
         if not math.isclose(stored.value, estimate.value, abs_tol=1e-9):
             raise ValueError(
-                f"{folder}: summary.json has a pass@{k} of {stored.value:.3f}; by problems.jsonl it "
-                f"is {estimate.value:.3f}"
+                f"{folder}: summary.json has a pass@{k} of {stored.value:.3f}, and by "
+                f"problems.jsonl it is {estimate.value:.3f}"
             )
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parts.chat import freeze_date
 from parts.family import context_length
-from parts.files import json_lines, refuse_no_file, write_text
+from parts.files import json_lines, make_folder, refuse_no_file, write_text
 from parts.model import load_config, load_tokenizer, published_name, resolve_model
 from parts.prompts import Problem, render_prompt
 from parts.recipe import Config
@@ -36,15 +36,20 @@ def export_data(given: dict[str, Any], kind: str, file: Path | None, console: Co
     """
     if kind not in FORMATS:
         raise ValueError(f"unknown format {kind!r}; valid: {', '.join(FORMATS)}")
-    if file and file.exists():
+    if file and file.parent.is_dir():
         refuse_no_file(file, "--file")
+    if file and file.suffix.lower() not in (".jsonl", ".json"):
+        raise ValueError(f"--file is {file}; valid: a name in .jsonl or .json")
     folder = resolve_model(given.get("model", Config.model), weights=False)
     config = settle(fill({**given, "method": "copsd"}, folder))
     tokenizer, _ = freeze_date(load_tokenizer(folder), None)
     context = context_length(load_config(folder))
     train, _, _ = fitting_problems(config, tokenizer, context, console)
     target = file or Path(f"{config.out}.jsonl")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    read = [Path(each).resolve() for each in (config.data, config.eval_data) if each]
+    if target.resolve() in read:
+        raise ValueError(f"{target} is what the problems are read from; name another --file")
+    make_folder(target.parent)
     write_text(target, json_lines(trl_rows(config, train, tokenizer)))
     say(console, f"{len(train)} problems for TRL's SDFTTrainer: {target}")
     name, _ = published_name(folder)  # TRL knows no short names and no folders beside the program

@@ -59,15 +59,34 @@ def whole_file(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def refuse_no_file(path: Path, flag: str) -> None:
-    """Raise ValueError where a flag names what cannot be written as a file: before any work.
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there; raises CannotWrite."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
-    That is a folder or a device, and a file in a folder that is not there.
+
+def remove_file(path: Path) -> None:
+    """Remove a file; raises CannotWrite."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def refuse_no_file(path: Path, flag: str) -> None:
+    """Raise ValueError where a flag names what must not be written as a file: before any work.
+
+    That is a folder, a device or a link, which would be replaced by the file; a file in a folder
+    that is not there; and one in a folder of a run or an evaluation, which may be its log.
     """
     if not path.parent.is_dir():
         raise ValueError(f"{flag} is {path}: there is no such folder")
-    if path.exists() and not path.is_file():
+    if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ValueError(f"{flag} is {path}, which is no file; name one that is to be written")
+    if any((path.parent / record).is_file() for record in ("config.json", "settings.json")):
+        raise ValueError(f"{flag} is {path}, among the files of a run; name one somewhere else")
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from parts.adapters import CONFIG_FILE
 from parts.files import file_digest, read_object, read_sealed
 from parts.model import published_name
+from parts.typed import typed
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 # A model's small files that decide on its numbers beside its weights, by what a message calls them.
@@ -65,7 +66,10 @@ def folder_fingerprint(folder: Path) -> str:
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if not (folder / files[0]).is_file():
-        files = sorted(set(read_object(index)["weight_map"].values()))
+        places_of = read_object(index).get("weight_map")
+        if not isinstance(places_of, dict) or not places_of:
+            raise ValueError(f"{index} is damaged: it has no weight_map")
+        files = sorted(set(typed([*places_of.values()], list[str], f"{index}: weight_map")))
     with ExitStack() as stack:
         places = {}
         for name in files:
@@ -178,7 +182,9 @@ def circumstances(record: Mapping[str, Any]) -> dict[str, Any]:
     A package by its name; a record that lacks something has None there.
     """
     named = ("platform", "threads", "git_commit", "git_uncommitted_changes")
-    return {**record.get("versions", {}), **{name: record.get(name) for name in named}}
+    versions = record.get("versions")
+    packages = versions if isinstance(versions, dict) else {}
+    return {**packages, **{name: record.get(name) for name in named}}
 
 
 def differing_circumstances(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -332,6 +332,9 @@ def parse_factors(text: str) -> list[float]:
     factors = parse_list(text, "sweep", float)
     if not all(0 < factor < math.inf for factor in factors):
         raise ValueError(f"--sweep is {text!r}; valid: factors above 0, such as 0.5,1,2")
+    # A run of the sweep is called after its rate, in six digits.
+    if len({f"{factor:.5g}" for factor in factors}) < len(factors):
+        raise ValueError(f"--sweep is {text!r}; valid: factors that differ in their first 5 digits")
     return factors
 
 

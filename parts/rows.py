@@ -48,7 +48,10 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    table = parquet.read_table(path)
+    try:
+        table = parquet.read_table(path)
+    except OSError as error:  # damaged pages
+        raise ValueError(" ".join(str(error).split())) from error
     kinds = {pa.float16(): np.float16, pa.float32(): np.float32}
     short = {field.name: kinds[field.type] for field in table.schema if field.type in kinds}
     for number, row in enumerate(table.to_pylist()):

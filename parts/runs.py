@@ -29,6 +29,7 @@ from parts.files import (
     PARTIAL,
     append_rows,
     json_lines,
+    make_folder,
     read_object,
     read_rows,
     read_sealed,
@@ -43,6 +44,14 @@ from parts.stops import stop_signals as stop_signals  # stays importable from he
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
 LENGTHS = {"steps", "token_budget"}  # settings that say where a run ends
+# Settings that are paths, each with the fingerprint, in a record's identity, of what is there.
+CONTENTS = {
+    "model": "base_weights",
+    "adapter": "adapter_weights",
+    "data": "training_data",
+    "eval_data": "heldout_data",
+    "warm_start": "warm_start",
+}
 DIGESTS = "digests.json"
 # What to do about a file that is damaged.
 START_ANEW = "start anew with another --out"
@@ -83,7 +92,12 @@ class Run:
             held = stored.get(name)
             if not isinstance(held, dict):
                 raise ValueError(f"{self.record_file} is damaged: it has no {name}; {START_ANEW}")
-            differing = [key for key, value in wanted.items() if held.get(key) != value]
+            known = stored.get("identity")
+            differing = [
+                key
+                for key, value in wanted.items()
+                if held.get(key) != value and not _is_known_otherwise(key, value, held, known)
+            ]
             if not differing:
                 continue
             said = f"{self.folder} holds a run that differs in {', '.join(differing)}; "
@@ -100,7 +114,7 @@ class Run:
         begun that the result may depend on. ValueError: another process has it.
         """
         record = {self.record: config, "identity": identity, **provenance()}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         said = [owner.claim(self.folder)]
         self.check(config, identity)  # another process may have made it since it was looked at
         if not self.record_file.is_file():
@@ -332,6 +346,16 @@ class Run:
         self.disown(path)
         write_json(path, content)
         self.vouch(path)
+
+
+def _is_known_otherwise(name: str, value: Any, held: Mapping[str, Any], identity: Any) -> bool:
+    """Say whether a setting is a path to what a record also knows by its content.
+
+    Then another spelling of it, from another working directory, or another place, is no other run.
+    """
+    fingerprint = CONTENTS.get(name)
+    is_path = isinstance(value, str) and isinstance(held.get(name), str)
+    return is_path and isinstance(identity, dict) and identity.get(fingerprint) is not None
 
 
 def line_digests(content: bytes) -> list[str]:

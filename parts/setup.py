@@ -145,6 +145,7 @@ def load_setup(
         "dtype": str(dtype),
         "training_data": fingerprint(train),
         "heldout_data": fingerprint(heldout),
+        "dev_data": fingerprint(dev),
     }
     if config.teacher_reads != "solution" or config.method == "ssopd":
         identity["wordings"] = fingerprint(readings.wordings(config.lang))

@@ -250,6 +250,8 @@ def test_every_accepted_form_of_a_peft_adapter_computes_what_peft_does(
         ("r", 0),
         ("r", 2.5),
         ("lora_alpha", "8"),
+        ("lora_alpha", 0),
+        ("lora_alpha", -32),
         ("target_modules", "("),
         ("target_modules", {"a": 1, "b": 2}),
         ("target_modules", ".*nothing"),

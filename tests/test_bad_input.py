@@ -138,6 +138,17 @@ def a_pipe(flag: str) -> Maker:
     return make
 
 
+def a_link(flag: str, name: str) -> Maker:
+    """Return a maker of a link to a file, which a file of ours would replace."""
+
+    def make(folder: Path) -> list[str]:
+        (folder / "own.html").touch()
+        (folder / name).symlink_to(folder / "own.html")
+        return [flag, str(folder / name)]
+
+    return make
+
+
 ROW = {"id": "1", "problem": "One and 1?", "solution": "2", "answer": "2", "language": "hau"}
 ROW["problem_translated"] = "Daya da 1?"
 MODELS = {
@@ -404,6 +415,9 @@ SHOW = {
     "a blank page": typed("--html", "  "),
     "a folder as page": lambda folder: ["--html", str(folder)],
     "a pipe as page": a_pipe("--html"),
+    "a page that is no page by its name": typed("--html", "walk.jsonl"),
+    "a page among a model's files": typed("--html", "lab/tiny/walk.html"),
+    "a link as page": a_link("--html", "walk.html"),
     "a page in a folder that is nowhere": typed("--html", "nowhere/walk.html"),
     "a method's flag without the method": typed("--credit-mix", "0.5"),
 }

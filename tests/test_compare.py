@@ -438,6 +438,7 @@ def test_a_budget_is_enough_for_a_step_of_the_arm_that_samples_most(tmp_path):
         (["--seeds", "0"], "valid: a count of 1 to 1000"),
         (["--token-budget", "100"], "--token-budget is 100; valid: 4096 or more"),
         (["--sweep", "0,1"], "factors above 0"),
+        (["--sweep", "1,1.0000001"], "differ in their first 5 digits"),
         (["--sweep", "a"], "--sweep is 'a'"),
         (["--group-size", "1"], "--group-size is 1; valid: 2 or more"),
         (["--eval-problems", "0"], "--eval-problems is 0; valid: 1 or more"),

@@ -230,7 +230,9 @@ def test_an_adapter_is_evaluated_and_fingerprinted(tmp_path, adapter):
     base = read_json(tmp_path / "base" / "settings.json")["identity"]
     adapted = read_json(tmp_path / "adapted" / "settings.json")["identity"]
     assert base["adapter_weights"] is None and len(adapted["adapter_weights"]) == 16
-    assert {**base, "adapter_weights": adapted["adapter_weights"]} == adapted
+    # Its scale, alpha / r, is not among its tensors, and decides as much.
+    own = {"adapter_weights": adapted["adapter_weights"], "adapter_scale": 2.0}
+    assert {**base, **own} == adapted
     assert lines(tmp_path / "base") != lines(tmp_path / "adapted")
 
 

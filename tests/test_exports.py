@@ -1,9 +1,12 @@
 """Data for other trainers: what they tokenise is what is trained on here."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import few_problems
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -56,6 +59,21 @@ def test_the_token_of_the_beginning_is_not_read_twice():
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    flags = ["export-data", "--format", "verl", "--file", str(tmp_path / "x")]
+    flags = ["export-data", "--format", "verl", "--file", str(tmp_path / "x.jsonl")]
     result = CliRunner().invoke(commands.copsd, flags)
     assert result.exit_code == 2 and "valid: trl" in result.stderr
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    """The user's only data was gone, with exit code 0."""
+    data = Path(shutil.copy(few_problems()["data"], tmp_path / "rows.jsonl"))
+    before = data.read_bytes()
+    for file, said in (
+        (data, "is what the problems are read from"),
+        (tmp_path / "thesis.md", "valid: a name in .jsonl or .json"),
+        (Path("lab/tiny/rows.jsonl"), "among the files of a run"),
+    ):
+        flags = ["export-data", "--data", str(data), "--eval-problems", "0", "--file", str(file)]
+        result = CliRunner().invoke(commands.copsd, flags)
+        assert result.exit_code == 2 and said in result.stderr, result.output
+    assert data.read_bytes() == before

@@ -176,6 +176,19 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_the_remedy(tmp_path, na
     assert path.read_text() == "old\n"
 
 
+def test_a_folder_or_a_removal_that_fails_is_the_same_error(tmp_path):
+    """A disk without room for another name gave a traceback."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    for work, path in (
+        (files.make_folder, tmp_path / "file" / "below"),
+        (files.make_folder, tmp_path / "file"),
+        (files.remove_file, tmp_path / "folder"),
+    ):
+        with pytest.raises(CannotWrite, match=f"^cannot write {path}: "):
+            work(path)
+
+
 def test_a_tensor_file_on_a_full_disk_is_the_same_error(tmp_path):
     (tmp_path / "x.safetensors.partial").symlink_to("/dev/full")
     with pytest.raises(CannotWrite, match="free some space there"):

@@ -53,6 +53,21 @@ def test_a_record_that_is_there_is_not_written_again(tmp_path):
     assert run.record_file.read_bytes() == before
 
 
+def test_another_path_to_the_same_content_is_no_other_run(tmp_path):
+    """A run could not go on from another working directory, nor after its folder was moved."""
+    run = Run(tmp_path / "run")
+    run.create({"data": "a/rows.jsonl", "lr": 1}, {"training_data": "aa"})
+    run.check({"data": "/b/rows.jsonl", "lr": 1}, {"training_data": "aa"})
+    with pytest.raises(ValueError, match="differs in training_data;"):
+        run.check({"data": "/b/rows.jsonl", "lr": 1}, {"training_data": "bb"})
+    with pytest.raises(ValueError, match="differs in data;"):  # None is the hub's
+        run.check({"data": None, "lr": 1}, {"training_data": "aa"})
+    other = Run(tmp_path / "other")
+    other.create({"data": "a/rows.jsonl"}, {})  # whose record knows it by its path only
+    with pytest.raises(ValueError, match="differs in data;"):
+        other.check({"data": "/b/rows.jsonl"}, {})
+
+
 def test_an_evaluations_record_is_its_settings(tmp_path):
     run = Run(tmp_path / "evaluation", "settings")
     run.create({"seed": 0}, {"data": "aa"})
