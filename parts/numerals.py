@@ -29,8 +29,9 @@ import unicodedata
 from fractions import Fraction
 
 from parts.equations import right_side
+from parts.phrases import NUMBER
 from parts.plaintext import MARK, plain_text
-from parts.scales import NUMBER, apply_words
+from parts.scales import apply_words
 
 # A longer answer is an essay or an attack. Python's int() refuses more than 4300 digits, too.
 MAX_ANSWER_CHARS = 400

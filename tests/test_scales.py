@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parts import scales
+from parts import phrases, scales
 from parts.numerals import is_number, normalise
 from parts.scales import apply_words
 
@@ -16,9 +16,10 @@ LANGUAGES = json.loads((FOLDER / "scales.json").read_text(encoding="utf-8"))["la
 
 
 def test_docstring_examples():
-    results = doctest.testmod(scales)
-    assert results.attempted >= 1
-    assert results.failed == 0
+    for module in (phrases, scales):
+        results = doctest.testmod(module)
+        assert results.attempted >= 1
+        assert results.failed == 0
 
 
 def test_every_language_has_its_words():

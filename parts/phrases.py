@@ -1,0 +1,172 @@
+"""The words of scales.json, which scale or change a number, and a text as a row of them.
+
+    >>> [part if isinstance(part, str) else part.kind for part in split("mill. of mayai")]
+    ['times', '.', 'of', 'mayai']
+
+A phrase of several words is one part, and so is each mark. The grader does not know which language
+an answer is in, so a phrase that two languages read differently is certain in neither. Functions
+stand in order of use.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+# The place of the number among the words.
+NUMBER = "\0"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a phrase of scales.json does to the number beside it.
+
+    kind          "times", "plus", "says", or "changes", which is: nothing certain
+    amount        how many times as large, how much is added, or what a numeral says; 0 for
+                  "changes"
+    may_precede   whether it does so when it stands before the number
+    may_follow    whether it does so when it stands after the number
+    needs_plural  whether it means something else beside one: "1 billion" may be French
+    """
+
+    kind: str
+    amount: Fraction = Fraction(0)
+    may_precede: bool = False
+    may_follow: bool = True
+    needs_plural: bool = False
+
+
+CHANGES = Effect("changes")
+
+
+# ---- A text as a row of words and phrases
+
+
+def split(skeleton: str) -> list[str | Effect]:
+    """Return the skeleton's words and marks in order, with the longest known phrases as effects."""
+    words = _words(skeleton)
+    parts: list[str | Effect] = []
+    start = 0
+    while start < len(words):
+        for length in range(_LONGEST_PHRASE, 0, -1):
+            phrase = words[start : start + length]
+            if phrase in _EFFECTS:
+                parts.append(_EFFECTS[phrase])
+                start += len(phrase)
+                break
+        else:
+            parts.append(words[start])
+            start += 1
+    if _CHANGE_IN_PLACE.search(unicodedata.normalize("NFKD", skeleton)):
+        parts.append(CHANGES)
+    return parts
+
+
+# Accents and tone marks, which many leave out: millón, ẹgbẹ̀rún. Vowel signs of other scripts are
+# letters, and are no part of this block.
+_ACCENTS = re.compile("[\u0300-\u036f]")
+
+# What joins words, and says nothing here: n'igice, half-dozen
+_JOINTS = re.compile("['·-]")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Return the words of a text without their accents, and each other mark as a word."""
+    text = _JOINTS.sub(" ", _ACCENTS.sub("", unicodedata.normalize("NFKD", text)))
+    spaced = "".join(
+        character if unicodedata.category(character)[0] in "LM" else f" {character} "
+        for character in text
+    )
+    return tuple(_UNSPACED.sub(r" \g<0> ", spaced).split())
+
+
+# ---- The table
+
+_LANGUAGES = json.loads(Path(__file__).with_name("scales.json").read_text(encoding="utf-8"))[
+    "languages"
+].values()
+
+
+def _phrases_without_spaces() -> list[str]:
+    """Return the phrases in scripts that write no spaces between words, the longest first.
+
+    They count wherever they stand: the ล้าน of ล้านบาท.
+    """
+    phrases = {
+        unicodedata.normalize("NFKD", phrase.replace("0", "").strip())
+        for language in _LANGUAGES
+        for phrase in (
+            *itertools.chain(*language.get("times", {}).values()),
+            *itertools.chain(*language.get("plus", {}).values()),
+            *itertools.chain(*language.get("numerals", {}).values()),
+            *language.get("changes", []),
+        )
+    }
+    return sorted(filter(_THAI_KANA_OR_HAN.match, phrases), key=len, reverse=True)
+
+
+def _changes_in_place() -> list[str]:
+    """Return patterns of the same scripts' phrases of change in which the number has its place.
+
+    They count wherever they stand, too: the เท่าของ before the number of สองเท่าของ 18, from which
+    สองเท่า, a longer phrase, takes its first half as a word.
+    """
+    return [
+        re.escape(unicodedata.normalize("NFKD", phrase)).replace(r"\ ", r"\s*").replace("0", NUMBER)
+        for language in _LANGUAGES
+        for phrase in language.get("changes", [])
+        if "0" in phrase and _THAI_KANA_OR_HAN.search(phrase)
+    ]
+
+
+_THAI_KANA_OR_HAN = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]")
+_UNSPACED = re.compile("|".join(_phrases_without_spaces()))
+_CHANGE_IN_PLACE = re.compile("|".join(_changes_in_place()))
+
+
+def _read_effects() -> dict[tuple[str, ...], Effect]:
+    """Return the effect of each phrase; "changes" where languages differ."""
+    found: dict[tuple[str, ...], set[Effect]] = {}
+    singular = set()
+    for language in _LANGUAGES:
+        counts_after = language["count"] == "after"
+        for amount, phrases in language.get("times", {}).items():
+            effect = Effect("times", Fraction(amount), may_precede=counts_after)
+            for phrase in phrases:
+                found.setdefault(_phrase(phrase), set()).add(effect)
+        for amount, phrases in language.get("plus", {}).items():
+            for phrase in phrases:
+                precedes = phrase.endswith(" 0")
+                effect = Effect("plus", Fraction(amount), precedes, may_follow=not precedes)
+                found.setdefault(_phrase(phrase.removesuffix(" 0")), set()).add(effect)
+        for amount, phrases in language.get("numerals", {}).items():
+            for phrase in phrases:
+                found.setdefault(_phrase(phrase), set()).add(Effect("says", Fraction(amount)))
+        for phrase in language.get("changes", []):
+            found.setdefault(_phrase(phrase), set()).add(CHANGES)
+        singular |= {_phrase(phrase) for phrase in language.get("singular", [])}
+    effects = {
+        phrase: readings.pop() if len(readings) == 1 else CHANGES
+        for phrase, readings in found.items()
+    }
+    for phrase in singular:
+        effects[phrase] = dataclasses.replace(effects[phrase], needs_plural=True)
+    return effects
+
+
+def _phrase(written: str) -> tuple[str, ...]:
+    """Return the words of a phrase of the table, in which a 0 is the number's place."""
+    return _words(written.casefold().replace("0", NUMBER))
+
+
+_EFFECTS = _read_effects()
+JOINS = {
+    word for language in _LANGUAGES for join in language.get("joins", []) for word in _phrase(join)
+}
+ONES = {word for language in _LANGUAGES for word in _phrase(" ".join(language.get("ones", [])))}
+OPERATORS = {word for language in _LANGUAGES for word in language.get("operators", [])}
+_LONGEST_PHRASE = max(len(phrase) for phrase in _EFFECTS)
