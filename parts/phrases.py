@@ -25,9 +25,9 @@ NUMBER = "\0"
 class Effect:
     """What a phrase of scales.json does to the number beside it.
 
-    kind          "times", "plus", "says", or "changes", which is: nothing certain
+    kind          "times", "plus", "says", "or", or "changes", which is: nothing certain
     amount        how many times as large, how much is added, or what a numeral says; 0 for
-                  "changes"
+                  "or" and "changes"
     may_precede   whether it does so when it stands before the number
     may_follow    whether it does so when it stands after the number
     needs_plural  whether it means something else beside one: "1 billion" may be French
@@ -41,6 +41,7 @@ class Effect:
 
 
 CHANGES = Effect("changes")
+OR = Effect("or")
 
 
 # ---- A text as a row of words and phrases
@@ -103,6 +104,7 @@ def _phrases_without_spaces() -> list[str]:
             *itertools.chain(*language.get("times", {}).values()),
             *itertools.chain(*language.get("plus", {}).values()),
             *itertools.chain(*language.get("numerals", {}).values()),
+            *language.get("ors", []),
             *language.get("changes", []),
         )
     }
@@ -146,7 +148,10 @@ def _read_effects() -> dict[tuple[str, ...], Effect]:
         for amount, phrases in language.get("numerals", {}).items():
             for phrase in phrases:
                 found.setdefault(_phrase(phrase), set()).add(Effect("says", Fraction(amount)))
-        for phrase in language.get("changes", []):
+        for word in language.get("ors", []) + language.get("weak_ors", []):
+            found.setdefault(_phrase(word), set()).add(OR)
+        beside_a_number = [(f"0 {word}", f"{word} 0") for word in language.get("ors", [])]
+        for phrase in itertools.chain(language.get("changes", []), *beside_a_number):
             found.setdefault(_phrase(phrase), set()).add(CHANGES)
         singular |= {_phrase(phrase) for phrase in language.get("singular", [])}
     effects = {
@@ -163,10 +168,29 @@ def _phrase(written: str) -> tuple[str, ...]:
     return _words(written.casefold().replace("0", NUMBER))
 
 
+def _words_under(key: str) -> set[str]:
+    """Return the words that stand under a key of the languages."""
+    return {
+        word for language in _LANGUAGES for each in language.get(key, []) for word in _phrase(each)
+    }
+
+
+def is_noun(part: str | Effect) -> bool:
+    """Return whether a part may be what a number counts: a word, and not one that ties a numeral.
+
+    In scripts without spaces what looks like one word may be several, and is no noun.
+    """
+    return (
+        isinstance(part, str)
+        and part[0].isalpha()
+        and part not in JOINS | ONES | OPERATORS | _PREPOSITIONS
+        and not _THAI_KANA_OR_HAN.match(part)
+    )
+
+
 _EFFECTS = _read_effects()
-JOINS = {
-    word for language in _LANGUAGES for join in language.get("joins", []) for word in _phrase(join)
-}
-ONES = {word for language in _LANGUAGES for word in _phrase(" ".join(language.get("ones", [])))}
-OPERATORS = {word for language in _LANGUAGES for word in language.get("operators", [])}
+JOINS = _words_under("joins")
+ONES = _words_under("ones")
+OPERATORS = _words_under("operators")
+_PREPOSITIONS = _words_under("prepositions")
 _LONGEST_PHRASE = max(len(phrase) for phrase in _EFFECTS)

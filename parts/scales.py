@@ -13,10 +13,11 @@ differently is certain in neither. Functions stand in order of use.
 
 import itertools
 import math
+import re
 from fractions import Fraction
 from typing import TypeGuard
 
-from parts.phrases import CHANGES, JOINS, NUMBER, ONES, OPERATORS, Effect, split
+from parts.phrases import CHANGES, JOINS, NUMBER, ONES, OPERATORS, OR, Effect, is_noun, split
 
 
 def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
@@ -29,7 +30,7 @@ def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
     half. Multiples grow from left to right, 18 hundred thousand; the other way they are a sum.
     """
     parts = split(skeleton)
-    if CHANGES in parts:
+    if CHANGES in parts or _offers_another(parts):
         return None
     parts = _without_repetition(number, parts)
     if parts is None:
@@ -40,7 +41,7 @@ def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
     after = [part for part in scales if _is_scale(part)]
     left = parts[: place - len(before)][::-1]
     right = parts[place + 1 + len(after) :]
-    if _says_another(number, left) or _says_another(number, right):
+    if _says_another(number, left) or _says_another(number, right) or _is_one_term(left, right):
         return None
     effects = [part for part in parts if _is_scale(part)]
     if not effects:
@@ -162,10 +163,10 @@ def _says_another(number: Fraction, aside: list[str | Effect]) -> bool:
 
     A numeral does that a join ties to it, ishirini na 8. So does one that touches it or is tied by
     an operator, twenty 8 and 18 times two, unless it counts a word: 18 one-dollar bills, watoto
-    wawili 18. One that touches it may repeat it.
+    wawili 18. One that touches it, or stands behind a comma, may repeat it.
     """
     tie = next((part for part in aside[:1] if part in JOINS | OPERATORS), None)
-    others = aside if tie is None else aside[1:]
+    others = aside[1:] if tie is not None or aside[:1] == [","] else aside
     numerals = itertools.takewhile(_is_numeral, others)
     amounts = [part.amount for part in numerals if _is_numeral(part)]
     beyond = others[len(amounts) : len(amounts) + 1]
@@ -173,6 +174,51 @@ def _says_another(number: Fraction, aside: list[str | Effect]) -> bool:
     if not amounts or (counts_a_word and tie not in JOINS):
         return False
     return tie is not None or number not in (sum(amounts), math.prod(amounts))
+
+
+def _offers_another(parts: list[str | Effect]) -> bool:
+    """Return whether a word for "or" stands beside a numeral: 18 eggs or nineteen."""
+    return any(
+        part == OR and any(map(_is_numeral, parts[max(at - 1, 0) : at + 2]))
+        for at, part in enumerate(parts)
+    )
+
+
+# What makes a number one term of an amount, or of two answers, in the letters of `_shape` and from
+# the number on: "dollars and fifty" behind the 18 of "18 dollars and fifty cents", and "and hours
+# two" before that of "two hours and 18 minutes". Without a join a numeral before it is none: watoto
+# wawili 18. Behind tens a word may be a numeral that the table lacks: kumi na nane (18).
+_TERM_BEHIND = re.compile("w,?[nN]|w?jw?[nNo]")
+_TERM_BEFORE = re.compile("jw?[nN]|wjw?n")
+
+
+def _is_one_term(left: list[str | Effect], right: list[str | Effect]) -> bool:
+    """Return whether the parts beside a number, the nearest first, say more of the same amount.
+
+    A numeral behind a preposition counts something else, 18 in three days.
+    """
+    return bool(_TERM_BEFORE.match(_shape(left)) or _TERM_BEHIND.match(_shape(right)))
+
+
+def _shape(aside: list[str | Effect]) -> str:
+    """Return a letter for each of the nearest parts."""
+    return "".join(map(_letter, aside[:4]))
+
+
+def _letter(part: str | Effect) -> str:
+    """Return the letter of a part: j is a join or an "or", n a numeral and N one from ten on.
+
+    o is a word for one, w a noun, a comma itself, and ? anything else.
+    """
+    if part in JOINS or part == OR:
+        return "j"
+    if part in ONES:
+        return "o"
+    if _is_numeral(part):
+        return "n" if part.amount < 10 else "N"
+    if part == ",":
+        return ","
+    return "w" if is_noun(part) else "?"
 
 
 def _add_up(parts: list[str | Effect]) -> bool:

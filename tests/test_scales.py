@@ -1,6 +1,7 @@
 """Every word of the table, in both orders: the multiple or no answer, and never the bare number."""
 
 import doctest
+import itertools
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -60,8 +61,32 @@ def test_a_numeral_that_touches_a_number_is_a_second_one_unless_it_repeats_the_f
 def test_a_numeral_beside_another_word_counts_that(code):
     for words in LANGUAGES[code].get("numerals", {}).values():
         for word in words:
-            for text in (f"97 birr {word}", f"97 {word} birr", f"birr {word} 97", f"{word}: 97"):
+            for text in (f"97 {word} birr", f"birr {word} 97", f"{word}: 97", f"97 in {word} birr"):
                 assert normalise(text) == "97", text
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_a_second_term_of_an_amount_leaves_no_answer(code):
+    words = LANGUAGES[code]
+    for numeral in itertools.chain(*words.get("numerals", {}).values()):
+        assert normalise(f"97 birr {numeral} cents") is None, numeral
+        assert normalise(f"97 birr, {numeral} cents") is None, numeral
+        for join in words.get("joins", []):
+            texts = (f"97 birr {join} {numeral}", f"97 birr {join} cents {numeral}")
+            for text in (*texts, f"birr 97 {join} cents {numeral}", f"{numeral} birr {join} 97"):
+                assert not is_number(normalise(text) or ""), text
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_a_word_for_or_beside_a_number_or_a_numeral_leaves_no_answer(code):
+    words = LANGUAGES[code]
+    for word in words.get("ors", []):
+        for text in (f"97 {word} hundred-odd", f"97 {word} unknown", f"unknown {word} 97"):
+            assert normalise(text) is None, text
+        assert normalise(f"97 birr {word} birr") == "97", word
+    for word in words.get("ors", []) + words.get("weak_ors", []):
+        for text in (f"97 birr {word} two birr", f"two birr {word} 97 birr", f"97 birr {word} ten"):
+            assert not is_number(normalise(text) or ""), text
 
 
 @pytest.mark.parametrize("code", LANGUAGES)
