@@ -45,6 +45,14 @@ _CANONICAL_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
 _CLOSING_MARKS = " .,;:?"
 
 
+# What makes a number a time of day or a date, which have no other word: pm, June, Monday -> p,
+# jun, mon. In other languages than English it is a word like any other.
+_TIME = re.compile(
+    r"(?<![^\W\d_])(?:([ap])\.?m|(jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)"
+    r"(?:r?uary|ch|il|ust|(?:em|o)?ber)?|(mon|tues|wednes|thurs|fri|satur|sun)day)(?![^\W\d_])"
+)
+
+
 # ---- From a text to its canonical string
 
 
@@ -53,7 +61,7 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
 
     None means: empty, longer than MAX_ANSWER_CHARS, or no single clear answer. (ours)
     as_text  True beside a gold answer that is no number. Then a text with several numbers, or an
-             equation, stays the text that it is.
+             equation, stays the text that it is, and 3 p.m. and May 3 keep what makes them no 3.
 
     Separators, for figures in any script. Every space and every apostrophe counts alike; the Arabic
     ٬ is an apostrophe and ٫ a period.
@@ -104,7 +112,8 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
         number = numbers[0] if len(numbers) == 1 else None
         scaled = None if number is None else apply_words(number, skeleton)
         if scaled is not None:
-            return str(scaled)
+            times = ("".join(found.groups(""))[:3] for found in _TIME.finditer(skeleton))
+            return " ".join([str(scaled), *(sorted(times) if as_text else ())])
         said = ""  # it is about numbers, but not clearly about one
     canonical = said or (whole if as_text else "")
     return canonical.strip().rstrip(_CLOSING_MARKS) or None
