@@ -67,6 +67,23 @@ def split(skeleton: str) -> list[str | Effect]:
     return parts
 
 
+def leading_scale(text: str) -> str:
+    """Return the words at the start of a folded text that scale a number before them, "" for none.
+
+    >>> leading_scale("million and a half years"), leading_scale("birr, or 2 million")
+    ('million and a half', '')
+    """
+    words = _words(text)
+    start = 0
+    for length in range(_LONGEST_PHRASE, 0, -1):
+        effect = _EFFECTS.get(words[:length])
+        if effect and effect.kind in ("times", "plus") and effect.may_follow:
+            start = length
+            break
+    following = leading_scale(" ".join(words[start:])) if start else ""
+    return f"{' '.join(words[:start])} {following}".strip()
+
+
 # Accents and tone marks, which many leave out: millón, ẹgbẹ̀rún. Vowel signs of other scripts are
 # letters, and are no part of this block.
 _ACCENTS = re.compile("[\u0300-\u036f]")
