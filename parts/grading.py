@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from subprocess import DEVNULL, PIPE, Popen
 
 from parts.numerals import MAX_ANSWER_CHARS, is_number, last_number, normalise
-from parts.phrases import leading_scale
+from parts.phrases import leading_scale, without_dozens
 from parts.plaintext import MARK, plain_text
 
 # math-verify takes a tenth of a second for a usual answer, and hours for 9^(9^9).
@@ -242,7 +242,9 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     if canonical == expected and _have_equal_letters(answer, gold, expected):
         return canonical, "right"
     if only_number:
-        return canonical, "wrong"
+        # A question may ask for dozens, and then 7 dozen is 7.
+        counts_dozens = normalise(without_dozens(answer)) == expected
+        return (expected, "right") if counts_dozens else (canonical, "wrong")
     read_by_it = canonical if is_number(canonical) else answer  # it knows ASCII figures only
     same = _is_same_mathematics(gold, read_by_it, limit_s)
     if same is None:

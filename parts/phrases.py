@@ -55,10 +55,16 @@ def split(skeleton: str) -> list[str | Effect]:
     while start < len(words):
         for length in range(_LONGEST_PHRASE, 0, -1):
             phrase = words[start : start + length]
-            if phrase in _EFFECTS:
+            # The mil of "mil 20" is a mile, and that of "dos mil (2000)" a thousand.
+            has_count = NUMBER in phrase and isinstance((parts or [""])[-1], Effect)
+            if phrase in _SILENT and not has_count:
+                parts += [NUMBER] * phrase.count(NUMBER)
+            elif phrase in _EFFECTS:
                 parts.append(_EFFECTS[phrase])
-                start += len(phrase)
-                break
+            else:
+                continue
+            start += len(phrase)
+            break
         else:
             parts.append(words[start])
             start += 1
@@ -77,11 +83,18 @@ def leading_scale(text: str) -> str:
     start = 0
     for length in range(_LONGEST_PHRASE, 0, -1):
         effect = _EFFECTS.get(words[:length])
+        if words[:length] in _SILENT:
+            break
         if effect and effect.kind in ("times", "plus") and effect.may_follow:
             start = length
             break
     following = leading_scale(" ".join(words[start:])) if start else ""
     return f"{' '.join(words[:start])} {following}".strip()
+
+
+def without_dozens(text: str) -> str:
+    """Return the text without its words for twelve, which may be what was counted: 7 dozen."""
+    return _DOZENS.sub(" ", text)
 
 
 # Accents and tone marks, which many leave out: millón, ẹgbẹ̀rún. Vowel signs of other scripts are
@@ -210,4 +223,13 @@ JOINS = _words_under("joins")
 ONES = _words_under("ones")
 OPERATORS = _words_under("operators")
 _PREPOSITIONS = _words_under("prepositions")
-_LONGEST_PHRASE = max(len(phrase) for phrase in _EFFECTS)
+_SILENT = {_phrase(each) for language in _LANGUAGES for each in language.get("silent", [])}
+_LONGEST_PHRASE = max(map(len, [*_EFFECTS, *_SILENT]))
+_DOZENS = re.compile(
+    "|".join(
+        each if _THAI_KANA_OR_HAN.match(each) else rf"(?<!\w){each}(?!\w)"
+        for language in _LANGUAGES
+        for each in language.get("times", {}).get("12", [])
+    ),
+    re.IGNORECASE,
+)

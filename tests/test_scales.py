@@ -36,7 +36,8 @@ def test_a_scaled_number_is_its_multiple_and_never_itself(code):
             multiple = str(18 * int(amount))
             in_order = f"{word} 18" if LANGUAGES[code]["count"] == "after" else f"18 {word}"
             for text in (in_order, f"18 {word}", f"{word} 18", f"{word.upper()} 18"):
-                assert normalise(text) in (multiple, None), text
+                if text.lower() != "mil 18":  # miles in Hausa
+                    assert normalise(text) in (multiple, None), text
             if word not in ("billions", "trillions"):  # French; in sloppy English a thousandth
                 assert normalise(in_order) == multiple, in_order
 
@@ -133,3 +134,10 @@ def test_an_added_part_is_exact():
     assert apply_words(Fraction(18), "\0 and a half million") == 18_500_000
     assert apply_words(Fraction(-18), "\0 na robo") == Fraction(-73, 4)
     assert apply_words(Fraction(18), "\0 birr") == 18
+
+
+@pytest.mark.parametrize("code", [code for code in LANGUAGES if "silent" in LANGUAGES[code]])
+def test_a_phrase_that_says_nothing_leaves_the_number(code):
+    for phrase in LANGUAGES[code]["silent"]:
+        text = phrase.replace("0", "20") if "0" in phrase else f"20 {phrase}"
+        assert normalise(text) == "20", text
