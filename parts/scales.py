@@ -87,8 +87,9 @@ def _say(words: list[str | Effect]) -> Fraction | None:
     """Return the number that words say; None: none, or not clearly one, or they count a noun.
 
     Another word may stand beside a scale with its count, two thousand birr. Beside a mere scale it
-    may be a count that the table lacks: elfu saba. A scale alone is one of it only where the count
-    would stand after it: "1000 (thousand)" may be in thousands.
+    may be a count that the table lacks: elfu saba. A scale without its count is one of it where a
+    numeral follows, hundred twenty-five, but alone only where the count would stand after it:
+    "1000 (thousand)" may be in thousands.
     """
     places = [place for place, word in enumerate(words) if _counts(word)]
     if not places or NUMBER in words:
@@ -96,11 +97,12 @@ def _say(words: list[str | Effect]) -> Fraction | None:
     said = words[places[0] : places[-1] + 1]
     others = words[: places[0]] + words[places[-1] + 1 :]
     scales = list(filter(_is_scale, said))
+    is_sum = any(map(_is_numeral, said))
     is_after = any(scale.may_precede for scale in scales)
     lacks_count = _is_scale(said[-1 if is_after else 0])
     is_mixed = any(not _counts(word) and word not in JOINS for word in said)
     is_cut = any(isinstance(word, Effect) or word in JOINS for word in others)
-    if is_mixed or is_cut or (lacks_count and not is_after):
+    if is_mixed or is_cut or (lacks_count and not (is_after or is_sum)):
         return None
     if others and (lacks_count or not scales):
         return None
@@ -127,15 +129,16 @@ def _add_from_left(said: list[str | Effect]) -> Fraction:
 def _add_from_right(said: list[str | Effect]) -> Fraction:
     """Add up a numeral whose counts stand after their scales: elfu mbili na mia tano.
 
-    From right to left it is as from left to right, and each of its joined terms is one of its own.
+    A scale multiplies only what stands right behind it: elfu mia mbili is 200,000, and mia moja
+    ishirini is 120.
     """
-    terms: list[list[str | Effect]] = [[]]
-    for word in said:
-        if word in JOINS:
-            terms.append([])
+    terms: list[Fraction] = []  # from right to left; a join is a term of nothing
+    for word in reversed(said):
+        if _is_scale(word) and terms and terms[-1]:
+            terms[-1] *= word.amount
         else:
-            terms[-1].insert(0, word)
-    return sum(map(_add_from_left, terms), Fraction(0))
+            terms.append(_amount(word))
+    return sum(terms, Fraction(0))
 
 
 def _amount(word: str | Effect) -> Fraction:
