@@ -215,10 +215,10 @@ _LONE_LETTER = (
     rf"[a-j](?![\w'])(?!{MARK})"
 )
 
-# A letter of a list of choices, with its mark or with what it stands for: C, (C), C) 18. Not one of
-# two: C) or D), C. and D, C) D
+# A letter of a list of choices, with a label, its mark or what it stands for: Jibu: C, (C), C) 18.
+# Not one of two: C) or D), C. and D, C) D
 _CHOICE = re.compile(
-    r"(?:(?:answer|choice|option):? )?\(?([a-z])"
+    r"(?:(?:answer|choice|option) |选|[^\s:()\d]{2,}: ?)?\(?([a-z])"
     r"(?:[).:](?: (?!.*\b[a-z][).:])(?!(?:.*\b(?:or|and) )?\W*[a-z]\W*$)"
     rf"(?!.*{_LONE_LETTER}).*)?)?"
 )
@@ -252,8 +252,8 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     return canonical, "right" if same else "wrong"
 
 
-# The marks of a list of figures, but not the comma of thousands: 1,2 and 1, 2 and 1; 2
-_LIST_MARK = re.compile(r" ?[,;] ?(?!\d{3}(?!\d))")
+# The marks of a list of figures, but not the comma of thousands: 1,2 and 1, 2 and 1; 2 and 1 and 2
+_LIST_MARK = re.compile(r" ?(?:[,;]|\band\b) ?(?!\d{3}(?!\d))")
 _FIGURES = re.compile(r"[-+\d./]+(?:,[-+\d./]+)+")
 
 
