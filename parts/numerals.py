@@ -31,7 +31,7 @@ from fractions import Fraction
 from parts.equations import right_side
 from parts.phrases import NUMBER
 from parts.plaintext import MARK, plain_text
-from parts.scales import apply_words
+from parts.scales import add_terms, apply_words
 
 # A longer answer is an essay or an attack. Python's int() refuses more than 4300 digits, too.
 MAX_ANSWER_CHARS = 400
@@ -109,8 +109,10 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
     said = right_side(whole, as_text=as_text)
     numbers, skeleton = _find_numbers(said if as_text else _CONCORD.sub(r"\1 ", said))
     if numbers and _is_only_words(skeleton):
-        number = numbers[0] if len(numbers) == 1 else None
-        scaled = None if number is None else apply_words(number, skeleton)
+        if len(numbers) > 1:
+            scaled = add_terms(numbers, skeleton)
+        else:
+            scaled = None if numbers[0] is None else apply_words(numbers[0], skeleton)
         if scaled is not None:
             times = ("".join(found.groups(""))[:3] for found in _TIME.finditer(skeleton))
             return " ".join([str(scaled), *(sorted(times) if as_text else ())])

@@ -58,6 +58,35 @@ def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
     return number
 
 
+# Numbers with their scales, before or behind them, and at last perhaps one without: NtN is 2
+# thousand 500, and TNTN elfu 2 na mia 5. A word may stand at the end, or before the first scale.
+_TERMS = re.compile("(?:Nt)+N?w?|w?(?:TN)+N?w?")
+
+
+def add_terms(numbers: list[Fraction | None], skeleton: str) -> Fraction | None:
+    r"""Return the sum of numbers whose scales fall, 1 lakh 20 thousand; None: they make no sum.
+
+    skeleton  folded text with one \0 in the place of each number
+    """
+    parts = [part for part in split(skeleton) if part not in JOINS]
+    scales = [part for part in parts if _is_scale(part)]
+    is_certain = all(scale.kind == "times" and not scale.needs_plural for scale in scales)
+    letters = "".join(
+        "N" if part == NUMBER else "tT"[part.may_precede] if _is_scale(part) else _letter(part)
+        for part in parts
+    )
+    if not is_certain or not _TERMS.fullmatch(letters):
+        return None
+    total = Fraction(0)
+    limit = math.inf
+    for number, factor in zip(numbers, [*(scale.amount for scale in scales), 1], strict=False):
+        if number is None or number.denominator > 1 or not 0 < number * factor < limit:
+            return None
+        total += number * factor
+        limit = factor
+    return total
+
+
 def _without_repetition(number: Fraction, parts: list[str | Effect]) -> list[str | Effect] | None:
     """Return the parts without words that say the number again; None: they say another one.
 
