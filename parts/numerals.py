@@ -5,7 +5,7 @@ The shape is that of a parser:
     answer --plain_text--> without style, currency, degrees (plaintext.py)
            --_find_numbers--> its numbers, and the skeleton, which is the text with a hole for each
            --_is_only_words--> whether words, units and punctuation are all that is around them
-           --apply_words--> the number as those words scale it, or none (scales.py)
+           --one_number--> the number as those words scale it, or none (scales.py)
 
     >>> normalise("፲፰ ብር"), normalise(r"1{,}000.50\text{ shillings}"), normalise("18 or 19")
     ('18', '2001/2', None)
@@ -31,7 +31,7 @@ from fractions import Fraction
 from parts.equations import right_side
 from parts.phrases import NUMBER
 from parts.plaintext import MARK, plain_text
-from parts.scales import add_terms, apply_words
+from parts.scales import one_number
 
 # A longer answer is an essay or an attack. Python's int() refuses more than 4300 digits, too.
 MAX_ANSWER_CHARS = 400
@@ -109,10 +109,7 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
     said = right_side(whole, as_text=as_text)
     numbers, skeleton = _find_numbers(said if as_text else _CONCORD.sub(r"\1 ", said))
     if numbers and _is_only_words(skeleton):
-        if len(numbers) > 1:
-            scaled = add_terms(numbers, skeleton)
-        else:
-            scaled = None if numbers[0] is None else apply_words(numbers[0], skeleton)
+        scaled = one_number(numbers, skeleton)
         if scaled is not None:
             times = ("".join(found.groups(""))[:3] for found in _TIME.finditer(skeleton))
             return " ".join([str(scaled), *(sorted(times) if as_text else ())])

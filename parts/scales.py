@@ -20,6 +20,18 @@ from typing import TypeGuard
 from parts.phrases import CHANGES, JOINS, NUMBER, ONES, OPERATORS, OR, Effect, is_noun, split
 
 
+def one_number(numbers: list[Fraction | None], skeleton: str) -> Fraction | None:
+    """Return the number that a text's numbers and words say together; None: none, or in doubt.
+
+    numbers   None for one that cannot be read
+    skeleton  folded text with one \\0 in the place of each number
+    """
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(numbers):
+        return None
+    return apply_words(known[0], skeleton) if len(known) == 1 else add_terms(known, skeleton)
+
+
 def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
     r"""Return the number as the words beside it scale it; None: they leave it in doubt.
 
@@ -63,11 +75,8 @@ def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
 _TERMS = re.compile("(?:Nt)+N?w?|w?(?:TN)+N?w?")
 
 
-def add_terms(numbers: list[Fraction | None], skeleton: str) -> Fraction | None:
-    r"""Return the sum of numbers whose scales fall, 1 lakh 20 thousand; None: they make no sum.
-
-    skeleton  folded text with one \0 in the place of each number
-    """
+def add_terms(numbers: list[Fraction], skeleton: str) -> Fraction | None:
+    """Return the sum of numbers whose scales fall, 1 lakh 20 thousand; None: they make no sum."""
     parts = [part for part in split(skeleton) if part not in JOINS]
     scales = [part for part in parts if _is_scale(part)]
     is_certain = all(scale.kind == "times" and not scale.needs_plural for scale in scales)
@@ -80,7 +89,7 @@ def add_terms(numbers: list[Fraction | None], skeleton: str) -> Fraction | None:
     total = Fraction(0)
     limit = math.inf
     for number, factor in zip(numbers, [*(scale.amount for scale in scales), 1], strict=False):
-        if number is None or number.denominator > 1 or not 0 < number * factor < limit:
+        if number.denominator > 1 or not 0 < number * factor < limit:
             return None
         total += number * factor
         limit = factor
