@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from subprocess import DEVNULL, PIPE, Popen
 
 from parts.numerals import MAX_ANSWER_CHARS, is_number, last_number, normalise
+from parts.phrases import leading_scale, without_dozens
 from parts.plaintext import MARK, plain_text
 
 # math-verify takes a tenth of a second for a usual answer, and hours for 9^(9^9).
@@ -35,7 +36,8 @@ MATH_LIMIT_S = 5.0
 class Grade:
     """What a completion is worth; the lenient reading is apart and never makes an answer correct.
 
-    answer     content of the last complete box after the think block; None: not formatted
+    answer     content of the last complete box after the think block, with the sign before it and
+               the word of scale behind it; None: not formatted
     canonical  the answer normalised; None: no single answer
     lenient    the same as canonical. Where there is no answer: of the last box anywhere, inside the
                think block too, or else the last number
@@ -120,9 +122,10 @@ def extract_answer(completion: str, *, think_open: bool = False) -> str | None:
     think_open  True when the prompt ended inside a think block: an answer then needs a closing
                 </think>
 
-    Only the text after the last </think> counts. A <think> opened there is unclosed, and then
-    nothing counts. Never falls back to a number in the text, to an earlier box, or into the think
-    block. (ours)
+    A minus that touches the box belongs to the answer, and so does a word of scale behind it:
+    -\boxed{18}, \boxed{18} million. Only the text after the last </think> counts. A <think> opened
+    there is unclosed, and then nothing counts. Never falls back to a number in the text, to an
+    earlier box, or into the think block. (ours)
 
     >>> extract_answer(r"perhaps \boxed{17}?</think> So \boxed{17} + 1 = \boxed{\frac{36}{2}}.")
     '\\frac{36}{2}'
@@ -159,9 +162,28 @@ def _last_box(text: str) -> str | None:
         opening = _BOX_OPENING.match(text, place, end)
         closing = _closing_brace(text, opening.end(), end) if opening else None
         if opening and closing is not None:
-            return text[opening.end() : closing].strip() or None
+            content = text[opening.end() : closing].strip()
+            return _with_surroundings(text, place, content, closing + 1) if content else None
         end = text.rfind("}", 0, place) + 1
     return None
+
+
+# A minus that is a sign, since it stands behind a word, a mark or nothing, and that touches a box.
+# That of "20 -\boxed{2}" or "x -\boxed{2}" is an operator, and that of "Answer:-" a mark.
+_SIGN = re.compile(r"(?:^|[=≈(\n]|[:,.]\s|[^\W\d_]{2}[:,]?\s)\s*(?:\$|\\[(\[]|\*)*\s*[-−]$")
+
+# How far to look for them, in characters.
+_NEAR = 60
+
+
+def _with_surroundings(text: str, start: int, content: str, end: int) -> str:
+    """Return the content of the box from `start` to `end` with its sign and its words of scale."""
+    if _SIGN.search(text[max(start - _NEAR, 0) : start]):
+        content = f"-({content})" if re.search("[-+]", content) else f"-{content}"
+    line = text[end : end + _NEAR].partition("\n")[0]
+    behind = plain_text(line.lstrip(" }$*"))
+    scale = behind[:1] if behind.startswith(("万", "億")) else leading_scale(behind)
+    return f"{content} {scale}" if scale else content
 
 
 def _closing_brace(text: str, start: int, end: int) -> int | None:
@@ -193,10 +215,10 @@ _LONE_LETTER = (
     rf"[a-j](?![\w'])(?!{MARK})"
 )
 
-# A letter of a list of choices, with its mark or with what it stands for: C, (C), C) 18. Not one of
-# two: C) or D), C. and D, C) D
+# A letter of a list of choices, with a label, its mark or what it stands for: Jibu: C, (C), C) 18.
+# Not one of two: C) or D), C. and D, C) D
 _CHOICE = re.compile(
-    r"(?:(?:answer|choice|option):? )?\(?([a-z])"
+    r"(?:(?:answer|choice|option) |选|[^\s:()\d]{2,}: ?)?\(?([a-z])"
     r"(?:[).:](?: (?!.*\b[a-z][).:])(?!(?:.*\b(?:or|and) )?\W*[a-z]\W*$)"
     rf"(?!.*{_LONE_LETTER}).*)?)?"
 )
@@ -220,7 +242,9 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     if canonical == expected and _have_equal_letters(answer, gold, expected):
         return canonical, "right"
     if only_number:
-        return canonical, "wrong"
+        # A question may ask for dozens, and then 7 dozen is 7.
+        counts_dozens = normalise(without_dozens(answer)) == expected
+        return (expected, "right") if counts_dozens else (canonical, "wrong")
     read_by_it = canonical if is_number(canonical) else answer  # it knows ASCII figures only
     same = _is_same_mathematics(gold, read_by_it, limit_s)
     if same is None:
@@ -228,8 +252,8 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     return canonical, "right" if same else "wrong"
 
 
-# The marks of a list of figures, but not the comma of thousands: 1,2 and 1, 2 and 1; 2
-_LIST_MARK = re.compile(r" ?[,;] ?(?!\d{3}(?!\d))")
+# The marks of a list of figures, but not the comma of thousands: 1,2 and 1, 2 and 1; 2 and 1 and 2
+_LIST_MARK = re.compile(r" ?(?:[,;]|\band\b) ?(?!\d{3}(?!\d))")
 _FIGURES = re.compile(r"[-+\d./]+(?:,[-+\d./]+)+")
 
 

@@ -57,8 +57,9 @@ _LOOSE_SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")
 # Words that belong to mathematics: \begin{matrix}, \sqrt, "1 and 2"
 _COMMAND = re.compile(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+|\b(?:and|or)\b")
 
-# What stays of a gold in words, or is a ratio, once the commands are gone: "Monday", 1:2
-_WORD_OR_RATIO = re.compile(r"[^\W\d_]{3}|\d\s*:\s*\d")
+# What stays of a gold in words, or is a ratio or a time, once the commands are gone: "Monday", 1:2,
+# 3 pm. math-verify drops a unit at the end, and would find 3 am equal to 3 pm.
+_WORD_OR_RATIO = re.compile(r"[^\W\d_]{3}|\d\s*:\s*\d|\d\s*[APap]\.?\s?[Mm]\b")
 
 # A gold that is a word or a name, with or without \text around it: no, \text{B}, AB
 _ONLY_LETTERS = re.compile(r"(?:\\text\w*|[^\W\d_]|[\s{}])*")

@@ -5,7 +5,7 @@ The shape is that of a parser:
     answer --plain_text--> without style, currency, degrees (plaintext.py)
            --_find_numbers--> its numbers, and the skeleton, which is the text with a hole for each
            --_is_only_words--> whether words, units and punctuation are all that is around them
-           --apply_words--> the number as those words scale it, or none (scales.py)
+           --one_number--> the number as those words scale it, or none (scales.py)
 
     >>> normalise("፲፰ ብር"), normalise(r"1{,}000.50\text{ shillings}"), normalise("18 or 19")
     ('18', '2001/2', None)
@@ -29,8 +29,9 @@ import unicodedata
 from fractions import Fraction
 
 from parts.equations import right_side
+from parts.phrases import NUMBER
 from parts.plaintext import MARK, plain_text
-from parts.scales import NUMBER, apply_words
+from parts.scales import one_number
 
 # A longer answer is an essay or an attack. Python's int() refuses more than 4300 digits, too.
 MAX_ANSWER_CHARS = 400
@@ -44,6 +45,14 @@ _CANONICAL_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
 _CLOSING_MARKS = " .,;:?"
 
 
+# What makes a number a time of day or a date, which have no other word: pm, June, Monday -> p,
+# jun, mon. In other languages than English it is a word like any other.
+_TIME = re.compile(
+    r"(?<![^\W\d_])(?:([ap])\.?m|(jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)"
+    r"(?:r?uary|ch|il|ust|(?:em|o)?ber)?|(mon|tues|wednes|thurs|fri|satur|sun)day)(?![^\W\d_])"
+)
+
+
 # ---- From a text to its canonical string
 
 
@@ -52,7 +61,7 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
 
     None means: empty, longer than MAX_ANSWER_CHARS, or no single clear answer. (ours)
     as_text  True beside a gold answer that is no number. Then a text with several numbers, or an
-             equation, stays the text that it is.
+             equation, stays the text that it is, and 3 p.m. and May 3 keep what makes them no 3.
 
     Separators, for figures in any script. Every space and every apostrophe counts alike; the Arabic
     ٬ is an apostrophe and ٫ a period.
@@ -100,10 +109,10 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
     said = right_side(whole, as_text=as_text)
     numbers, skeleton = _find_numbers(said if as_text else _CONCORD.sub(r"\1 ", said))
     if numbers and _is_only_words(skeleton):
-        number = numbers[0] if len(numbers) == 1 else None
-        scaled = None if number is None else apply_words(number, skeleton)
+        scaled = one_number(numbers, skeleton)
         if scaled is not None:
-            return str(scaled)
+            times = ("".join(found.groups(""))[:3] for found in _TIME.finditer(skeleton))
+            return " ".join([str(scaled), *(sorted(times) if as_text else ())])
         said = ""  # it is about numbers, but not clearly about one
     canonical = said or (whole if as_text else "")
     return canonical.strip().rstrip(_CLOSING_MARKS) or None
@@ -150,8 +159,8 @@ def _may_be_of_number(character: str) -> bool:
 # What isiZulu and isiXhosa join to a figure with a hyphen, which is no minus: angu-18 -> angu 18
 _CONCORD = re.compile(
     rf"(?<![^\W_])(?<!{MARK})(?<![\\'])"
-    r"([ui]|(?:[ae]|abe)?ngu|[aei](?:ba|zi|yi|li|ma|mi|lu|bu|ku)(?:ngu|li|yi)?|a?ngama"
-    r"|kwe|kwi|kuka|nge|kune)-(?=\d)"
+    r"([ui]|(?:[ae]|abe)?ngu|[aei](?:ba|zi|yi|li|ma|mi|lu|bu|ku)(?:ngu|ngama|li|yi)?|[aei]?ngama"
+    r"|kwe|kwi|kuka|nge|kune|ku|yi|kuyi|uma|ndi)-(?=\d)"
 )
 
 # What could be said of a variable: the "squared" of "18 a squared".

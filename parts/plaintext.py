@@ -16,11 +16,11 @@ import unicodedata
 _LOOKALIKES = {
     "-": "−–‐‑‒",  # the minus sign, dashes and hyphens
     "'": "’‘ʼ′`٬",  # the last is the Arabic thousands separator
-    '"': "“”„«»",
+    '"': "“”„«»「」『』",
     "/": "⁄∕",
     ",": "،",
     ";": "፣፤、؛",  # Ethiopic, Chinese and Arabic marks that join the items of a list
-    ".": "。።।۔٫",  # full stops; the last is the Arabic decimal separator
+    ".": "。።।۔٫！",  # full stops, the Arabic decimal separator, and a mark that is no factorial
     "?": "؟",
     "%": "٪",
     "°": "º",
@@ -50,8 +50,10 @@ _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 # A run of lowered figures behind a figure, which are a base: 18₁₀ -> 18_{10}. That of x₁ is a name.
 _SUBSCRIPTS = re.compile(r"(?<=\d)[₀-₉]+")
 
-# CLDR's short forms of multiples, right behind a figure: 18k -> 18 thousand
+# CLDR's short forms of multiples, right behind a figure: 18k -> 18 thousand. That of ₦2,500.00k is
+# the kobo of an amount that has none.
 _SHORT_FORMS = (
+    (re.compile(r"(?<=\.00)[Kk](?!\w)"), " "),
     (re.compile(r"(?<=\d)[Kk](?!\w)"), " thousand "),
     (re.compile(r"(?<=\d)M(?!\w)"), " million "),
     (re.compile(r"(?<=\d)B(?!\w)"), " billion "),
@@ -68,7 +70,7 @@ _DOUBTFUL_CAPITALS = (
 # Currencies that are written against their number: R18, KSh500. There is no need to list signs such
 # as ₦, which Unicode knows, nor "naira" or "元" after a number, which are words like any other.
 _CURRENCY_PREFIX = (
-    "(?:[rnkm]|br|rs|tk|k?shs?|[tu]sh|fc?|f?cfa|frw|gh[cs]|"  # what people write
+    "(?:[rnkm]|br|rs|tk|k?shs?|[tu]shs?|le|mk|fc?|f?cfa|frw|gh[cs]|"  # what people write
     "usd?|eur|gbp|ngn|etb|kes|tzs|ugx|rwf|zar|zmw|lsl|xaf|xof|jpy|cny|rmb|thb|inr|bdt|"  # ISO 4217
     "birr|naira|cedis?|rand)"
 )
@@ -146,13 +148,18 @@ _REWRITES = [
         # The two products: 1.2 \times 10 -> 1.2 × 10
         (r"\\(?:times|cdot)(?![a-z])", "×"),
         # What leads to the last side, like an "=": \approx 18, 6 × 3 \Rightarrow 18 -> 6 × 3 = 18
-        (r"\\(?:approx|simeq|sim|(?:long)?rightarrow|implies|therefore)(?![a-z])|[≈≃⇒→⟹∴]", "="),
+        (r"\\(?:simeq|sim|(?:long)?rightarrow|implies|therefore)(?![a-z])|[≃⇒→⟹∴]", "="),
+        (r"\\approx(?![a-z])", "≈"),
         # An exponent or a base in braces: 10^{3} -> 10^3, 25_{8} -> 25_8. Before a figure they
         # stay, since 10^{2}5 is not 10^25.
         (r"\^\{\s*([-+]?\d+|\w)\s*\}(?!\d)", r"^\1"),
         (r"(?<=\d)\s?_\s?\{\s*(\d+)\s*\}(?!\d)", r"_\1"),
         # A fraction: \frac{1}{2} -> 1/2. Its spaces keep 1\frac12 apart from 11/2.
         (rf"\\(?:[cdt]?|s|nice)frac{_ARGUMENT}{_ARGUMENT}", r" \1\2/\3\4 "),
+        # A decimal that only comes near a fraction: 1/3 ≈ 0.33 -> 1/3. Any other leads to the last
+        # side: x ≈ 18 -> x = 18
+        (r"(\d/\d+)\s*≈\s*\d+[.,]\d+\s*$", r"\1"),
+        ("≈", "="),
         # Units as a fraction: \frac{m}{s^2} -> m/s^2
         (rf"\\[cdt]?frac{_UNIT}{_UNIT}", r" \1/\2 "),
         # Figures that repeat: 0.\overline{3}, 0.\dot3 -> 0.(3)
@@ -174,6 +181,8 @@ _REWRITES = [
         (r"\\?[$%]", " "),
         # Percent in words that begin with a hundred, before a number: ร้อยละ 18, 百分之18 -> 18
         (rf"(?:ร้อยละ|百分之){_BEFORE_A_NUMBER}", " "),
+        # A number's sign: #18 -> 18
+        (r"(?<![^\s(])#(?=\d)", ""),
         # East African "so many shillings": 500/=, 500/- -> 500
         (r"(?<=\d)/[=-](?!\s*\d)", " "),
         # Currency against its number: KSh500 -> 500

@@ -50,6 +50,7 @@ PARTS = (
     "weights",
     "narrow",
     "plaintext",
+    "phrases",
     "scales",
     "equations",
     "numerals",

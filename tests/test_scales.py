@@ -1,13 +1,14 @@
 """Every word of the table, in both orders: the multiple or no answer, and never the bare number."""
 
 import doctest
+import itertools
 import json
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from parts import scales
+from parts import phrases, scales
 from parts.numerals import is_number, normalise
 from parts.scales import apply_words
 
@@ -16,9 +17,10 @@ LANGUAGES = json.loads((FOLDER / "scales.json").read_text(encoding="utf-8"))["la
 
 
 def test_docstring_examples():
-    results = doctest.testmod(scales)
-    assert results.attempted >= 1
-    assert results.failed == 0
+    for module in (phrases, scales):
+        results = doctest.testmod(module)
+        assert results.attempted >= 1
+        assert results.failed == 0
 
 
 def test_every_language_has_its_words():
@@ -34,7 +36,8 @@ def test_a_scaled_number_is_its_multiple_and_never_itself(code):
             multiple = str(18 * int(amount))
             in_order = f"{word} 18" if LANGUAGES[code]["count"] == "after" else f"18 {word}"
             for text in (in_order, f"18 {word}", f"{word} 18", f"{word.upper()} 18"):
-                assert normalise(text) in (multiple, None), text
+                if text.lower() != "mil 18":  # miles in Hausa
+                    assert normalise(text) in (multiple, None), text
             if word not in ("billions", "trillions"):  # French; in sloppy English a thousandth
                 assert normalise(in_order) == multiple, in_order
 
@@ -59,8 +62,32 @@ def test_a_numeral_that_touches_a_number_is_a_second_one_unless_it_repeats_the_f
 def test_a_numeral_beside_another_word_counts_that(code):
     for words in LANGUAGES[code].get("numerals", {}).values():
         for word in words:
-            for text in (f"97 birr {word}", f"97 {word} birr", f"birr {word} 97", f"{word}: 97"):
+            for text in (f"97 {word} birr", f"birr {word} 97", f"{word}: 97", f"97 in {word} birr"):
                 assert normalise(text) == "97", text
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_a_second_term_of_an_amount_leaves_no_answer(code):
+    words = LANGUAGES[code]
+    for numeral in itertools.chain(*words.get("numerals", {}).values()):
+        assert normalise(f"97 birr {numeral} cents") is None, numeral
+        assert normalise(f"97 birr, {numeral} cents") is None, numeral
+        for join in words.get("joins", []):
+            texts = (f"97 birr {join} {numeral}", f"97 birr {join} cents {numeral}")
+            for text in (*texts, f"birr 97 {join} cents {numeral}", f"{numeral} birr {join} 97"):
+                assert not is_number(normalise(text) or ""), text
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_a_word_for_or_beside_a_number_or_a_numeral_leaves_no_answer(code):
+    words = LANGUAGES[code]
+    for word in words.get("ors", []):
+        for text in (f"97 {word} hundred-odd", f"97 {word} unknown", f"unknown {word} 97"):
+            assert normalise(text) is None, text
+        assert normalise(f"97 birr {word} birr") == "97", word
+    for word in words.get("ors", []) + words.get("weak_ors", []):
+        for text in (f"97 birr {word} two birr", f"two birr {word} 97 birr", f"97 birr {word} ten"):
+            assert not is_number(normalise(text) or ""), text
 
 
 @pytest.mark.parametrize("code", LANGUAGES)
@@ -107,3 +134,10 @@ def test_an_added_part_is_exact():
     assert apply_words(Fraction(18), "\0 and a half million") == 18_500_000
     assert apply_words(Fraction(-18), "\0 na robo") == Fraction(-73, 4)
     assert apply_words(Fraction(18), "\0 birr") == 18
+
+
+@pytest.mark.parametrize("code", [code for code in LANGUAGES if "silent" in LANGUAGES[code]])
+def test_a_phrase_that_says_nothing_leaves_the_number(code):
+    for phrase in LANGUAGES[code]["silent"]:
+        text = phrase.replace("0", "20") if "0" in phrase else f"20 {phrase}"
+        assert normalise(text) == "20", text
