@@ -165,10 +165,8 @@ def load_setup(
         identity["warm_start"] = _warm_start(lora, path)
         if not is_known:
             say(console, f"--warm-start {path}: nothing says on which base weights it was trained")
-    scale = LossScale.of(dtype)
-    return Setup(
-        config, model, tokenizer, lora, train, heldout, dev=dev, loss_scale=scale
-    ), identity
+    given = (config, model, tokenizer, lora, train, heldout)
+    return Setup(*given, dev=dev, loss_scale=LossScale.of(dtype)), identity
 
 
 def prepare(
