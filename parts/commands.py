@@ -7,7 +7,7 @@ its program when it runs. What all programs have around their commands is in par
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -238,7 +238,8 @@ def show_command(
         if html:
             refuse_no_file(html, "--html")
         config, folder = configure(given)
-        refuse_idle(given, config)
+        # A walk shows the divergence of any method, whatever a recipe says of evaluations.
+        refuse_idle(given, replace(config, eval_problems=1))
         setup = show.prepare(config, folder, adapter, console)
     with working(console, lambda: "nothing was to be kept"):
         found = show.walk(setup, trained=adapter is not None)

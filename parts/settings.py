@@ -20,6 +20,8 @@ from parts.recipe import (
     LEAST_TEMPERATURE,
     NOTELESS,
     Config,
+    Needs,
+    Such,
     largest_step,
     of_method,
 )
@@ -169,19 +171,23 @@ def idle_settings(given: dict[str, Any], config: Config) -> dict[str, str]:
     """Return, of the typed settings, those that do nothing in this run, each with the reason."""
     idle: dict[str, str] = {}
     for f in fields(config):
-        for name, values in f.metadata["needs"].items():
-            value = getattr(config, name)
-            if f.name in given and value not in values:
-                other = flag_of(name)
-                is_count = isinstance(values, range)
-                valid = f"{values.start} or more" if is_count else ", ".join(map(str, values))
-                said = f"{_flag(f)} is for {other} {valid}; here {other} is {value}"
-                idle.setdefault(f.name, said)
-    if not config.eval_problems and not config.eval_every:
-        for name in ("eval_samples", "eval_temperature", "eval_top_p"):
-            if name in given:
-                idle[name] = f"{flag_of(name)} is for an evaluation; here --eval-problems is 0"
+        why = _unmet(f, f.metadata["needs"], config)
+        untrained = _unmet(f, f.metadata["in_training"], config)
+        if not why and untrained and not config.eval_problems:
+            why = f"{untrained}, and --eval-problems 0 leaves out the KL that it would change"
+        if f.name in given and why:
+            idle[f.name] = why
     return idle
+
+
+def _unmet(f: Field, needs: Needs, config: Config) -> str:
+    """Return the first of a setting's needs that is not met, in words; "" where all are."""
+    for name, values in needs.items():
+        value = getattr(config, name)
+        if value not in values:
+            valid = values.words if isinstance(values, Such) else ", ".join(map(str, values))
+            return f"{_flag(f)} is for {flag_of(name)} {valid}; here {flag_of(name)} is {value}"
+    return ""
 
 
 def doubts_of(config: Config) -> list[str]:

@@ -281,6 +281,7 @@ EVAL = {
     "samples without end": typed("--samples", str(10**12)),
     "greedy samples": typed("--greedy", "--samples", "3"),
     "a greedy cut": typed("--greedy", "--top-k", "5"),
+    "a cut of one token": typed("--pass-at-k", "1", "--top-k", "1", "--top-p", "0.5"),
     "a cut at temperature 0": typed("--temperature", "0", "--top-p", "0.5"),
     "a revision of a file": typed("--benchmark", "lab/problems/hau/test.jsonl", "--revision", "v1"),
     "a temperature that overflows": typed("--temperature", "1e-38"),
@@ -418,6 +419,8 @@ PLAN = {
     "no rows": typed("--micro-batch", "0"),
     "no rank": typed("--lora-rank", "0"),
     "groups that do not fit": typed("--method", "grpo", "--batch-size", "12"),
+    "a method's flag without the method": typed("--kl-coef", "1"),
+    "samples of no evaluation": typed("--eval-problems", "0", "--eval-samples", "4"),
 }
 EXPORT = {
     **CONFIGS,
@@ -432,6 +435,7 @@ EXPORT = {
     "a pipe as file": a_pipe("--file"),
     "a file below a file": lambda folder: ["--file", str(folder / "README.md" / "x.jsonl")],
     "problems below 0": typed("--eval-problems", "-1"),
+    "a file and a folder": lambda folder: ["--file", "a.jsonl", "--out", "b"],
     "an answer with a control token": data_of(json.dumps({**ROW, "answer": "16<|im_end|>"}) + "\n"),
 }
 REPORT = {
@@ -505,7 +509,8 @@ def test_bad_input_is_one_line_and_makes_nothing(tmp_path, monkeypatch, program,
         arguments += ["--data", str(PROBLEMS / "train.jsonl")]
     if program == "eval" and not {"--benchmark", "--lang"} & {*arguments}:
         arguments += ["--benchmark", "lab"]
-    if "--out" not in arguments and program not in OUTLESS:
+    # export-data's --file takes the place of --out.
+    if not {"--out", "--file"} & {*arguments} and program not in OUTLESS:
         arguments += ["--out", str(tmp_path / "out")]
     (tmp_path / "README.md").write_text("words")
     before = tree(tmp_path)
