@@ -17,7 +17,7 @@ from rich.table import Table
 
 from parts.program import bad_input, make_program, other_ranks, start, working
 from parts.prompts import languages
-from parts.recipe import CHOSEN_BY, OWN_SETTINGS, CompareConfig, Config, EvalConfig
+from parts.recipe import CHOSEN_BY, LONGEST, OWN_SETTINGS, CompareConfig, Config, EvalConfig
 from parts.settings import flag_of, range_text, refuse_idle
 
 Given = dict[str, Any]  # the values of the flags that were typed
@@ -257,11 +257,15 @@ def plan_command(
     ] = None,
     prompt_tokens: Annotated[
         int,
-        typer.Option(min=1, max=10**9, help="Tokens of the longest prompt that the student reads."),
+        typer.Option(
+            min=1, max=LONGEST, help="Tokens of the longest prompt that the student reads."
+        ),
     ] = 256,
     teacher_tokens: Annotated[
         int,
-        typer.Option(min=1, max=10**9, help="Tokens of the longest prompt that the teacher reads."),
+        typer.Option(
+            min=1, max=LONGEST, help="Tokens of the longest prompt that the teacher reads."
+        ),
     ] = 1024,
 ) -> None:
     """Say how much memory a run takes at most and what makes it fit, without loading the model.

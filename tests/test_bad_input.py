@@ -77,6 +77,11 @@ def token_beyond_the_head(model: Path) -> None:
     (model / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
 
 
+def recipe_folder(model: Path) -> None:
+    (model / "recipe.json").unlink()
+    (model / "recipe.json").mkdir()
+
+
 def nan_weights(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][0] = torch.nan
@@ -174,6 +179,11 @@ MODELS = {
     "a recipe that is broken": text_in("recipe.json", "{"),
     "a recipe that is a list": text_in("recipe.json", "[1]"),
     "a recipe that is nested deeply": text_in("recipe.json", DEEP),
+    "a recipe that is a folder": model_with(recipe_folder),
+    "a recipe of a method": recipe_with("method", "grpo"),
+    "a recipe's entry with an unknown key": json_with(
+        "recipe.json", lr={"value": 0.001, "grop": 0.5}
+    ),
     "a recipe's entry without value": json_with("recipe.json", lr={"why": "none"}),
     "a recipe's entry that is a number": json_with("recipe.json", lr=1),
     "a recipe's text for a number": recipe_with("max_new_tokens", "64"),
@@ -414,6 +424,9 @@ PLAN = {
     **{f"{n!r} prompt tokens": typed("--prompt-tokens", n) for n in ("0", "-1", "x", "9" * 400)},
     **{f"{n!r} teacher tokens": typed("--teacher-tokens", n) for n in ("0", "9" * 400)},
     "an unknown device": typed("--device", "abacus"),
+    "more prompt tokens than any model reads": typed("--prompt-tokens", str(10**9)),
+    "more new tokens than any model writes": typed("--max-new-tokens", "9" * 18),
+    "targets that match no layer": typed("--lora-targets", "zz"),
     "a device without a number": typed("--device", "cuda:"),
     "an unknown dtype": typed("--dtype", "int3"),
     "no rows": typed("--micro-batch", "0"),
