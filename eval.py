@@ -319,6 +319,10 @@ def refuse_idle(given: dict[str, Any], settings: Settings) -> None:
             f"at temperature 0 only the most likely token is drawn: leave out {flags}, "
             "or set --temperature above 0"
         )
+    if settings.top_k == 1 and "top_p" in given:
+        raise ValueError(
+            "--top-k 1 leaves --top-p only the most likely token; leave out one of them"
+        )
     if "revision" in given and settings.benchmark not in BENCHMARKS:
         raise ValueError(
             f"--revision is of a benchmark on the hub, and {settings.benchmark} is not one: leave "

@@ -7,7 +7,7 @@ its program when it runs. What all programs have around their commands is in par
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from parts.program import bad_input, make_program, other_ranks, start, working
 from parts.prompts import languages
-from parts.recipe import CHOSEN_BY, OWN_SETTINGS, CompareConfig, Config, EvalConfig
+from parts.recipe import CHOSEN_BY, LONGEST, OWN_SETTINGS, CompareConfig, Config, EvalConfig
 from parts.settings import flag_of, range_text, refuse_idle
 
 Given = dict[str, Any]  # the values of the flags that were typed
@@ -240,7 +240,8 @@ def show_command(
             if html.suffix.lower() not in (".html", ".htm"):
                 raise ValueError(f"--html is {html}; valid: a name in .html or .htm")
         config, folder = configure(given)
-        refuse_idle(given, config)
+        # A walk shows the divergence of any method, whatever a recipe says of evaluations.
+        refuse_idle(given, replace(config, eval_problems=1))
         setup = show.prepare(config, folder, adapter, console)
     with working(console, lambda: "nothing was to be kept"):
         found = show.walk(setup, trained=adapter is not None)
@@ -258,11 +259,15 @@ def plan_command(
     ] = None,
     prompt_tokens: Annotated[
         int,
-        typer.Option(min=1, max=10**9, help="Tokens of the longest prompt that the student reads."),
+        typer.Option(
+            min=1, max=LONGEST, help="Tokens of the longest prompt that the student reads."
+        ),
     ] = 256,
     teacher_tokens: Annotated[
         int,
-        typer.Option(min=1, max=10**9, help="Tokens of the longest prompt that the teacher reads."),
+        typer.Option(
+            min=1, max=LONGEST, help="Tokens of the longest prompt that the teacher reads."
+        ),
     ] = 1024,
 ) -> None:
     """Say how much memory a run takes at most and what makes it fit, without loading the model.

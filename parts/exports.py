@@ -20,7 +20,7 @@ from parts.files import json_lines, make_folder, refuse_no_file, write_text
 from parts.model import load_config, load_tokenizer, published_name, resolve_model
 from parts.prompts import Problem, render_prompt
 from parts.recipe import Config
-from parts.settings import fill, settle
+from parts.settings import fill, refuse_idle, settle
 from parts.setup import fitting_problems
 from parts.view import say
 
@@ -40,8 +40,11 @@ def export_data(given: dict[str, Any], kind: str, file: Path | None, console: Co
         refuse_no_file(file, "--file")
     if file and file.suffix.lower() not in (".jsonl", ".json"):
         raise ValueError(f"--file is {file}; valid: a name in .jsonl or .json")
+    if file and "out" in given:
+        raise ValueError("--file and --out both say where to; leave one")
     folder = resolve_model(given.get("model", Config.model), weights=False)
     config = settle(fill({**given, "method": "copsd"}, folder))
+    refuse_idle(given, config)
     tokenizer, _ = freeze_date(load_tokenizer(folder), None)
     context = context_length(load_config(folder))
     train, _, _ = fitting_problems(config, tokenizer, context, console)

@@ -31,7 +31,7 @@ from parts.machine import DTYPES
 from parts.microbatch import Limit
 from parts.model import resolve_model
 from parts.recipe import Config
-from parts.settings import check_run, fill, flag_of
+from parts.settings import check_run, fill, flag_of, refuse_idle
 from parts.view import say
 
 GIB = 2**30
@@ -223,6 +223,7 @@ def plan(given: dict[str, Any], lengths: Lengths, cards: Sequence[float], consol
     folder = resolve_model(given.get("model", Config.model), weights=False)
     config = fill(given, folder)
     check_run(config)
+    refuse_idle(given, config)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
         valid = "auto, cpu, cuda, cuda:N, mps"  # whether this machine has it does not matter here
         raise ValueError(f"unknown device {config.device!r}; valid: {valid}")

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from kernels import chunk_rows, compiling_pays
 from parts.copies import choose_copies
-from parts.lora import adaptable_layers
+from parts.lora import targeted_layers
 from parts.model import load_config, loading
-from parts.packing import packing_pays
+from parts.packing import is_worth_packing
 from parts.prefixes import KEPT_BYTES
 from parts.recipe import DISTILLED, GROUPED, Config, keeps_prompts
 
@@ -112,18 +112,14 @@ class Lengths:
 def read_shape(folder: Path, config: Config) -> Shape:
     """Return the sizes of the model in a folder that holds at least its config.json.
 
-    The adapter is that of config. Raises OSError or ValueError, as transformers does.
+    The adapter is that of config. Raises OSError or ValueError, as transformers does, and for a
+    target that attach_lora would refuse.
     """
     config_file = load_config(folder)
     with torch.device("meta"), loading(folder, f"model {folder}"):
         model = AutoModelForCausalLM.from_config(config_file)
     text = config_file.get_text_config()
-    targets = tuple(config.lora_targets.split(","))
-    adapted = [
-        layer
-        for path, layer in adaptable_layers(model).items()
-        if any(f".{path}".endswith(f".{target}") for target in targets)
-    ]
+    adapted = targeted_layers(model, tuple(config.lora_targets.split(","))).values()
     ends = sum(layer.in_features + layer.out_features for layer in adapted)
     # Families that lack one of these mean the usual value by it.
     heads = text.num_attention_heads
@@ -266,8 +262,9 @@ def _student_tokens(config: Config, lengths: Lengths) -> int:
     """Return the positions of a micro-batch's student rows; those of a group may share a prompt."""
     rows = _micro_rows(config, lengths)
     together = min(int(rows), config.group_size) if config.method in GROUPED else 1
-    prompts = [[0] * lengths.student] * together
-    shares = packing_pays(prompts, [[0] * config.max_new_tokens] * together)
+    plain = together * (lengths.student + config.max_new_tokens)
+    packed = lengths.student + together * config.max_new_tokens
+    shares = is_worth_packing(plain, packs=1, longest=packed)
     return int(rows * (lengths.student / (together if shares else 1) + config.max_new_tokens))
 
 

@@ -156,6 +156,22 @@ def adaptable_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     }
 
 
+def targeted_layers(model: PreTrainedModel, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """Return the layers that targets such as "q_proj" name, by module path, in the model's order.
+
+    Raises ValueError for a target that matches nothing, or that matches in a mixture of experts
+    more than attention. The model may be on the meta device.
+    """
+    linears = adaptable_layers(model)
+    chosen = {
+        target: [path for path in linears if f".{path}".endswith(f".{target}")]
+        for target in targets
+    }
+    _check_targets(model, chosen)
+    named = {path for paths in chosen.values() for path in paths}
+    return {path: layer for path, layer in linears.items() if path in named}
+
+
 def _check_targets(model: PreTrainedModel, chosen: Mapping[str, list[str]]) -> None:
     """Raise ValueError for a target that cannot be adapted, or not as its name says.
 
@@ -210,25 +226,19 @@ def attach_lora(
     ema    keep a moving average for the "ema" teacher: one more copy of the adapter
     copy   keep a copy for the "copy" teacher, likewise
 
-    Never adapts the head, whose weight is used outside the model. Raises ValueError for a target
-    that matches nothing, or that matches in a mixture of experts more than attention.
+    Never adapts the head, whose weight is used outside the model. Raises ValueError as
+    targeted_layers does.
     """
-    linears = adaptable_layers(model)
-    chosen = {
-        target: [path for path in linears if f".{path}".endswith(f".{target}")]
-        for target in targets
-    }
-    _check_targets(model, chosen)
+    targeted = targeted_layers(model, targets)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, LoRALinear] = {}
     current: dict[str, Tensor] = {}
-    for path, base in linears.items():
-        if any(path in paths for paths in chosen.values()):
-            layers[path] = LoRALinear(base, rank=rank, alpha=alpha, generator=generator)
-            current[f"{path}.lora_A"] = layers[path].lora_A
-            current[f"{path}.lora_B"] = layers[path].lora_B
-            model.set_submodule(path, layers[path])
+    for path, base in targeted.items():
+        layers[path] = LoRALinear(base, rank=rank, alpha=alpha, generator=generator)
+        current[f"{path}.lora_A"] = layers[path].lora_A
+        current[f"{path}.lora_B"] = layers[path].lora_B
+        model.set_submodule(path, layers[path])
     sets: dict[str, dict[str, Tensor]] = {"fixed": {}, "current": current}
     for kind, wanted in (("ema", ema), ("copy", copy)):
         if wanted:

@@ -45,7 +45,18 @@ def packing_pays(prompts: list[list[int]], completions: list[list[int]]) -> bool
     plain = len(prompts) * max(len(prompt) + len(completion) for prompt, completion in pairs)
     packs = packs_of(prompts, completions)
     longest = max(sum(map(len, pack)) for pack in packs)
-    return longest <= LONGEST_ROW and len(packs) * longest <= LARGEST_SHARE * plain
+    return is_worth_packing(plain, packs=len(packs), longest=longest)
+
+
+def is_worth_packing(plain: int, *, packs: int, longest: int) -> bool:
+    """Say the same of lengths: of packed rows, the longest of which has so many positions.
+
+    plain  positions of the plain rows, pads among them
+
+    >>> is_worth_packing(8 * (100 + 64), packs=1, longest=100 + 8 * 64)
+    True
+    """
+    return longest <= LONGEST_ROW and packs * longest <= LARGEST_SHARE * plain
 
 
 def packed_hidden(

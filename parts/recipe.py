@@ -15,6 +15,7 @@ method with COPSD's loop.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,8 +41,6 @@ COMPLETIONS = (*SCORED, *LABELS)
 DIVERGENCES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD"}  # as shown
 # Who chose the values that a method has of its own.
 CHOSEN_BY = {"grpo": "OPSD", "opsdc": "OPSDC", "ophsd": "OPHSD", "egrsd": "EGRSD", "ssopd": "SSOPD"}
-Needs = dict[str, tuple[Any, ...] | range]  # of a setting: by another's name, values it goes with
-SOME = range(1, 2**63)  # of a count: 1 or more
 NOTELESS = ("solution", "brief")  # what a teacher reads that is the same at every step
 OWN_SETTINGS = {  # flags of a run that an experiment sets by itself
     "method": "it trains with several",
@@ -49,6 +48,34 @@ OWN_SETTINGS = {  # flags of a run that an experiment sets by itself
     "save_every": "it says by itself when an arm is measured",
     "eval_every": "it says by itself when an arm is measured",
 }
+TYPED_ONLY = {  # settings that a model folder's recipe.json cannot give
+    "method": "a recipe is read for a method, whose values would not be taken",
+    "model": "a recipe belongs to the model that it stands beside",
+    "out": "a folder holds one run",
+}
+LONGEST = 10**8  # tokens of a text, ten times what any model reads
+
+
+@dataclass(frozen=True)
+class Such:
+    """Values that are told by a rule, where a tuple would have to list them.
+
+    words  the rule, as a message says it
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def __contains__(self, value: Any) -> bool:
+        """Say whether the rule holds for a value."""
+        return self.holds(value)
+
+
+Needs = dict[str, tuple[Any, ...] | Such]  # of a setting: by another's name, values it goes with
+SOME = Such("1 or more", lambda value: value >= 1)
+SEVERAL = Such("2 or more", lambda value: value >= 2)
+POSITIVE = Such("above 0", lambda value: value > 0)
+NOT_ONE = Such("0, or 2 or more", lambda value: value != 1)
 
 
 def setting(
@@ -63,27 +90,35 @@ def setting(
     below: float = math.inf,
     choices: tuple[str, ...] = (),
     needs: Needs | None = None,
+    in_training: Needs | None = None,
     **by_method: Any,
 ) -> Any:
     """Return a dataclass field that is also a flag.
 
-    doc        one or two whole sentences: what it does, in which unit; the flag's help
-    section    the heading it stands under
-    source     who chose the default
-    least ...  what check_settings holds it to: least <= value <= most, above < value < below
-    choices    the words that are valid
-    needs      other settings, and for each the values with which this one has an effect. To change
-               only the KL in the tables counts, too. It does not for settings of what a teacher is
-               shown in training, such as --swap-solutions, where a method trains with no teacher
-    by_method  its default where a method's recipe has another, such as grpo=1.2, of CHOSEN_BY
+    doc          one or two whole sentences: what it does, in which unit; the flag's help
+    section      the heading it stands under
+    source       who chose the default
+    least ...    what check_settings holds it to: least <= value <= most, above < value < below
+    choices      the words that are valid
+    needs        other settings, and for each the values with which this one has an effect. To
+                 change only the KL in the tables counts, too. It does not for settings of what a
+                 teacher is shown in training, such as --swap-solutions, where a method trains with
+                 no teacher
+    in_training  likewise, the values with which training reads it. With others it changes only the
+                 KL in the tables, and nothing where --eval-problems is 0
+    by_method    its default where a method's recipe has another, such as grpo=1.2, of CHOSEN_BY
     """
     metadata = {"doc": doc, "section": section, "source": source, "by_method": by_method}
     limits = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
-    return field(default=default, metadata=metadata | limits | {"needs": needs or {}})
+    effects = {"needs": needs or {}, "in_training": in_training or {}}
+    return field(default=default, metadata=metadata | limits | effects)
 
 
 # Whose loss is a divergence, with the teacher or behind a witness.
 DIVERGES: Needs = {"method": (*DISTILLED, "ssopd"), "completion": SCORED}
+# Whose loss reads the teacher.
+TEACHES: Needs = {"method": (*DISTILLED, "egrsd", "ssopd"), "completion": SCORED}
+SAMPLES: Needs = {"completion": SCORED}  # whose completions are sampled
 CLIPS: Needs = {**DIVERGES, "loss_over": ("vocabulary", "top_k")}
 CLIP_MODES = ("entry", "token")  # that clip
 # Whose teacher is shown a solution of the data's, as it is or for what is written of it.
@@ -147,6 +182,7 @@ class Config:
     data: str | None = task(
         None, "A file of training problems. Without it: the hub's COPSD set for the language."
     )
+    # Not idle without an evaluation: a run ends by naming the command that evaluates on this file.
     eval_data: str | None = task(
         None,
         "A file of problems to evaluate on. Without it: problems held out of the data.",
@@ -179,6 +215,7 @@ class Config:
         "forward_kl",
         "How student and teacher are compared. forward_kl is KL(teacher || student).",
         choices=tuple(DIVERGENCES),
+        in_training=DIVERGES,
         opsdc="reverse_kl",
         ophsd="reverse_kl",
     )
@@ -189,6 +226,7 @@ class Config:
         above=0,
         below=1,
         needs={"divergence": ("jsd",)},
+        in_training=DIVERGES,
     )
     clip_mode: str = objective(
         "entry",
@@ -213,6 +251,7 @@ class Config:
         "The teacher's weights: the initial ones, the current ones, a moving average, or a copy "
         "that is renewed every --teacher-every steps.",
         choices=("fixed", "current", "ema", "copy"),
+        in_training=TEACHES,
         opsdc="copy",
     )
     teacher_every: int = objective(
@@ -221,6 +260,7 @@ class Config:
         source="OPSDC",
         least=1,
         needs={"teacher": ("copy",)},
+        in_training=TEACHES,
     )
     ema_decay: float = objective(
         0.99,
@@ -229,6 +269,7 @@ class Config:
         least=0,
         most=1,
         needs={"teacher": ("ema",)},
+        in_training=TEACHES,
     )
     loss_over: str = objective(
         "vocabulary",
@@ -246,6 +287,8 @@ class Config:
         least=2,
         needs={"loss_over": ("top_k",)},
     )
+    # What the teacher would be shown also decides which problems fit the context, of any method and
+    # any completion. So these two are not idle where no teacher reads.
     english_problem: bool = objective(
         True,
         "Show the teacher the English problem.",
@@ -437,11 +480,23 @@ class Config:
         "Sample among the fewest tokens that hold this probability together. 1 is off.",
         above=0,
         most=1,
+        needs={"top_k": NOT_ONE},
+        in_training=SAMPLES,
         grpo=1.0,
     )
-    top_k: int = rollouts(20, "Sample among so many most likely tokens. 0 is off.", least=0, grpo=0)
+    top_k: int = rollouts(
+        20,
+        "Sample among so many most likely tokens. 0 is off.",
+        least=0,
+        in_training=SAMPLES,
+        grpo=0,
+    )
     max_new_tokens: int = rollouts(
-        2048, "The length limit of a completion, in tokens.", least=1, grpo=16384
+        2048,
+        "The length limit of a completion, in tokens.",
+        least=1,
+        most=LONGEST,
+        grpo=16384,
     )
 
     lr: float = optimiser(
@@ -450,8 +505,11 @@ class Config:
         least=0,
         opsdc=1e-6,
     )
-    weight_decay: float = optimiser(0.0, "AdamW's weight decay.", least=0)
-    max_grad_norm: float = optimiser(0.1, "The gradient's norm is cut to this.", above=0)
+    # AdamW multiplies the decay by the learning rate, as it does the gradient.
+    weight_decay: float = optimiser(0.0, "AdamW's weight decay.", least=0, needs={"lr": POSITIVE})
+    max_grad_norm: float = optimiser(
+        0.1, "The gradient's norm is cut to this.", above=0, needs={"lr": POSITIVE}
+    )
 
     lora_rank: int = adapter(64, "The rank r of the adapter's matrices.", least=1, most=4096)
     lora_alpha: float = adapter(128.0, "The adapter is scaled by alpha / r.", above=0)
@@ -469,6 +527,7 @@ class Config:
         "reads more: fewer than --micro-batch rows where rows are long. A row that is longer "
         "stands alone, and at most a tenth are pads. It does not change the gradient.",
         least=1,
+        needs={"micro_batch": SEVERAL},
     )
     chunk_tokens: int | None = machine(
         None,
@@ -482,7 +541,9 @@ class Config:
         True, "Recompute activations in the backward pass: less memory, more time.", source="paper"
     )
     compile: bool | None = machine(
-        None, "Run torch.compile on the divergence. Without it: where that pays."
+        None,
+        "Run torch.compile on the divergence. Without it: where that pays.",
+        in_training=DIVERGES,
     )
     device: str = machine(
         "auto",
@@ -509,12 +570,22 @@ class Config:
         "Completions per problem. pass@k is given for k = 1 and this.",
         least=1,
         most=10**5,
+        needs={"eval_problems": SOME},
     )
     eval_temperature: float = evaluation(
-        1.0, "The temperature of those completions. Top-k is off.", source="paper", least=0
+        1.0,
+        "The temperature of those completions. Top-k is off.",
+        source="paper",
+        least=0,
+        needs={"eval_problems": SOME},
     )
     eval_top_p: float = evaluation(
-        0.95, "The top-p of those completions.", source="paper", above=0, most=1
+        0.95,
+        "The top-p of those completions.",
+        source="paper",
+        above=0,
+        most=1,
+        needs={"eval_problems": SOME, "eval_temperature": POSITIVE},
     )
     eval_every: int = evaluation(
         0,
@@ -621,6 +692,7 @@ class EvalConfig:
         None,
         "The length limit of a completion, in tokens. Without it: the recipe's, else 4096.",
         least=1,
+        most=LONGEST,
     )
     thinking: str = attempts(
         "auto",

@@ -18,8 +18,12 @@ from parts.recipe import (
     GROUPED,
     LABELS,
     LEAST_TEMPERATURE,
+    METHODS,
     NOTELESS,
+    TYPED_ONLY,
     Config,
+    Needs,
+    Such,
     largest_step,
     of_method,
 )
@@ -29,14 +33,10 @@ from parts.typed import typed
 def fill(given: dict[str, Any], model_folder: Path) -> Config:
     """Return the settings of a run; see the top of the file for what goes first."""
     method = given.get("method", Config.method)
-    names = {f.name for f in fields(Config)}
     defaults = {
         f.name: of_method(f.metadata["by_method"], method, f.default) for f in fields(Config)
     }
     recipe = read_recipe(model_folder, method)
-    if unknown := recipe.keys() - names:
-        path = model_folder / "recipe.json"
-        raise ValueError(f"{path} has unknown settings: {', '.join(sorted(unknown))}")
     if "data" in given:
         recipe.pop("eval_data", None)  # the recipe's benchmark belongs to the recipe's data
     return Config(**{**defaults, **recipe, **given})
@@ -62,23 +62,40 @@ def read_recipe(model_folder: Path, method: str = "copsd") -> dict[str, Any]:
 
     Each entry is {"value": ..., "why": ...}, with another value under a method's name where that
     differs, for the methods that follow it, too. Files in it are relative to the folder; "{lang}"
-    stands for the language.
+    stands for the language. Raises ValueError for a recipe that says anything else.
     """
     path = model_folder / "recipe.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{path} is no file that can be read; remove it, or put the recipe there")
+    entries = read_object(path)
     known = {f.name: f for f in fields(Config)}
+    if unknown := entries.keys() - known.keys():
+        raise ValueError(f"{path} has unknown settings: {', '.join(sorted(unknown))}")
     recipe = {}
-    for name, entry in read_object(path).items():
-        if not isinstance(entry, dict) or "value" not in entry:
-            raise ValueError(f'{path}: {name} is no object with a "value"')
+    for name, entry in entries.items():
+        _check_entry(name, entry, f"{path}: {name}")
         recipe[name] = of_method(entry, method, entry["value"])
-        if name in known:
-            check_value(known[name], recipe[name], f"{path}: {name}")
+        check_value(known[name], recipe[name], f"{path}: {name}")
     for name in ("data", "eval_data"):
         if recipe.get(name) is not None:
             recipe[name] = os.path.normpath(model_folder / recipe[name])
     return recipe
+
+
+def _check_entry(name: str, entry: Any, called: str) -> None:
+    """Raise ValueError for a recipe's entry that cannot be, or of which a part would not be read.
+
+    called  what the message calls it
+    """
+    if name in TYPED_ONLY:
+        raise ValueError(f"{called} can only be typed: {TYPED_ONLY[name]}")
+    if not isinstance(entry, dict) or "value" not in entry:
+        raise ValueError(f'{called} is no object with a "value"')
+    valid = ("value", "why", *METHODS)
+    if unknown := sorted(entry.keys() - {*valid}):
+        raise ValueError(f"{called} has an unknown {unknown[0]!r}; valid: {', '.join(valid)}")
 
 
 def check_settings(config: Any) -> None:
@@ -169,19 +186,23 @@ def idle_settings(given: dict[str, Any], config: Config) -> dict[str, str]:
     """Return, of the typed settings, those that do nothing in this run, each with the reason."""
     idle: dict[str, str] = {}
     for f in fields(config):
-        for name, values in f.metadata["needs"].items():
-            value = getattr(config, name)
-            if f.name in given and value not in values:
-                other = flag_of(name)
-                is_count = isinstance(values, range)
-                valid = f"{values.start} or more" if is_count else ", ".join(map(str, values))
-                said = f"{_flag(f)} is for {other} {valid}; here {other} is {value}"
-                idle.setdefault(f.name, said)
-    if not config.eval_problems and not config.eval_every:
-        for name in ("eval_samples", "eval_temperature", "eval_top_p"):
-            if name in given:
-                idle[name] = f"{flag_of(name)} is for an evaluation; here --eval-problems is 0"
+        why = _unmet(f, f.metadata["needs"], config)
+        untrained = _unmet(f, f.metadata["in_training"], config)
+        if not why and untrained and not config.eval_problems:
+            why = f"{untrained}, and --eval-problems 0 leaves out the KL that it would change"
+        if f.name in given and why:
+            idle[f.name] = why
     return idle
+
+
+def _unmet(f: Field, needs: Needs, config: Config) -> str:
+    """Return the first of a setting's needs that is not met, in words; "" where all are."""
+    for name, values in needs.items():
+        value = getattr(config, name)
+        if value not in values:
+            valid = values.words if isinstance(values, Such) else ", ".join(map(str, values))
+            return f"{_flag(f)} is for {flag_of(name)} {valid}; here {flag_of(name)} is {value}"
+    return ""
 
 
 def doubts_of(config: Config) -> list[str]:

@@ -77,6 +77,11 @@ def token_beyond_the_head(model: Path) -> None:
     (model / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
 
 
+def recipe_folder(model: Path) -> None:
+    (model / "recipe.json").unlink()
+    (model / "recipe.json").mkdir()
+
+
 def nan_weights(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][0] = torch.nan
@@ -185,6 +190,11 @@ MODELS = {
     "a recipe that is broken": text_in("recipe.json", "{"),
     "a recipe that is a list": text_in("recipe.json", "[1]"),
     "a recipe that is nested deeply": text_in("recipe.json", DEEP),
+    "a recipe that is a folder": model_with(recipe_folder),
+    "a recipe of a method": recipe_with("method", "grpo"),
+    "a recipe's entry with an unknown key": json_with(
+        "recipe.json", lr={"value": 0.001, "grop": 0.5}
+    ),
     "a recipe's entry without value": json_with("recipe.json", lr={"why": "none"}),
     "a recipe's entry that is a number": json_with("recipe.json", lr=1),
     "a recipe's text for a number": recipe_with("max_new_tokens", "64"),
@@ -292,6 +302,7 @@ EVAL = {
     "samples without end": typed("--samples", str(10**12)),
     "greedy samples": typed("--greedy", "--samples", "3"),
     "a greedy cut": typed("--greedy", "--top-k", "5"),
+    "a cut of one token": typed("--pass-at-k", "1", "--top-k", "1", "--top-p", "0.5"),
     "a cut at temperature 0": typed("--temperature", "0", "--top-p", "0.5"),
     "a revision of a file": typed("--benchmark", "lab/problems/hau/test.jsonl", "--revision", "v1"),
     "a temperature that overflows": typed("--temperature", "1e-38"),
@@ -427,11 +438,16 @@ PLAN = {
     **{f"{n!r} prompt tokens": typed("--prompt-tokens", n) for n in ("0", "-1", "x", "9" * 400)},
     **{f"{n!r} teacher tokens": typed("--teacher-tokens", n) for n in ("0", "9" * 400)},
     "an unknown device": typed("--device", "abacus"),
+    "more prompt tokens than any model reads": typed("--prompt-tokens", str(10**9)),
+    "more new tokens than any model writes": typed("--max-new-tokens", "9" * 18),
+    "targets that match no layer": typed("--lora-targets", "zz"),
     "a device without a number": typed("--device", "cuda:"),
     "an unknown dtype": typed("--dtype", "int3"),
     "no rows": typed("--micro-batch", "0"),
     "no rank": typed("--lora-rank", "0"),
     "groups that do not fit": typed("--method", "grpo", "--batch-size", "12"),
+    "a method's flag without the method": typed("--kl-coef", "1"),
+    "samples of no evaluation": typed("--eval-problems", "0", "--eval-samples", "4"),
 }
 EXPORT = {
     **CONFIGS,
@@ -446,6 +462,7 @@ EXPORT = {
     "a pipe as file": a_pipe("--file"),
     "a file below a file": lambda folder: ["--file", str(folder / "README.md" / "x.jsonl")],
     "problems below 0": typed("--eval-problems", "-1"),
+    "a file and a folder": lambda folder: ["--file", "a.jsonl", "--out", "b"],
     "an answer with a control token": data_of(json.dumps({**ROW, "answer": "16<|im_end|>"}) + "\n"),
 }
 REPORT = {
@@ -519,7 +536,8 @@ def test_bad_input_is_one_line_and_makes_nothing(tmp_path, monkeypatch, program,
         arguments += ["--data", str(PROBLEMS / "train.jsonl")]
     if program == "eval" and not {"--benchmark", "--lang"} & {*arguments}:
         arguments += ["--benchmark", "lab"]
-    if "--out" not in arguments and program not in OUTLESS:
+    # export-data's --file takes the place of --out.
+    if not {"--out", "--file"} & {*arguments} and program not in OUTLESS:
         arguments += ["--out", str(tmp_path / "out")]
     (tmp_path / "README.md").write_text("words")
     before = tree(tmp_path)

@@ -58,6 +58,20 @@ def test_the_token_of_the_beginning_is_not_read_twice():
         _as_tokenised_later("user: 2 + 3", tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--file", "a.jsonl", "--out", "b"], "--file and --out both say where to; leave one"),
+        (["--no-english-solution", "--swap-solutions"], "is for --english-solution True; here"),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_refused(tmp_path, monkeypatch, flags, said):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(commands.copsd, ["export-data", *flags])
+    assert result.exit_code == 2 and said in result.stderr, result.output
+    assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_an_unknown_format_is_refused(tmp_path):
     flags = ["export-data", "--format", "verl", "--file", str(tmp_path / "x.jsonl")]
     result = CliRunner().invoke(commands.copsd, flags)

@@ -1,5 +1,6 @@
 """parts/fitting.py: what fits, and what a run says of it; what happens where it did not fit."""
 
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -81,6 +82,29 @@ def test_plan_prints_parts_and_cards_from_a_config_json(qwen):
     assert all(f" {card} " in result.output for card in (24, 40, 80, 141))
     small = CliRunner().invoke(commands.copsd, ["plan", "--model", str(qwen), "--gpu", "3"])
     assert small.exit_code == 1 and "no setting of Machine" in small.output
+
+
+def test_plan_counts_with_the_longest_lengths_and_says_where_they_end():
+    """It built a list of a prompt's length, and ran out of memory."""
+    longest = ["--prompt-tokens", "100000000", "--teacher-tokens", "100000000"]
+    longest += ["--max-new-tokens", "100000000"]
+    tracemalloc.start()
+    grpo = ["--method", "grpo", "--micro-batch", "64"]
+    result = CliRunner().invoke(commands.copsd, ["plan", *longest, *grpo])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert result.exit_code == 1 and "no setting of Machine" in result.output, result.output
+    assert peak < 100 * 2**20, "a list of so many ids takes 800 MB"
+    for flag in longest[::2]:
+        result = CliRunner().invoke(commands.copsd, ["plan", flag, "100000001"])
+        assert result.exit_code == 2 and "100000000" in result.stderr.replace("100000001", "")
+
+
+def test_plan_refuses_the_targets_that_training_refuses(tmp_path):
+    said = "error: LoRA target 'zz' matches no layer: valid for this model are down_proj, "
+    for command in (["plan"], ["train", "--out", str(tmp_path / "run")]):
+        result = CliRunner().invoke(commands.copsd, [*command, "--lora-targets", "q_proj,zz"])
+        assert result.exit_code == 2 and result.stderr.startswith(said), result.output
 
 
 def test_plan_takes_a_budget():

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from test_copsd import run_cli
 from test_methods import run_cli as run_small
+from typer.testing import CliRunner
 
-from parts.settings import idle_settings
+from parts import commands
+from parts.settings import fill, idle_settings
 from parts.setup import configure
 
 BARE = ["--no-english-problem", "--no-english-solution"]  # a teacher's prompt of nothing else
@@ -164,6 +166,95 @@ def test_what_a_run_or_its_tables_read_is_not_refused(given, idle):
     assert list(idle_settings(given, config)) == idle
 
 
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        # No KL stands in tables that there are none of.
+        ({"method": "grpo", "divergence": "jsd", "beta": 0.3}, ["divergence", "beta"]),
+        ({"method": "egrsd", "divergence": "jsd", "beta": 0.3}, ["divergence", "beta"]),
+        ({"method": "ssopd", "divergence": "jsd", "beta": 0.3}, []),
+        ({"divergence": "jsd", "beta": 0.3, "loss_over": "sampled"}, []),  # of the KL in the log
+        ({"method": "grpo", "teacher": "ema", "ema_decay": 0.9}, ["teacher", "ema_decay"]),
+        ({"method": "grpo", "teacher": "copy", "teacher_every": 9}, ["teacher", "teacher_every"]),
+        ({"method": "egrsd", "teacher": "ema", "ema_decay": 0.9}, []),
+        ({"method": "ssopd", "teacher": "ema", "ema_decay": 0.9}, []),
+        ({"method": "grpo", "compile": True}, ["compile"]),
+        ({"method": "opsdc", "compile": True, "teacher_every": 9}, []),
+        ({"completion": "reference", "top_k": 5, "top_p": 0.9}, ["top_p", "top_k"]),
+        ({"completion": "garbage", "divergence": "jsd"}, ["divergence"]),
+        ({"completion": "garbage", "teacher": "ema", "compile": False}, ["teacher", "compile"]),
+        ({"completion": "teacher", "teacher": "ema", "top_k": 5, "top_p": 0.9}, []),
+        # The teacher's prompt decides which problems fit the context, whoever reads it.
+        ({"method": "grpo", "english_problem": False, "english_solution": False}, []),
+        ({"completion": "reference", "english_problem": False}, []),
+        # Looks on the way are greedy.
+        (
+            {"eval_every": 1, "eval_samples": 4, "eval_temperature": 0.5, "eval_top_p": 0.5},
+            ["eval_samples", "eval_temperature", "eval_top_p"],
+        ),
+        ({"eval_every": 1, "dev_problems": 5, "eval_data": "lab/problems/hau/test.jsonl"}, []),
+    ],
+)
+def test_what_only_an_evaluation_would_show_is_idle_without_one(given, idle):
+    """Such flags were accepted with --eval-problems 0, and the run was the one without them."""
+    given = {"eval_problems": 0, **given}
+    config, _ = configure(given)
+    assert list(idle_settings(given, config)) == idle
+    measured = {**given, "eval_problems": 1}
+    assert not idle_settings(measured, configure(measured)[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ({"eval_samples": 1, "eval_temperature": 0.0, "eval_top_p": 0.5}, ["eval_top_p"]),
+        ({"eval_samples": 1, "eval_temperature": 0.0}, []),
+        ({"top_k": 1, "top_p": 0.5}, ["top_p"]),
+        ({"top_k": 0, "top_p": 0.5}, []),
+        ({"lr": 0.0, "weight_decay": 0.1, "max_grad_norm": 9.0}, ["weight_decay", "max_grad_norm"]),
+        ({"lr": 1e-9, "weight_decay": 0.1, "max_grad_norm": 9.0}, []),
+        ({"micro_batch": 1, "micro_tokens": 99}, ["micro_tokens"]),
+        ({"micro_batch": 2, "micro_tokens": 99}, []),
+    ],
+)
+def test_what_another_setting_leaves_nothing_to_do_is_idle(given, idle):
+    config, _ = configure(given)
+    assert list(idle_settings(given, config)) == idle
+
+
+def test_what_only_an_evaluation_would_show_is_refused_in_a_line_that_says_so(tmp_path):
+    flags = ["--eval-problems", "0", "--method", "grpo", "--teacher", "ema"]
+    result = run_cli("train", *flags, "--out", str(tmp_path / "run"))
+    assert result.exit_code == 2 and result.stderr == (
+        "error: --teacher is for --method copsd, opsdc, ophsd, egrsd, ssopd; here --method is "
+        "grpo, and --eval-problems 0 leaves out the KL that it would change\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_recipe_gives_is_never_refused_as_idle(tmp_path):
+    entries = {"eval_problems": 0, "teacher": "ema", "eval_samples": 4, "weight_decay": 0.1}
+    recipe = {name: {"value": value} for name, value in entries.items()}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    given = {"method": "grpo", "lr": 0.0}
+    assert not idle_settings(given, fill(given, tmp_path))
+    typed = {**given, **entries}
+    assert [*idle_settings(typed, fill(typed, tmp_path))] == [
+        *("teacher", "weight_decay", "eval_samples")
+    ]
+
+
+def test_a_walk_shows_the_divergence_of_a_model_whose_recipe_has_no_evaluation(tmp_path):
+    for file in Path("lab/tiny").iterdir():
+        (tmp_path / file.name).symlink_to(file.resolve())
+    (tmp_path / "recipe.json").unlink()
+    (tmp_path / "recipe.json").write_text('{"eval_problems": {"value": 0}}', encoding="utf-8")
+    flags = ["--method", "grpo", "--divergence", "jsd", "--max-new-tokens", "8"]
+    data = ["--data", "lab/problems/hau/train.jsonl"]
+    result = run_cli("show", "--model", str(tmp_path), *data, *flags)
+    assert result.exit_code == 0, result.output
+
+
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)
@@ -185,9 +276,9 @@ def write(path: Path, text: str) -> str:
     ],
 )
 def test_a_bad_data_file_is_one_line_that_names_it(tmp_path, name, text, said):
-    result = run_cli(
-        "train", "--data", write(tmp_path / name, text), "--out", str(tmp_path / "run")
-    )
+    # Without a file to evaluate on, so that problems are held out of this one.
+    flags = ["--data", write(tmp_path / name, text), "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(commands.copsd, ["train", *flags])
     assert result.exit_code == 2, result.output
     assert said in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -48,7 +49,7 @@ def write_recipe(folder: Path, **entries: Any) -> Path:
         ("temperature", [1e-6, 2.0], [0.0, -1.0]),
         ("top_p", [1e-9, 1.0], [0.0, 1.1]),
         ("top_k", [0, 50], [-1]),
-        ("max_new_tokens", [1], [0]),
+        ("max_new_tokens", [1, 10**8], [0, 10**8 + 1]),
         ("lr", [0.0, 1.0], [-1e-9]),
         ("weight_decay", [0.0], [-0.1]),
         ("max_grad_norm", [1e-9, 10.0], [0.0, -1.0]),
@@ -157,6 +158,34 @@ def test_a_recipe_of_unknown_settings_is_an_error_that_names_them(tmp_path):
     write_recipe(tmp_path, lr={"value": 0.1}, speed={"value": 9}, colour={"value": "red"})
     with pytest.raises(ValueError, match=r"recipe\.json has unknown settings: colour, speed$"):
         fill({}, tmp_path)
+
+
+def test_an_entry_has_no_part_that_nobody_reads(tmp_path):
+    """A mistyped method's value was left out in silence."""
+    write_recipe(tmp_path, lr={"value": 0.001, "grop": 0.5})
+    said = r"recipe\.json: lr has an unknown 'grop'; valid: value, why, copsd, grpo, opsdc, ophsd,"
+    with pytest.raises(ValueError, match=said):
+        read_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["method", "model", "out"])
+def test_what_a_recipe_cannot_give_is_refused(tmp_path, name):
+    """A method from a recipe was trained with COPSD's defaults."""
+    write_recipe(tmp_path, **{name: {"value": "grpo"}})
+    with pytest.raises(ValueError, match=rf"recipe\.json: {name} can only be typed: a "):
+        fill({}, tmp_path)
+
+
+def make_link(path: Path) -> None:
+    path.symlink_to("nowhere.json")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, make_link, os.mkfifo])
+def test_a_recipe_that_is_no_file_is_no_missing_recipe(tmp_path, make):
+    """A folder, a link to nothing and a pipe were ignored, and the defaults taken."""
+    make(tmp_path / "recipe.json")
+    with pytest.raises(ValueError, match=r"recipe\.json is no file that can be read; remove it"):
+        read_recipe(tmp_path)
 
 
 def test_the_recipes_benchmark_belongs_to_the_recipes_data(tmp_path):
