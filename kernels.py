@@ -374,17 +374,19 @@ def _walk_chunks(
     # single shape.
     student_CV = head_VD.new_zeros(chunk_tokens, len(head_VD))
     teacher_CV = head_VD.new_zeros(chunk_tokens, len(head_VD))
-    for start in range(0, len(student_ND), chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
-        filled = len(student_ND[rows])
-        torch.mm(student_ND[rows], head_VD.T, out=student_CV[:filled])
-        torch.mm(teacher_ND[rows], head_VD.T, out=teacher_CV[:filled])
-        normalisers = normalise(student_CV, options), normalise(teacher_CV, options)
-        scores_4C, slope_sum_C1 = score(student_CV, teacher_CV, normalisers, options)
-        scores_4N[:, rows] = scores_4C[:, :filled]
-        if with_gradient:
-            gradient_(student_CV, teacher_CV, normalisers, slope_sum_C1, options)
-            torch.mm(student_CV[:filled], head_VD, out=gradient_ND[rows])
+    # Compiled code is made anew for each mode, and no more than eight times: here there is one.
+    with torch.no_grad():
+        for start in range(0, len(student_ND), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            filled = len(student_ND[rows])
+            torch.mm(student_ND[rows], head_VD.T, out=student_CV[:filled])
+            torch.mm(teacher_ND[rows], head_VD.T, out=teacher_CV[:filled])
+            normalisers = normalise(student_CV, options), normalise(teacher_CV, options)
+            scores_4C, slope_sum_C1 = score(student_CV, teacher_CV, normalisers, options)
+            scores_4N[:, rows] = scores_4C[:, :filled]
+            if with_gradient:
+                gradient_(student_CV, teacher_CV, normalisers, slope_sum_C1, options)
+                torch.mm(student_CV[:filled], head_VD, out=gradient_ND[rows])
     return scores_4N, gradient_ND
 
 

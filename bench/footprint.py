@@ -108,6 +108,7 @@ def main() -> None:
         data = Path(temporary) / "problems.jsonl"
         write_problems(data, arguments.words)
         common = ["--model", arguments.model, "--data", str(data), "--eval-problems", "0"]
+        common += ["--device", "cpu"]  # what is measured is a process's memory
         for number, (name, flags) in enumerate(STEPS.items()):
             if arguments.only not in (None, name):
                 continue

@@ -84,7 +84,8 @@ def time_decode(checkout: Path, rows: int, folder: Path) -> tuple[float, float]:
 def time_command(checkout: Path, flags: list[str], folder: Path) -> tuple[float, float]:
     """Return the seconds of a checkout's first command, and its process's peak in MiB."""
     out = tempfile.mkdtemp(dir=folder)
-    command = [sys.executable, "copsd.py", "train", *flags, "--out", f"{out}/run"]
+    flags = [*flags, "--device", "cpu", "--out", f"{out}/run"]
+    command = [sys.executable, "copsd.py", "train", *flags]
     started = time.perf_counter()
     _, peak_mib = own_process(command, folder, cwd=checkout)
     return time.perf_counter() - started, peak_mib

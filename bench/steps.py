@@ -108,7 +108,7 @@ def measure_ours(
     """Return our last step, and what it logged."""
     out = Path(tempfile.mkdtemp(dir=folder))
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    words += ["--no-gradient-checkpointing", *further, "--out", str(out / "run")]
+    words += ["--device", "cpu", "--no-gradient-checkpointing", *further, "--out", str(out / "run")]
     _, peak_mib = own_process([sys.executable, "copsd.py", "train", *words], out)
     logged = read_rows(out / "run" / "metrics.jsonl")[-1]
     return Measured(logged["time_s"], peak_mib, logged["rollout/tokens"]), logged

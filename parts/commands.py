@@ -107,6 +107,13 @@ PLANNED = (
     "dtype",
     "eval_problems",
     "eval_samples",
+    "eval_every",
+    "dev_problems",
+    "teacher_reads",
+    "vote_samples",
+    "completion",
+    "token_budget",
+    "steps",
 )
 
 

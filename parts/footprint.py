@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kernels import chunk_rows, compiling_pays
+from parts import ranks
 from parts.copies import choose_copies
 from parts.lora import targeted_layers
 from parts.model import load_config, loading
@@ -210,8 +211,10 @@ def _sampling_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -
 def sampled_rows(config: Config) -> int:
     """Return how many completions are decoded at once: no more than there are."""
     attempts = config.vote_samples if config.teacher_reads == "voted" else 1
-    wanted = max(config.batch_size * attempts, config.eval_problems * config.eval_samples)
-    return min(config.sample_rows, wanted)
+    looked_at = config.dev_problems if config.eval_every else 0
+    sampled = config.batch_size * attempts
+    wanted = max(sampled, config.eval_problems * config.eval_samples, looked_at)
+    return min(config.sample_rows, -(-wanted // ranks.count()))  # each rank has its share of them
 
 
 def _update_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tuple[int, int]:
@@ -237,11 +240,20 @@ def _update_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> 
 
 
 def _teacher_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
-    """Return what passes through one layer while COPSD's teacher scores a micro-batch."""
+    """Return what COPSD's teacher needs to score a micro-batch: what passes through one layer.
+
+    Behind kept prompts that is of the completions only, and beside it stand the keys and values of
+    all layers: of the prompts as they are kept, and of the rows that are made of them.
+    """
     if config.method not in DISTILLED:
         return 0
-    tokens = int(_micro_rows(config, lengths) * (lengths.teacher + config.max_new_tokens))
-    return tokens * _forward_bytes(shape, size)
+    rows = _micro_rows(config, lengths)
+    if not keeps_prompts(config):
+        return int(rows * (lengths.teacher + config.max_new_tokens)) * _forward_bytes(shape, size)
+    column = 2 * shape.kv_heads * shape.head_size * size * shape.layers
+    cached = int(rows * (2 * lengths.teacher + config.max_new_tokens)) * column
+    read = max(int(rows * config.max_new_tokens), lengths.teacher)
+    return cached + read * _forward_bytes(shape, size)
 
 
 def _micro_rows(config: Config, lengths: Lengths) -> float:

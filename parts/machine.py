@@ -77,6 +77,15 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error is one of too little memory.
+
+    Apple's GPUs say it by a plain RuntimeError.
+    """
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and "out of memory" in str(error))
+
+
 def state_precision() -> None:
     """State that CUDA multiplies float32 matrices in float32, whatever a card would rather do.
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
+from parts.machine import is_out_of_memory
 from parts.recipe import Config
 from parts.sampler import Rollout
 from parts.view import say
@@ -127,8 +128,8 @@ def halve_until_it_fits(
     while True:
         try:
             return attempt(limit), limit
-        except torch.OutOfMemoryError:
-            if min(limit.rows, rows) <= 1:
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or min(limit.rows, rows) <= 1:
                 raise
         # Not in the handler: there the traceback still holds the tensors of the failed attempt.
         start_again()

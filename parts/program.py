@@ -231,9 +231,8 @@ def working(console: Console, kept: Callable[[], str]) -> Iterator[None]:
     Exit code 130: stopped, by Ctrl-C, SIGTERM or SIGHUP; 2: a file cannot be written, as on a full
     disk; 1: numbers that are not finite, or too little memory for even one row.
     """
-    from torch import OutOfMemoryError
-
     from parts.files import CannotWrite
+    from parts.machine import is_out_of_memory
     from parts.stops import stops_act, stops_raise
     from parts.view import say
 
@@ -250,7 +249,9 @@ def working(console: Console, kept: Callable[[], str]) -> Iterator[None]:
     except FloatingPointError as error:
         say_error(str(error))
         raise typer.Exit(1) from error
-    except (MemoryError, OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         say_error(f"out of memory; {LESS_MEMORY}; {kept()}")
         raise typer.Exit(1) from error
 

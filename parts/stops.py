@@ -5,6 +5,7 @@ The first one asks: a step is finished and saved, or what is kept is said. The s
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Timer
@@ -12,6 +13,7 @@ from typing import Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN_S = 0.01
+PASSED_ON_S = 5.0
 
 
 @contextmanager
@@ -25,7 +27,8 @@ def stop_signals() -> Iterator[list[int]]:
     def _remember(number: int, frame: Any) -> None:
         received.append(number)
         for each in before:
-            signal.signal(each, _at_once(each))
+            again = _at_once(each)
+            signal.signal(each, _unless_passed_on(again) if each == number else again)
 
     before: dict[int, Any] = {}
     for number in STOPS:
@@ -36,6 +39,21 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _unless_passed_on(act: Any) -> Any:
+    """Return a handler that acts unless torchrun passes on what its workers have had themselves.
+
+    A scheduler that signals all processes reaches each worker twice, the second time by torchrun.
+    """
+    first = time.monotonic()
+
+    def _act(number: int, frame: Any) -> None:
+        if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - first < PASSED_ON_S:
+            return
+        act(number, frame)
+
+    return _act
 
 
 def _at_once(number: int) -> Any:

@@ -109,6 +109,27 @@ def test_kept_prompts_are_those_of_all_steps_up_to_the_room_for_them(qwen):
         assert planned(shape, replace(config, **other)).kept == 0
 
 
+def test_rows_behind_kept_prompts_have_a_cache_of_all_layers(qwen):
+    """Of a model whose heads each have keys of their own it was most of the peak, and not there."""
+    shape = read_shape(qwen, Config())
+    config = Config(micro_batch=4, max_new_tokens=2048)
+    column = 2 * 2 * 128 * 2 * 28  # key and value, heads, their size, bytes, layers
+    behind = footprint._teacher_bytes(shape, config, 2, LENGTHS)
+    whole = footprint._teacher_bytes(shape, replace(config, teacher="current"), 2, LENGTHS)
+    passing = footprint._forward_bytes(shape, 2)
+    assert whole == 4 * (1024 + 2048) * passing
+    assert behind == 4 * (2 * 1024 + 2048) * column + 4 * 2048 * passing
+
+
+def test_rows_that_are_decoded_are_those_of_looks_too_and_of_one_rank(monkeypatch):
+    config = Config(batch_size=8, eval_problems=0, sample_rows=256)
+    assert footprint.sampled_rows(config) == 8
+    looks = replace(config, eval_every=5, dev_problems=100)
+    assert footprint.sampled_rows(looks) == 100
+    monkeypatch.setattr(footprint.ranks, "count", lambda: 3)
+    assert footprint.sampled_rows(looks) == 34
+
+
 def test_a_budget_of_positions_is_counted_by_the_longer_role(qwen):
     shape = read_shape(qwen, Config())
     config = replace(Config(), micro_batch=8, max_new_tokens=1000)

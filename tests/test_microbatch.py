@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -183,6 +184,21 @@ def test_out_of_memory_halves_rows_and_positions_until_it_fits(capsys):
     assert halve_until_it_fits(attempt, Limit(8, 1000), lambda: None, 8) == ("done", Limit(2, 250))
     assert tried == [Limit(8, 1000), Limit(4, 500), Limit(2, 250)]
     assert "micro-batches of 2 rows and 250 tokens from here on" in capsys.readouterr().err
+
+
+def test_an_apple_gpus_word_for_it_is_understood_and_other_errors_are_not():
+    """It is a RuntimeError like any other, and ended the run with a traceback."""
+
+    def attempt(said, limit):
+        if limit.rows > 2:
+            raise RuntimeError(said)
+
+    fits = halve_until_it_fits(
+        partial(attempt, "MPS backend out of memory"), Limit(8), lambda: None, 8
+    )
+    assert fits == (None, Limit(2))
+    with pytest.raises(RuntimeError, match="a bug"):
+        halve_until_it_fits(partial(attempt, "a bug"), Limit(8), lambda: None, 8)
 
 
 def test_halving_begins_at_the_rows_that_there_are():

@@ -37,6 +37,7 @@ def test_what_is_no_bad_input_is_not_turned_into_a_line(error):
         (CannotWrite("cannot write x: full; free some"), 2, "error: cannot write x: full; free"),
         (FloatingPointError("NaN"), 1, "error: NaN"),
         (MemoryError(), 1, "error: out of memory; fewer rows at once take less"),
+        (RuntimeError("MPS backend out of memory"), 1, "error: out of memory; fewer rows"),
     ],
 )
 def test_work_that_cannot_be_finished_says_why(capsys, error, code, said):

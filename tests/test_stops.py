@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from parts import stops
 from parts.stops import STOPS, stop_signals, stops_act, stops_raise
 
 
@@ -36,6 +37,22 @@ def test_after_any_first_signal_any_second_one_acts(first):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert handlers_now() == before
+
+
+def test_what_torchrun_passes_on_is_no_second_signal(monkeypatch):
+    """A signal to the whole group reaches a worker twice, and nothing was saved."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with stop_signals() as stopped:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # ends a process that torchrun did not start
+        assert stopped == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(stops, "PASSED_ON_S", 0.0)
+    with stop_signals() as stopped:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):  # a person's, later
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
