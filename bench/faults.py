@@ -58,8 +58,10 @@ from bench.injected import (
     unseen_update,
     wait,
 )
+from lab.problems import write_few
 from parts import commands, owner
 from parts.files import PARTIAL
+from parts.settings import flag_of
 from parts.tables import text_table
 
 RECORDS = ("config.json", "settings.json")
@@ -77,22 +79,9 @@ GRPO = [*WATCHED, "--method", "grpo", "--group-size", "2"]
 EVALUATE = ["--device", "cpu", "--pass-at-k", "2", "--limit", "6", "--max-new-tokens", "8"]
 
 
-def few_problems(folder: Path) -> list[str]:
-    """Write a few of the lab's problems; return the flags that name them.
-
-    To read all of them takes longer than such a run does.
-    """
-    flags = []
-    for flag, split in (("--data", "train"), ("--eval-data", "test")):
-        text = (ROOT / f"lab/problems/hau/{split}.jsonl").read_text("utf-8")
-        path = folder / f"{split}.jsonl"
-        path.write_text("\n".join(text.split("\n")[:40]) + "\n", "utf-8")
-        flags += [flag, str(path)]
-    return flags
-
-
-def make_programs(data: list[str]) -> list[Program]:
-    """Return what is tried, on the problems that these flags name."""
+def make_programs(folder: Path) -> list[Program]:
+    """Return what is tried, on a few problems that are written into a folder."""
+    data = [word for name, path in write_few(folder).items() for word in (flag_of(name), path)]
     return [
         Program("train copsd", commands.copsd, [*TRAIN, *data]),
         Program("train grpo", commands.copsd, [*TRAIN, *data, *GRPO]),
@@ -411,7 +400,7 @@ def main() -> None:
     until = time.monotonic() + (math.inf if options.short else options.seconds)
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
-    every = make_programs(few_problems(folder))
+    every = make_programs(folder)
     programs = [program for program in every if options.program in program.name]
     if not programs:
         shutil.rmtree(folder)

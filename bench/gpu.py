@@ -438,15 +438,13 @@ def main() -> None:
     limits: list[float] = []
     visit.section("limits", lambda: limits.extend(measure_limits(visit, size, dtype)))
     if limits:
-        bandwidth, rate = limits
-        visit.section("loss", lambda: measure_divergence(visit, size, dtype, rate))
+        visit.section("loss", lambda: measure_divergence(visit, size, dtype, rate=limits[1]))
     visit.section("step", lambda: measure_step(visit, size, dtype))
     if limits:
-        bandwidth, _ = limits
         model = build_model(size.model, device, dtype)
         for rows in size.rows:
             for contestant in (("ours", 20), ("ours", 0), ("generate", 20)):
-                work = partial(measure_decode, visit, model, rows, size, bandwidth, contestant)
+                work = partial(measure_decode, visit, model, rows, size, limits[0], contestant)
                 visit.section("decode", work)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LANGUAGES = ("eng", "hau", "swa", "yor")
 TARGETS = LANGUAGES[1:]
+FEW = 40  # problems of a language
 TEST_SHARE = 5  # one pair in five is never trained on
 SPECIFICATION = json.loads((HERE / "templates.json").read_text(encoding="utf-8"))
 TEMPLATES = {template["id"]: template for template in SPECIFICATION["templates"]}
@@ -241,3 +242,20 @@ def write_problems(folder: Path, seed: int) -> None:
             ]
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             path.write_text("".join(lines), encoding="utf-8")
+
+
+def write_few(folder: Path) -> dict[str, str]:
+    """Write a few problems in Hausa and in Swahili; return a run's settings that name the files.
+
+    For runs of a few steps, which take less time than it takes to read all problems.
+    """
+    settings = {}
+    for name, split in (("data", "train"), ("eval_data", "test")):
+        rows: list[str] = []
+        for language in ("hau", "swa"):
+            text = (HERE / "problems" / language / f"{split}.jsonl").read_text(encoding="utf-8")
+            rows += text.split("\n")[:FEW]
+        path = folder / f"{split}.jsonl"
+        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        settings[name] = str(path)
+    return settings

@@ -237,15 +237,14 @@ def show_command(
     console = start()
     import show
     from parts import ranks
-    from parts.files import refuse_no_file
+    from parts.files import refuse_no_file, refuse_other_name
     from parts.setup import configure
 
     with bad_input():
         ranks.refuse("copsd.py show")
         if html:
             refuse_no_file(html, "--html")
-            if html.suffix.lower() not in (".html", ".htm"):
-                raise ValueError(f"--html is {html}; valid: a name in .html or .htm")
+            refuse_other_name(html, "--html", ".html", ".htm")
         config, folder = configure(given)
         # A walk shows the divergence of any method, whatever a recipe says of evaluations.
         refuse_idle(given, replace(config, eval_problems=1))

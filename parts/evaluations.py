@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parts import owner, runs
-from parts.files import read_json, read_rows, read_sealed, remedied
+from parts.files import make_folder, read_json, read_rows, read_sealed, remedied
 from parts.identity import circumstances, fingerprint
 from parts.metrics import (
     Estimate,
@@ -209,7 +209,7 @@ def prepare_report(folders: list[Path], out: Path, console: Console) -> Comparis
         )
     # Refuses a run that is there twice, and one that lacks a language.
     tables = report_tables(evaluations)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"cannot write to {out}")
     if taken_over := owner.claim(out):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parts.chat import freeze_date
 from parts.family import context_length
-from parts.files import json_lines, make_folder, refuse_no_file, write_text
+from parts.files import json_lines, make_folder, refuse_no_file, refuse_other_name, write_text
 from parts.model import load_config, load_tokenizer, published_name, resolve_model
 from parts.prompts import Problem, render_prompt
 from parts.recipe import Config
@@ -38,8 +38,8 @@ def export_data(given: dict[str, Any], kind: str, file: Path | None, console: Co
         raise ValueError(f"unknown format {kind!r}; valid: {', '.join(FORMATS)}")
     if file and file.parent.is_dir():
         refuse_no_file(file, "--file")
-    if file and file.suffix.lower() not in (".jsonl", ".json"):
-        raise ValueError(f"--file is {file}; valid: a name in .jsonl or .json")
+    if file:
+        refuse_other_name(file, "--file", ".jsonl", ".json")
     if file and "out" in given:
         raise ValueError("--file and --out both say where to; leave one")
     folder = resolve_model(given.get("model", Config.model), weights=False)

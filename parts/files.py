@@ -89,6 +89,12 @@ def refuse_no_file(path: Path, flag: str) -> None:
         raise ValueError(f"{flag} is {path}, among the files of a run; name one somewhere else")
 
 
+def refuse_other_name(path: Path, flag: str, *suffixes: str) -> None:
+    """Raise ValueError where the file that a flag names does not end as its kind does."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{flag} is {path}; valid: a name in {' or '.join(suffixes)}")
+
+
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise CannotWrite where the disk of a folder, made or not, has fewer bytes free than needed.
 

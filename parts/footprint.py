@@ -185,8 +185,13 @@ def _kept_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> in
     if config.token_budget is not None:
         return KEPT_BYTES  # nobody knows how many steps there will be
     prompts = config.batch_size * config.steps + config.eval_problems
-    column = 2 * shape.kv_heads * shape.head_size * size
-    return min(KEPT_BYTES, prompts * lengths.teacher * column * shape.layers)
+    column = _column_bytes(shape, size) * shape.layers
+    return min(KEPT_BYTES, prompts * lengths.teacher * column)
+
+
+def _column_bytes(shape: Shape, size: int) -> int:
+    """Return the bytes of a layer's key and value of one token."""
+    return 2 * shape.kv_heads * shape.head_size * size
 
 
 def _sampling_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tuple[int, int]:
@@ -195,7 +200,7 @@ def _sampling_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -
     # A plan, an explanation and a control's completion are written behind more than the problem.
     writes_more = config.teacher_reads in ("plan", "explained") or config.completion == "teacher"
     prompt = lengths.teacher if writes_more else lengths.student
-    column = 2 * shape.kv_heads * shape.head_size * size  # a layer's key and value of one token
+    column = _column_bytes(shape, size)
     # One layer more, while it is copied to grow. Attention under a mask repeats the keys and values
     # of one layer for each query head.
     groups = shape.heads // shape.kv_heads
@@ -250,7 +255,7 @@ def _teacher_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) ->
     rows = _micro_rows(config, lengths)
     if not keeps_prompts(config):
         return int(rows * (lengths.teacher + config.max_new_tokens)) * _forward_bytes(shape, size)
-    column = 2 * shape.kv_heads * shape.head_size * size * shape.layers
+    column = _column_bytes(shape, size) * shape.layers
     cached = int(rows * (2 * lengths.teacher + config.max_new_tokens)) * column
     read = max(int(rows * config.max_new_tokens), lengths.teacher)
     return cached + read * _forward_bytes(shape, size)

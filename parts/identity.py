@@ -66,10 +66,10 @@ def folder_fingerprint(folder: Path) -> str:
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if not (folder / files[0]).is_file():
-        places_of = read_object(index).get("weight_map")
-        if not isinstance(places_of, dict) or not places_of:
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} is damaged: it has no weight_map")
-        files = sorted(set(typed([*places_of.values()], list[str], f"{index}: weight_map")))
+        files = sorted(set(typed([*weight_map.values()], list[str], f"{index}: weight_map")))
     with ExitStack() as stack:
         places = {}
         for name in files:

@@ -36,7 +36,7 @@ from parts.family import (
 )
 from parts.files import read_object
 from parts.lora import attach_lora as attach_lora  # for those who look for it here
-from parts.machine import state_precision
+from parts.machine import is_out_of_memory, state_precision
 
 # Small files that transformers and tokenizers read, and what they raise where one is broken.
 LIBRARY_FILES = {
@@ -200,11 +200,10 @@ def loading(folder: Path, name: str) -> Iterator[None]:
             read_object(file)
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
         # tokenizers, which is written in Rust, raises no kind of its own.
-        if not isinstance(error, LIBRARY_ERRORS) and type(error) is not Exception:
+        is_theirs = isinstance(error, LIBRARY_ERRORS) or type(error) is Exception
+        if is_out_of_memory(error) or not is_theirs:
             raise
         raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
 

@@ -51,26 +51,37 @@ def split(skeleton: str) -> list[str | Effect]:
     """Return the skeleton's words and marks in order, with the longest known phrases as effects."""
     words = _words(skeleton)
     parts: list[str | Effect] = []
-    start = 0
-    while start < len(words):
-        for length in range(_LONGEST_PHRASE, 0, -1):
-            phrase = words[start : start + length]
-            # The mil of "mil 20" is a mile, and that of "dos mil (2000)" a thousand.
-            has_count = NUMBER in phrase and isinstance((parts or [""])[-1], Effect)
-            if phrase in _SILENT and not has_count:
-                parts += [NUMBER] * phrase.count(NUMBER)
-            elif phrase in _EFFECTS:
-                parts.append(_EFFECTS[phrase])
-            else:
-                continue
-            start += len(phrase)
-            break
+    while words:
+        has_count = isinstance((parts or [""])[-1], Effect)
+        phrase = _first_phrase(words, has_count)
+        if _is_silent(phrase, has_count):
+            parts += [NUMBER] * phrase.count(NUMBER)
         else:
-            parts.append(words[start])
-            start += 1
+            parts.append(_EFFECTS.get(phrase, words[0]))
+        words = words[max(1, len(phrase)) :]
     if _CHANGE_IN_PLACE.search(unicodedata.normalize("NFKD", skeleton)):
         parts.append(CHANGES)
     return parts
+
+
+def _first_phrase(words: tuple[str, ...], has_count: bool) -> tuple[str, ...]:
+    """Return the longest phrase of the table that words begin with, () for none.
+
+    has_count  a word of the table stands before them
+    """
+    for length in range(_LONGEST_PHRASE, 0, -1):
+        phrase = words[:length]
+        if phrase in _EFFECTS or _is_silent(phrase, has_count):
+            return phrase
+    return ()
+
+
+def _is_silent(phrase: tuple[str, ...], has_count: bool) -> bool:
+    """Say whether a phrase says nothing where it stands.
+
+    The mil of "mil 20" is a mile, and that of "dos mil (2000)" a thousand.
+    """
+    return phrase in _SILENT and not (has_count and NUMBER in phrase)
 
 
 def leading_scale(text: str) -> str:

@@ -18,7 +18,7 @@ from parts.chat import freeze_date
 from parts.data import DEV_SEED, hub_training_file, load_aloud, split_heldout, write_problems
 from parts.experiments import ATTRIBUTION, COMPARISON, FAMILY, Design, Variant
 from parts.family import context_length
-from parts.files import read_sealed, refuse_no_file, remedied, split_section
+from parts.files import make_folder, read_sealed, refuse_no_file, remedied, split_section
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers
 from parts.model import load_config, load_tokenizer, resolve_model
@@ -379,6 +379,6 @@ def read_splits(plan: Plan, lang: str, console: Console | None = None) -> dict[s
 
 def write_splits(folder: Path, splits: dict[str, list[Problem]]) -> None:
     """Write each part of a language as a data file, so that no arm can see another split."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, problems in splits.items():
         write_problems(folder / f"{name}.jsonl", problems)

@@ -207,11 +207,14 @@ def bad_input() -> Iterator[None]:
     shows its traceback. A model that the memory does not hold is a line and exit 1.
     """
     from safetensors import SafetensorError
-    from torch import OutOfMemoryError
+
+    from parts.machine import is_out_of_memory
 
     try:
         yield
-    except (MemoryError, OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         say_error(
             "out of memory while loading; --dtype bfloat16 halves the weights, and copsd.py plan "
             "says what a run takes; what is saved is kept"

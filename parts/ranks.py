@@ -130,15 +130,12 @@ def sum_gradients(parameters: list[Tensor]) -> None:
     Where no row was in the loss, it is zero. Without one, AdamW would pass that step by, and its
     momentum would move the adapter only where another rank had rows.
     """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if count() == 1:
-        return
-    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    _together(dist.all_reduce, flat)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, grad in zip(parameters, flat.split(sizes), strict=True):
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    if count() > 1:
+        flat = torch.cat([grad.flatten() for grad in grads])
+        _together(dist.all_reduce, flat)
+        grads = flat.split([parameter.numel() for parameter in parameters])
+    for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad.view_as(parameter)
 
 

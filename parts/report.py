@@ -18,7 +18,7 @@ import numpy as np
 from rich.table import Table
 
 from parts.figures import Panel, Point, curves_figure
-from parts.files import whole_file
+from parts.files import make_folder, whole_file
 from parts.metrics import Estimate, Ratio, mean_of_languages, pass_at_k
 from parts.tables import Summary, estimates_table
 
@@ -282,7 +282,7 @@ def write_report(evaluations: list[Evaluation], tests: list[Table], out: Path) -
     """
     tables = [*report_tables(evaluations), *tests]
     figures = report_figures(evaluations)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     pictures = {}
     for name, panels in figures.items():
         pictures[name] = [out / f"{name}.png", out / f"{name}.pdf"]

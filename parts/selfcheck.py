@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from parts.batch import PLAIN_STEPS
+from parts.machine import is_out_of_memory
 from parts.model import final_hidden, head_weight, token_count
 from parts.packing import packed_hidden
 from parts.prefixes import KeptPrompts
@@ -54,10 +55,10 @@ def check_model(model: PreTrainedModel, name: str) -> None:
                     f"{called} cannot be used: {what} differ by {difference:.2g} nats, "
                     f"where rounding explains {tolerance * spread:.2g}"
                 )
-    except torch.OutOfMemoryError:
-        raise
     # A family's own code can fail in any way when it is called as it does not expect.
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{called} cannot be used: its code fails with {reason}") from error
 

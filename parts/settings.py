@@ -186,11 +186,13 @@ def idle_settings(given: dict[str, Any], config: Config) -> dict[str, str]:
     """Return, of the typed settings, those that do nothing in this run, each with the reason."""
     idle: dict[str, str] = {}
     for f in fields(config):
+        if f.name not in given:
+            continue
         why = _unmet(f, f.metadata["needs"], config)
         untrained = _unmet(f, f.metadata["in_training"], config)
         if not why and untrained and not config.eval_problems:
             why = f"{untrained}, and --eval-problems 0 leaves out the KL that it would change"
-        if f.name in given and why:
+        if why:
             idle[f.name] = why
     return idle
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from lab.problems import write_few
+from parts.settings import flag_of
 from parts.view import StepView
 
 torch.set_num_threads(1)
@@ -98,28 +100,15 @@ def stop_at(step: int, view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def few_problems() -> dict[str, str]:
-    """Return the settings of a run on a few of the lab's problems, in Hausa and in Swahili.
-
-    Reading all of them takes longer than two small steps do.
-    """
+    """Return the settings of a run on a few of the lab's problems."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    settings = {}
-    for name, split in (("data", "train"), ("eval_data", "test")):
-        rows = []
-        for code in ("hau", "swa"):
-            text = (ROOT / f"lab/problems/{code}/{split}.jsonl").read_text(encoding="utf-8")
-            rows += text.split("\n")[:40]
-        path = folder / f"{split}.jsonl"
-        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-        settings[name] = str(path)
-    return settings
+    return write_few(folder)
 
 
 def few_flags() -> list[str]:
     """Return the same as words of a command line."""
-    names = {name: "--" + name.replace("_", "-") for name in few_problems()}
-    return [word for name, path in few_problems().items() for word in (names[name], path)]
+    return [word for name, path in few_problems().items() for word in (flag_of(name), path)]
 
 
 def assert_alike_but_for_rounding(

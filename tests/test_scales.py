@@ -36,8 +36,8 @@ def test_a_scaled_number_is_its_multiple_and_never_itself(code):
             multiple = str(18 * int(amount))
             in_order = f"{word} 18" if LANGUAGES[code]["count"] == "after" else f"18 {word}"
             for text in (in_order, f"18 {word}", f"{word} 18", f"{word.upper()} 18"):
-                if text.lower() != "mil 18":  # miles in Hausa
-                    assert normalise(text) in (multiple, None), text
+                in_miles = text.lower() == "mil 18"  # in Hausa
+                assert in_miles or normalise(text) in (multiple, None), text
             if word not in ("billions", "trillions"):  # French; in sloppy English a thousandth
                 assert normalise(in_order) == multiple, in_order
 
