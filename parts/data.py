@@ -315,19 +315,29 @@ def read_problem_sets(
     Those to watch it on are set aside from the training problems, and none without --eval-every.
     Rows of the files that are left out are counted on the console.
     """
-    lang = config.lang
-    source = Path(config.data) if config.data else hub_training_file(lang)
-    train = load_aloud(source, lang, console)
-    heldout: list[Problem] = []
-    if config.eval_data:
-        heldout = load_aloud(Path(config.eval_data), lang, console)[: config.eval_problems]
-        train = _without(heldout, train, console)
-    elif config.eval_problems:
-        train, heldout = split_heldout(train, config.eval_problems, config.seed)
+    train, heldout = read_reported(config, config.seed, console)
     dev: list[Problem] = []
     if config.eval_every:
         train, dev = split_heldout(train, config.dev_problems, DEV_SEED)
     return replace_solutions(config, train), dev, heldout
+
+
+def read_reported(
+    config: Config, seed: int, console: Console | None = None
+) -> tuple[list[Problem], list[Problem]]:
+    """Return (train, heldout): the problems of the files, and those to report, which are no others.
+
+    Of --eval-data they are the first --eval-problems, else as many of the training problems, drawn
+    by the seed. A training problem of the same text as one of them is left out.
+    """
+    source = Path(config.data) if config.data else hub_training_file(config.lang)
+    train = load_aloud(source, config.lang, console)
+    if config.eval_data:
+        reported = load_aloud(Path(config.eval_data), config.lang, console)[: config.eval_problems]
+        return _without(reported, train, console), reported
+    if config.eval_problems:
+        return split_heldout(train, config.eval_problems, seed)
+    return train, []
 
 
 def replace_solutions(config: Config, train: list[Problem]) -> list[Problem]:

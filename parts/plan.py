@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from parts.chat import freeze_date
-from parts.data import DEV_SEED, hub_training_file, load_aloud, split_heldout, write_problems
+from parts.data import DEV_SEED, read_reported, split_heldout, write_problems
 from parts.experiments import ATTRIBUTION, COMPARISON, FAMILY, Design, Variant
 from parts.family import context_length
 from parts.files import make_folder, read_sealed, refuse_no_file, remedied, split_section
@@ -367,12 +367,7 @@ def read_splits(plan: Plan, lang: str, console: Console | None = None) -> dict[s
     if all((plan.out / lang / f"{name}.jsonl").is_file() for name in SPLITS):
         return {}
     config = plan.configs["copsd", lang]
-    source = Path(config.data) if config.data else hub_training_file(lang)
-    train = load_aloud(source, lang, console)
-    if config.eval_data:
-        test = load_aloud(Path(config.eval_data), lang, console)[: config.eval_problems]
-    else:
-        train, test = split_heldout(train, config.eval_problems, 0)
+    train, test = read_reported(config, 0, console)
     train, dev = split_heldout(train, plan.options.dev_problems, DEV_SEED)
     return {"train": train, "dev": dev, "test": test}
 

@@ -94,6 +94,18 @@ def test_the_splits_that_are_written_are_kept_as_they_are(tmp_path):
     assert dev == [source[problem.id] for problem in dev]
 
 
+def test_no_development_problem_of_a_language_is_a_reported_one(tmp_path):
+    few = Path("lab/problems/hau/train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    data = tmp_path / "few.jsonl"
+    data.write_text("\n".join(few) + "\n", encoding="utf-8")
+    both = {"data": str(data), "eval_data": str(data), "eval_problems": 6, "dev_problems": 3}
+    plan = plans.make_plan({**both, "lang": "hau", "out": str(tmp_path / "out")})
+    files = (plan.out / "hau" / f"{name}.jsonl" for name in ("train", "dev", "test"))
+    train, dev, test = ({row.id for row in load_problems(file, language="hau")} for file in files)
+    assert (len(train), len(dev), len(test)) == (3, 3, 6)
+    assert len(train | dev | test) == 12
+
+
 def test_splits_that_nothing_vouches_for_are_vouched_for_by_the_next_call(tmp_path):
     plan = small_plan(tmp_path)
     vouched = (plan.out / "digests.json").read_bytes()
