@@ -35,6 +35,7 @@ from parts.view import SamplingProgress, say
 GREEDY_NAME = "greedy accuracy"
 ENGLISH_METRICS = ("format rate", "in the problem's language", "mean tokens")  # beside it
 KL_NAME = "KL to the teacher, nats/token"  # where it is kept; kl_title says which it is
+DEV_METRIC = "dev/greedy_accuracy"  # decides which adapter of a run is the best
 Columns = dict[str, dict[str, Estimate]]  # by language, an ISO 639-3 code, then by metric
 
 

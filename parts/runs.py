@@ -7,6 +7,7 @@ completions.jsonl  some rollouts of every step, whole
 adapters/step_N/   adapter_model.safetensors and adapter_config.json, as peft writes them
 resume/            the last saved states, from which a stopped run goes on (parts/checkpoints.py)
 before.json, after.json   the evaluations at both ends
+dev_before.json    that of the development problems before the first step, with --eval-every
 best.json          which adapter was the best on development problems, with --eval-every
 digests.json       length and digest of what is finished: adapters and evaluations
 owner.lock         the process that works here, while it does (parts/owner.py)
@@ -43,6 +44,8 @@ from parts.identity import differing_circumstances, provenance, recorded_identit
 from parts.stops import stop_signals as stop_signals  # stays importable from here
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
+DEV_BEFORE = "dev_before"
+EVALUATIONS = ("before", "after", DEV_BEFORE)  # that a run makes once; each is a file of its name
 LENGTHS = {"steps", "token_budget"}  # settings that say where a run ends
 # Settings that are paths, each with the fingerprint, in a record's identity, of what is there.
 CONTENTS = {

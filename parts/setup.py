@@ -31,7 +31,7 @@ from parts.identity import (
 from parts.lora import Lora, attach_lora
 from parts.lossscale import LossScale
 from parts.machine import forget_peak, pick_device, pick_dtype
-from parts.measure import check_answers, check_columns
+from parts.measure import DEV_METRIC, check_answers, check_columns
 from parts.model import (
     check_vocabulary,
     load_config,
@@ -205,13 +205,17 @@ def prepare(
         require_space(run.folder, saved, "the first save")
         if taken_over := run.create(settings, identity):
             say(console, taken_over)
-        run.vouch_anew(*(run.folder / f"{when}.json" for when in ("before", "after")))
+        run.vouch_anew(*(run.folder / f"{when}.json" for when in runs.EVALUATIONS))
     return setup, run
 
 
 def check_evaluations(run: runs.Run) -> None:
-    """Raise ValueError where the evaluation before or after training is damaged."""
+    """Raise ValueError where an evaluation before or after training is damaged."""
     with remedied(runs.MAKE_AGAIN):
+        dev = run.read_evaluation(runs.DEV_BEFORE)
+        if dev is not None and not isinstance(dev.get(DEV_METRIC), float):
+            file = run.folder / f"{runs.DEV_BEFORE}.json"
+            raise ValueError(f"{file} is damaged: it has no {DEV_METRIC}")
         for when in ("before", "after"):
             if (stored := run.read_evaluation(when)) is not None:
                 check_columns(stored, run.folder / f"{when}.json")
@@ -358,6 +362,7 @@ def fitting_problems(
     heldout = _fitting(heldout, False)
     without = sum(not _can_teach(config, problem) for problem in heldout)
     if without:
-        said = "lack what the teacher is to read: the KL to the teacher is of the others"
+        kl = "is of the others" if without < len(heldout) else "is left out"
+        said = f"lack what the teacher is to read: the KL to the teacher {kl}"
         say(console, f"{without} of {len(heldout)} held-out problems {said}")
     return _fitting(train, needs_teacher(config)), _fitting(dev, False), heldout

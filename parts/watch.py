@@ -21,20 +21,19 @@ from parts.chat import completion_text, prompt_opens_think
 from parts.checkpoints import newest
 from parts.files import parse_json, read_edge_rows
 from parts.grading import extract_answer
-from parts.measure import Ruler
+from parts.measure import DEV_METRIC, Ruler
 from parts.metrics import ratios
 from parts.model import eos_ids
 from parts.recipe import DISTILLED, DIVERGENCES, Config
-from parts.runs import Run
+from parts.runs import DEV_BEFORE, Run
 from parts.sampler import Rollout
 from parts.setup import Setup
 from parts.track import open_tracker
 from parts.view import StepView, Watcher
 
-START_STEPS = 5  # a run's start, which later steps are compared with, is their mean
+START_STEPS = 5  # a run's start, which later steps are compared with, is at most so many
 RECENT_STEPS = 3  # one odd batch is no alarm, so it is the mean of so many that is compared
 REPEATED_TOKENS = 8  # in a row: shorter runs, such as "= 10 +", recur in honest mathematics
-DEV_METRIC = "dev/greedy_accuracy"  # decides which adapter is the best
 DEV_TIME = "dev/time_s"
 TAIL_BYTES = 2**22  # of completions.jsonl, in which its last line surely fits
 
@@ -68,6 +67,8 @@ RULES = (
     Rule("KL", "loss/kl_nats_per_token", highest=(2.0, 0.25)),
     Rule("entropy", "loss/student_entropy_nats_per_token", (2.0, 0.5), (0.1, 0.0)),
 )
+# Of one look, against the one before the first step.
+DEV_RULE = Rule("development accuracy", DEV_METRIC, lowest=(0.7, -0.05))
 
 
 def look(
@@ -81,10 +82,30 @@ def look(
     found = {**metrics, **text_metrics(setup, rollouts)}
     if is_look_due(setup.config, metrics["step"], metrics["progress"]):
         found |= dev_metrics(setup)
-    logged: list[dict[str, Any]] = []  # another machine may not have the file
+    if not ranks.is_first():  # another machine may not have the files
+        return found
+    first = START_STEPS + RECENT_STEPS
+    logged = read_edge_rows(run.folder / "metrics.jsonl", first, RECENT_STEPS - 1)
+    found["alarms"] = alarms([*logged, found])
+    if DEV_METRIC in found and (before := run.read_evaluation(DEV_BEFORE)):
+        said = DEV_RULE.alarm(before[DEV_METRIC], found[DEV_METRIC])
+        found["alarms"] |= {DEV_RULE.name: said} if said else {}
+    return found
+
+
+def look_before(setup: Setup, run: Run) -> None:
+    """Try the development problems before the first step, in a run that looks at them; once."""
+    is_missing = setup.config.eval_every > 0 and run.read_evaluation(DEV_BEFORE) is None
+    if not ranks.decide(is_missing):
+        return
+    found = dev_metrics(setup)
     if ranks.is_first():
-        logged = read_edge_rows(run.folder / "metrics.jsonl", START_STEPS, RECENT_STEPS - 1)
-    return {**found, "alarms": alarms([*logged, found])}
+        run.write_evaluation(DEV_BEFORE, _without_time(found))
+
+
+def _without_time(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what a look found but how long it took, so that the same run has the same bytes."""
+    return {name: x for name, x in row.items() if name.startswith("dev/") and name != DEV_TIME}
 
 
 def text_metrics(setup: Setup, rollouts: list[Rollout]) -> dict[str, float]:
@@ -139,14 +160,18 @@ def dev_metrics(setup: Setup) -> dict[str, float]:
 def alarms(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Return, by its name, what is said of each rule that the last steps break.
 
-    rows  the metrics of every step so far, those between the first and the recent ones left out or
-          not. None of the recent steps is among the first.
+    The start is the first steps: START_STEPS of them, or as many as are not among the last ones.
+    It grows until the first alarm and no further, as a run may collapse after its first update.
+
+    rows  the metrics of every step so far, each but the last with its own "alarms"; those between
+          the first START_STEPS + RECENT_STEPS and the last RECENT_STEPS left out or not
     """
-    if len(rows) < START_STEPS + RECENT_STEPS:
-        return {}
+    early = rows[:-1][: START_STEPS + RECENT_STEPS]
+    alarmed = next((place for place, row in enumerate(early) if row.get("alarms")), len(rows) - 1)
+    first = rows[: max(0, min(START_STEPS, alarmed + 1 - RECENT_STEPS))]
     found = {}
     for rule in RULES:
-        start = _mean(rows[:START_STEPS], rule.metric)
+        start = _mean(first, rule.metric)
         recent = _mean(rows[-RECENT_STEPS:], rule.metric)
         if start is not None and recent is not None and (said := rule.alarm(start, recent)):
             found[rule.name] = said
@@ -177,12 +202,15 @@ def write_best(run: Run) -> str | None:
     if row is None:
         return None
     folder = run.adapter_folder(row["step"])
-    # Without how long it took, so that the same run ends with the same bytes.
-    dev = {n: value for n, value in row.items() if n.startswith("dev/") and n != DEV_TIME}
     adapter = folder.relative_to(run.folder).as_posix()
-    run.write_evaluation("best", {"step": row["step"], "adapter": adapter, **dev})
+    run.write_evaluation("best", {"step": row["step"], "adapter": adapter, **_without_time(row)})
     score = f"greedy accuracy {row[DEV_METRIC]:.3f} on {row['dev/problems']} development problems"
-    return f"best adapter: {folder}, after step {row['step']}, {score}"
+    said = f"best adapter: {folder}, after step {row['step']}, {score}"
+    if before := run.read_evaluation(DEV_BEFORE):
+        no_better = row[DEV_METRIC] <= before[DEV_METRIC]
+        said += f", {before[DEV_METRIC]:.3f} before training"
+        said += ": no better than without an adapter" if no_better else ""
+    return said
 
 
 @dataclass(frozen=True)
@@ -204,6 +232,7 @@ class Watching:
         config = setup.config
         steps = None if config.token_budget else config.steps
         rollout = partial(last_completion, run.folder) if self.show_rollout else None
+        look_before(setup, run)
         with ExitStack() as stack:
             watchers: list[Watcher] = []
             if self.track and ranks.is_first():

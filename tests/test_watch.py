@@ -93,7 +93,7 @@ def test_an_alarm_is_of_means_over_the_first_and_the_last_steps():
     assert alarms(a_log(cut_frac=[0.0] * 5 + [0.7, 0.0, 0.0])) == {}
     assert list(alarms(a_log(cut_frac=odd))) == ["share cut"]
     assert alarms(a_log(cut_frac=[*odd, 0.0])) == {}  # and it ends
-    assert alarms(a_log(cut_frac=[0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0])) == {}, "too early to say"
+    assert alarms(a_log(cut_frac=[1.0, 0.0, 0.0])) == {}, "too early to say"
     # Rows without the metric, as of GRPO without a KL, or with null for nan, are no zeros.
     assert alarms([{"step": step} for step in range(9)]) == {}
     holes = a_log(format_frac=[0.9] * 5 + [0.9] * 3)
@@ -102,6 +102,26 @@ def test_an_alarm_is_of_means_over_the_first_and_the_last_steps():
     # The log has null for a step whose numbers ended; in memory it is nan.
     dropped = a_log(format_frac=[0.9] * 7 + [float("nan")])
     assert alarms(dropped) == {}
+
+
+def test_a_run_that_collapses_after_its_first_update_raises_an_alarm_that_stays():
+    values = [0.9, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    rows = a_log(format_frac=values)
+    for place, row in enumerate(rows):
+        row["alarms"] = alarms(rows[: place + 1])
+    raised = [row["alarms"].get("share with an answer") for row in rows]
+    assert raised[:3] == [None] * 3 and raised[3] == "0.0333, at the start 0.9"
+    assert set(raised[4:]) == {"0, at the start 0.9"}
+    # So it is with the rows between the edges left out, as the log is read.
+    assert alarms([*rows[:8], *rows[-2:]]) == rows[-1]["alarms"]
+
+
+def test_the_start_grows_to_five_steps_while_all_is_well():
+    for steps in range(4, 12):
+        rows = a_log(completion_tokens_mean=[10.0, 20.0, 30.0, 40.0, 50.0, *[60.0] * 7][:steps])
+        rows[-1]["rollout/completion_tokens_mean"] = 1e6
+        start = {4: "10", 5: "15", 6: "20", 7: "25"}.get(steps, "30")
+        assert alarms(rows)["completion tokens"].endswith(f"at the start {start}")
 
 
 def test_a_rule_has_two_sides():
@@ -188,6 +208,33 @@ def test_a_watched_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkey
         assert adapter(straight, step) == adapter(resumed, step)
     for name in ("resume/step_00005.safetensors", "completions.jsonl"):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()
+
+
+def test_the_development_problems_are_tried_before_the_first_step_and_once(tmp_path, monkeypatch):
+    scores = iter([0.5, 0.31, 0.29])
+    look = {"dev/problems": 5, watch.DEV_TIME: 1.0}
+    monkeypatch.setattr(
+        watch, "dev_metrics", lambda setup: {watch.DEV_METRIC: next(scores), **look}
+    )
+    out = tmp_path / "run"
+    setup, run = make_setup(out, steps=2, eval_every=1, dev_problems=5)
+    with Watching().start(setup, run, QUIET):
+        assert read_json(out / "dev_before.json") == {watch.DEV_METRIC: 0.5, "dev/problems": 5}
+    stream = io.StringIO()
+    assert copsd.train(setup, run, Console(file=stream, width=400), copsd.train_copsd) == 0
+    first, second = read_rows(out / "metrics.jsonl")
+    assert first["alarms"] == {}
+    assert second["alarms"] == {"development accuracy": "0.29, at the start 0.5"}
+    said = "0.310 on 5 development problems, 0.500 before training: no better than without"
+    assert said in stream.getvalue()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"dev/greedy_accuracy": "0.5"}'])
+def test_a_damaged_look_before_the_first_step_is_one_line(tmp_path, content):
+    folder = train(tmp_path / "run", steps=1, **LOOKS)
+    (folder / "dev_before.json").write_text(content)
+    with pytest.raises(ValueError, match=r"dev_before\.json .*; remove it to have it made again"):
+        make_setup(tmp_path / "run", steps=1, **LOOKS)
 
 
 def test_the_best_step_is_the_first_of_the_best():
