@@ -59,7 +59,7 @@ from parts.model import eos_ids, final_hidden, head_weight, valid_ids
 from parts.narrow import narrow_loss
 from parts.packing import packed_hidden, packing_pays
 from parts.prompts import Problem, find_language
-from parts.recipe import LABELS, Config, divergence_options, keeps_prompts
+from parts.recipe import LABELS, Config, divergence_options
 from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Reader, Setup, evaluation_command, read_solutions
 from parts.steplog import Tally, count_tokens
@@ -130,7 +130,7 @@ def copsd_loss(
     # The teacher is the same model, by default with its adapter off, as it was before training.
     # What it makes of a prompt then never changes, and is kept for the next epoch. It goes first,
     # as it works with a copy of the weights, which is freed before activations need the room.
-    hidden = setup.kept_prompts.completion_hidden if keeps_prompts(config) else completion_hidden
+    hidden = setup.kept_prompts.completion_hidden if setup.keeps_prompts else completion_hidden
     with teacher_view(setup.lora, config.teacher), scoring_copies(setup.model):
         teacher_ND = hidden(setup.model, teacher_prompts, completions)
     student_ND = completion_hidden(setup.model, [r.prompt_ids for r in rollouts], completions)

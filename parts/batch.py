@@ -49,8 +49,10 @@ SMALL_BUCKET = 4
 PLAIN_STEPS = 2
 # Devices whose steps are recorded.
 RECORDED = ("cuda",)
-# Padded prompt tokens in one prefill forward: bounds its memory, and the padding as well.
-PREFILL_TOKENS = 512
+# Padded prompt tokens in one prefill forward: bounds its memory, and the padding as well. A GPU is
+# hardly slower with many than with few.
+PREFILL_TOKENS = {"cuda": 4096}
+SMALL_PREFILL = 512
 
 
 @dataclass
@@ -225,9 +227,10 @@ class Batch:
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> None:
         """Compute each prompt's keys, values and last hidden state; prompts come longest first."""
+        most = PREFILL_TOKENS.get(self.decoder.device.type, SMALL_PREFILL)
         while prompts:
             longest = len(prompts[0])
-            count = max(1, PREFILL_TOKENS // longest)
+            count = max(1, most // longest)
             group = prompts[:count]
             prompts = prompts[count:]
             # Pads stand behind the prompt, where causal attention hides them from its tokens: no

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from kernels import chunk_rows, compiling_pays
 from parts import ranks
+from parts.batch import PREFILL_TOKENS, SMALL_PREFILL
 from parts.copies import choose_copies
 from parts.lora import targeted_layers
 from parts.model import load_config, loading
@@ -30,7 +31,6 @@ from parts.prefixes import KEPT_BYTES
 from parts.recipe import DISTILLED, GROUPED, Config, keeps_prompts
 
 FP32 = 4  # bytes of a number; the adapter, its gradient and its optimiser have no other
-PREFILL_TOKENS = 512  # prompt tokens that go through the model at once (parts/batch.py)
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ def footprint(
     """Return the bytes of a run of these settings at its most."""
     size = dtype.itemsize
     weights = shape.parameters * size
-    cache, choice = _sampling_bytes(shape, config, size, lengths)
+    device = "cpu" if on_cpu else "cuda"
+    prefill_tokens = PREFILL_TOKENS.get(device, SMALL_PREFILL)
+    cache, choice = _sampling_bytes(shape, config, size, lengths, prefill_tokens)
     activations, layer = _update_bytes(shape, config, size, lengths)
-    kind = choose_copies(
-        shape.linear * size, shape.adapted * size, torch.device("cpu" if on_cpu else "cuda"), dtype
-    )
+    kind = choose_copies(shape.linear * size, shape.adapted * size, torch.device(device), dtype)
     numbers = {
         "packed": shape.linear,
         "merged": shape.adapted,
@@ -159,15 +159,16 @@ def footprint(
     copied = numbers[kind] * size
     packed = copied if kind == "packed" else 0
     sets = 2 if config.teacher in ("ema", "copy") else 1
+    keeps = keeps_prompts(config, on_cpu=on_cpu)
     return Footprint(
         weights=weights,
         adapter=sets * shape.adapter * FP32,
         optimiser=3 * shape.adapter * FP32,
-        kept=_kept_bytes(shape, config, size, lengths),
+        kept=_kept_bytes(shape, config, size, lengths) if keeps else 0,
         copies=copied,
         cache=cache,
         choice=choice,
-        teacher=packed + _teacher_bytes(shape, config, size, lengths),
+        teacher=packed + _teacher_bytes(shape, config, size, lengths, keeps=keeps),
         activations=activations,
         layer=layer,
         chunk=_chunk_bytes(shape, config, size, on_cpu=on_cpu),
@@ -180,8 +181,6 @@ def footprint(
 
 def _kept_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
     """Return the bytes of the prompts that the fixed teacher keeps, if no step repeats one."""
-    if not keeps_prompts(config):
-        return 0
     if config.token_budget is not None:
         return KEPT_BYTES  # nobody knows how many steps there will be
     prompts = config.batch_size * config.steps + config.eval_problems
@@ -194,8 +193,13 @@ def _column_bytes(shape: Shape, size: int) -> int:
     return 2 * shape.kv_heads * shape.head_size * size
 
 
-def _sampling_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tuple[int, int]:
-    """Return the bytes of the cache and of choosing a token, for the rows decoded at once."""
+def _sampling_bytes(
+    shape: Shape, config: Config, size: int, lengths: Lengths, prefill_tokens: int
+) -> tuple[int, int]:
+    """Return the bytes of the cache and of choosing a token, for the rows decoded at once.
+
+    prefill_tokens  of prompts that go through the model at once
+    """
     rows = sampled_rows(config)
     # A plan, an explanation and a control's completion are written behind more than the problem.
     writes_more = config.teacher_reads in ("plan", "explained") or config.completion == "teacher"
@@ -208,7 +212,7 @@ def _sampling_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -
     full = rows * (prompt + config.max_new_tokens) * column * layers
     # When rows enter, the keys and values of their prompts exist twice.
     entering = 2 * rows * prompt * column * shape.layers
-    prefill = max(PREFILL_TOKENS, prompt) * _forward_bytes(shape, size)
+    prefill = max(prefill_tokens, prompt) * _forward_bytes(shape, size)
     logits = rows * shape.vocabulary * (size + 3 * FP32)  # as they come, scaled, allowed, exp
     return max(full, entering), max(logits, prefill)
 
@@ -244,16 +248,18 @@ def _update_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> 
     return kept, passing
 
 
-def _teacher_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
+def _teacher_bytes(
+    shape: Shape, config: Config, size: int, lengths: Lengths, *, keeps: bool
+) -> int:
     """Return what COPSD's teacher needs to score a micro-batch: what passes through one layer.
 
-    Behind kept prompts that is of the completions only, and beside it stand the keys and values of
-    all layers: of the prompts as they are kept, and of the rows that are made of them.
+    Where it keeps prompts, that is of the completions only, and beside it stand the keys and values
+    of all layers: of the prompts as they are kept, and of the rows that are made of them.
     """
     if config.method not in DISTILLED:
         return 0
     rows = _micro_rows(config, lengths)
-    if not keeps_prompts(config):
+    if not keeps:
         return int(rows * (lengths.teacher + config.max_new_tokens)) * _forward_bytes(shape, size)
     column = _column_bytes(shape, size) * shape.layers
     cached = int(rows * (2 * lengths.teacher + config.max_new_tokens)) * column

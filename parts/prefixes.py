@@ -2,7 +2,8 @@
 
 The fixed teacher reads the same prompts in every epoch, and they are most of what it reads. What
 attention needs of a prompt are its keys and values in every layer. With them at hand, the model
-goes on behind the prompt and computes the completion only.
+goes on behind the prompt and computes the completion only. On a CPU, that is: a GPU computes one
+prompt alone, as it is done here, hardly faster than a batch of them.
 """
 
 from typing import Any

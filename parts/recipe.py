@@ -719,13 +719,16 @@ def largest_step(config: Config) -> int:
     return config.batch_size * (config.max_new_tokens + note)
 
 
-def keeps_prompts(config: Config) -> bool:
-    """Say whether training reads a teacher's prompts again, and the teacher makes the same of them.
+def keeps_prompts(config: Config, *, on_cpu: bool) -> bool:
+    """Say whether a teacher's prompts are computed once and kept, as parts/prefixes.py does.
 
-    Its weights are fixed, and it reads no note and no completion that training has written.
+    They are where training reads them again and the teacher makes the same of them: its weights are
+    fixed, and it reads no note and no completion that training has written. On a CPU only: what is
+    kept was computed alone, and a GPU needs about as long for one prompt as for a whole batch.
     """
     is_read = config.method in DISTILLED and config.completion not in LABELS
-    return is_read and config.teacher == "fixed" and config.teacher_reads in NOTELESS
+    never_changes = config.teacher == "fixed" and config.teacher_reads in NOTELESS
+    return on_cpu and is_read and never_changes
 
 
 def divergence_options(config: Config) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from parts.prompts import (
     pose_in_english,
     template_hash,
 )
-from parts.recipe import DISTILLED, GROUPED, LABELS, Config
+from parts.recipe import DISTILLED, GROUPED, LABELS, Config, keeps_prompts
 from parts.selfcheck import check_model
 from parts.settings import doubts_of, fill, read_recipe, settle
 from parts.view import say
@@ -67,6 +67,11 @@ class Setup:
     kept_prompts: KeptPrompts = field(default_factory=KeptPrompts)  # as the fixed teacher read them
     dev: list[Problem] = field(default_factory=list)  # watched on the way, never trained on
     loss_scale: LossScale = field(default_factory=LossScale)  # of float16, which needs one
+
+    @property
+    def keeps_prompts(self) -> bool:
+        """Say whether the teacher's prompts are computed once; see parts/recipe.py."""
+        return keeps_prompts(self.config, on_cpu=self.model.device.type == "cpu")
 
     def student_prompt(self, problem: Problem) -> list[int]:
         """Return the ids of x, before a rollout: what evaluation asks, too."""

@@ -350,7 +350,7 @@ def test_what_is_sampled_after_an_update_is_of_the_new_weights(tiny_model):
 def test_small_prefill_groups_change_no_result(tiny_model, monkeypatch, tokens, groups):
     prompts, shapes = random_prompts(6, 2, 5, 4), []
     expected = ids_of(sample(tiny_model, prompts, PLAIN, eos_ids=set()))
-    monkeypatch.setattr(batch, "PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(batch, "SMALL_PREFILL", tokens)
     watch(tiny_model.model, shapes)
     assert ids_of(sample(tiny_model, prompts, PLAIN, eos_ids=set())) == expected
     assert [shape for shape in shapes if shape[1] > 1] == groups

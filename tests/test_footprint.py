@@ -101,12 +101,17 @@ def test_without_a_number_a_chunk_has_the_rows_that_the_loss_takes_by_itself(qwe
 def test_kept_prompts_are_those_of_all_steps_up_to_the_room_for_them(qwen):
     shape = read_shape(qwen, Config())
     config = Config(batch_size=4, steps=3, eval_problems=2)
+
+    def kept(**changes) -> int:
+        return planned(shape, replace(config, **changes), on_cpu=True).kept
+
     column = 2 * 2 * 128 * 2  # key and value, heads, their size, bytes
-    assert planned(shape, config).kept == (4 * 3 + 2) * 1024 * column * 28 < KEPT_BYTES
-    assert planned(shape, replace(config, steps=100)).kept == KEPT_BYTES
-    assert planned(shape, replace(config, token_budget=10**6)).kept == KEPT_BYTES
+    assert kept() == (4 * 3 + 2) * 1024 * column * 28 < KEPT_BYTES
+    assert kept(steps=100) == KEPT_BYTES
+    assert kept(token_budget=10**6) == KEPT_BYTES
     for other in ({"method": "grpo"}, {"method": "egrsd"}, {"completion": "reference"}):
-        assert planned(shape, replace(config, **other)).kept == 0
+        assert kept(**other) == 0
+    assert planned(shape, config, on_cpu=False).kept == 0, "a GPU computes them in batches"
 
 
 def test_rows_behind_kept_prompts_have_a_cache_of_all_layers(qwen):
@@ -114,8 +119,8 @@ def test_rows_behind_kept_prompts_have_a_cache_of_all_layers(qwen):
     shape = read_shape(qwen, Config())
     config = Config(micro_batch=4, max_new_tokens=2048)
     column = 2 * 2 * 128 * 2 * 28  # key and value, heads, their size, bytes, layers
-    behind = footprint._teacher_bytes(shape, config, 2, LENGTHS)
-    whole = footprint._teacher_bytes(shape, replace(config, teacher="current"), 2, LENGTHS)
+    behind = footprint._teacher_bytes(shape, config, 2, LENGTHS, keeps=True)
+    whole = footprint._teacher_bytes(shape, config, 2, LENGTHS, keeps=False)
     passing = footprint._forward_bytes(shape, 2)
     assert whole == 4 * (1024 + 2048) * passing
     assert behind == 4 * (2 * 1024 + 2048) * column + 4 * 2048 * passing

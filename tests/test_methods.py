@@ -23,7 +23,7 @@ from parts.lora import teacher_view
 from parts.microbatch import Limit
 from parts.prompts import encode_prompt, find_language, render_prompt
 from parts.readings import render_witness
-from parts.recipe import METHODS, Config
+from parts.recipe import METHODS, Config, keeps_prompts
 from parts.sampler import Rollout
 from parts.settings import doubts_of
 from parts.setup import configure, prepare
@@ -497,6 +497,7 @@ def test_an_attempt_that_ran_out_of_memory_leaves_nothing_in_the_log(
 )
 def test_only_prompts_that_never_change_and_that_steps_read_are_kept(tmp_path, given, kept):
     setup, _ = make_setup(tmp_path, **given)
+    assert setup.keeps_prompts == kept and not keeps_prompts(setup.config, on_cpu=False)
     problem = setup.train[0]
     rollouts = roll_out(setup, [problem], seed=0)
     copsd_loss(setup, [setup.teacher_prompt(problem, None)], rollouts)
