@@ -39,7 +39,7 @@ LABELS = ("reference", "garbage")  # completions that nobody samples, learned as
 SCORED = ("student", "teacher")  # completions on which the student learns a teacher's distribution
 COMPLETIONS = (*SCORED, *LABELS)
 DIVERGENCES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD"}  # as shown
-# Who chose the values that a method has of its own.
+# Who chose the values that a method has of its own, where that was not us.
 CHOSEN_BY = {"grpo": "OPSD", "opsdc": "OPSDC", "ophsd": "OPHSD", "egrsd": "EGRSD", "ssopd": "SSOPD"}
 NOTELESS = ("solution", "brief")  # what a teacher reads that is the same at every step
 OWN_SETTINGS = {  # flags of a run that an experiment sets by itself
