@@ -29,7 +29,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parts import ranks, runs
 from parts.adapters import load_adapter
-from parts.benchmarks import BENCHMARKS, default_benchmark, find_files, has_language
+from parts.benchmarks import (
+    BENCHMARKS,
+    default_benchmark,
+    find_files,
+    has_language,
+    name_a_file,
+)
 from parts.chat import freeze_date
 from parts.data import keep_fitting, load_aloud
 from parts.evaluations import check_alike, ids_fingerprint, naming, read_record
@@ -341,7 +347,10 @@ def pick_languages(lang: str, benchmark: str) -> list[Language]:
         return list(dict.fromkeys(find_language(code.strip()) for code in lang.split(",")))
     found = [each for each in languages().values() if has_language(benchmark, asdict(each))]
     if not found:
-        raise FileNotFoundError(f"{benchmark} has no files that are known by a language")
+        raise FileNotFoundError(
+            f"{benchmark} has no files that are known by a language; {name_a_file()}, "
+            "and its --lang"
+        )
     return found
 
 

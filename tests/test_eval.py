@@ -55,7 +55,11 @@ def lines(folder: Path) -> list[dict]:
         ),
         (
             ["--benchmark", "lab/tiny", "--lang", "all"],
-            "lab/tiny has no files that are known by a language",
+            "lab/tiny has no files that are known by a language; name one file: .jsonl",
+        ),
+        (
+            ["--benchmark", "lab/tiny"],
+            "lab/tiny is a folder in which no file for Hausa is called as those of a benchmark are",
         ),
         (["--model", "nowhere"], "unknown model 'nowhere'"),
         (
