@@ -46,6 +46,8 @@ from parts.identity import (
     fingerprint,
     folder_fingerprint,
     refuse_foreign_adapter,
+    tell_other_prompts,
+    thinking_of,
     weights_fingerprint,
 )
 from parts.machine import pick_device, pick_dtype
@@ -147,7 +149,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
 
     Everything is read and checked before a folder is made. Raises ValueError or OSError.
     """
-    config = EvalConfig(**given)
+    config = EvalConfig(**{**given, **thinking_of(given, console)})
     check_settings(config)
     folder = resolve_model(config.model)
     settings = read_settings(config, folder, console)
@@ -173,13 +175,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     records: list[Record] = []
     for language, (problems, commit) in zip(chosen, loaded, strict=True):
         one = replace(settings, lang=language.iso3)
-        prompts = [
-            build_prompt(problem, language, tokenizer, thinking=one.thinking)
-            for problem in problems
-        ]
-        problems = keep_fitting(
-            problems, prompts, console, context=context, max_new_tokens=one.max_new_tokens
-        )
+        problems = fitting(one, problems, tokenizer, context, console)
         identity = ranks.agreed(
             **weights,
             prompt_template=template_hash(tokenizer, language, one.thinking),
@@ -189,6 +185,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             problems=len(problems),
             problem_ids=ids_fingerprint([problem.id for problem in problems]),
         )
+        tell_other_prompts(one.adapter, asdict(one), identity, console)
         run = kept.get(language.iso3)
         if run:
             run.check(asdict(one), identity)
@@ -202,6 +199,22 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     refuse_mixture(out, records)
     parts = open_folders(parts, records, console)
     return Job(settings, model, tokenizer, config.batch_rows, parts, out)
+
+
+def fitting(
+    settings: Settings,
+    problems: list[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    console: Console,
+) -> list[Problem]:
+    """Return the problems that fit the model's context, asked under these settings."""
+    prompts = [
+        build_prompt(problem, settings.lang, tokenizer, thinking=settings.thinking)
+        for problem in problems
+    ]
+    room = settings.max_new_tokens
+    return keep_fitting(problems, prompts, console, context=context, max_new_tokens=room)
 
 
 def open_folders(parts: list[Part], records: list[Record], console: Console) -> list[Part]:

@@ -696,7 +696,8 @@ class EvalConfig:
     )
     thinking: str = attempts(
         "auto",
-        "Whether prompts open a think block. auto: where the model would unasked.",
+        "Whether prompts open a think block. auto: where the model would unasked. Without it, the "
+        "value of the run that --adapter is of.",
         source="ours",
         choices=THINKING,
     )
