@@ -70,7 +70,7 @@ from parts.prompts import (
     languages,
     template_hash,
 )
-from parts.recipe import EvalConfig
+from parts.recipe import EVAL_TOKENS, EvalConfig
 from parts.sampler import SamplingParams
 from parts.selfcheck import check_model
 from parts.settings import check_settings, flag_of, read_recipe
@@ -277,7 +277,7 @@ def read_settings(config: EvalConfig, folder: Path, console: Console) -> Setting
         say(console, f"benchmark {benchmark}, which has {names}: no --benchmark was given")
     max_new_tokens = config.max_new_tokens
     if max_new_tokens is None:
-        max_new_tokens = recipe.get("max_new_tokens", 4096)
+        max_new_tokens = recipe.get("max_new_tokens", EVAL_TOKENS)
     return Settings(
         model=config.model,
         adapter=str(Path(config.adapter)) if config.adapter else None,

@@ -53,6 +53,7 @@ TYPED_ONLY = {  # settings that a model folder's recipe.json cannot give
     "model": "a recipe belongs to the model that it stands beside",
     "out": "a folder holds one run",
 }
+EVAL_TOKENS = 4096  # the length limit of an evaluation that neither a flag nor a recipe names
 LONGEST = 10**8  # tokens of a text, ten times what any model reads
 
 
@@ -690,7 +691,8 @@ class EvalConfig:
     top_k: int = attempts(0, "Sample among so many most likely tokens. 0 is off.", least=0)
     max_new_tokens: int | None = attempts(
         None,
-        "The length limit of a completion, in tokens. Without it: the recipe's, else 4096.",
+        "The length limit of a completion, in tokens. Without it: the recipe's, else "
+        f"{EVAL_TOKENS}.",
         least=1,
         most=LONGEST,
     )
