@@ -181,12 +181,15 @@ class Config:
     )
     lang: str = task("hau", "The target language, an ISO 639-1 or 639-3 code.", source="ours")
     data: str | None = task(
-        None, "A file of training problems. Without it: the hub's COPSD set for the language."
+        None,
+        "A file of training problems, .jsonl, .json, .tsv, .csv or .parquet. Its columns stand "
+        'in parts/README.md, "Your own data". Without it: the hub\'s COPSD set for the language.',
     )
     # Not idle without an evaluation: a run ends by naming the command that evaluates on this file.
     eval_data: str | None = task(
         None,
-        "A file of problems to evaluate on. Without it: problems held out of the data.",
+        "A file of problems to evaluate on, as --data is. Without it: problems held out of the "
+        "data.",
         source="ours",
     )
     out: str | None = task(

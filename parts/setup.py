@@ -15,7 +15,13 @@ from parts import ranks, readings, runs
 from parts.adapters import put_adapter, read_settings
 from parts.chat import freeze_date, prompt_opens_think
 from parts.checkpoints import check_state
-from parts.data import keep_fitting, load_problems, read_problem_sets, write_problems
+from parts.data import (
+    check_answered,
+    keep_fitting,
+    load_problems,
+    read_problem_sets,
+    write_problems,
+)
 from parts.family import context_length
 from parts.files import remedied, require_space
 from parts.fitting import check_memory
@@ -372,6 +378,7 @@ def fitting_problems(
     graded = train if needs_answers(config) else []
     if config.teacher_reads == "voted":  # its votes are graded in the log, where they can be
         graded = graded or [problem for problem in train if is_gradable(problem.answer)]
+    check_answered([*heldout, *dev, *graded])
     check_answers([*heldout, *dev, *graded])
 
     def _fitting(problems: list[Problem], must_teach: bool) -> list[Problem]:

@@ -291,7 +291,12 @@ def test_a_bad_data_file_is_one_line_that_names_it(tmp_path, name, text, said):
     [
         (["--method", "ophsd"], "lacks what --teacher-reads plan needs: an English solution"),
         (["--teacher-reads", "voted"], "lacks what --teacher-reads voted needs: an English"),
-        (["--method", "egrsd", "--batch-size", "8"], "has no problem_en"),
+        (
+            ["--method", "egrsd", "--batch-size", "8"],
+            "has no English problem and no English solution, which the teacher's prompt shows; a "
+            "data file has it in these columns, beside problem_translated: problem, solution\n",
+        ),
+        (["--no-english-problem"], "in these columns, beside problem_translated: solution\n"),
         (["--teacher-reads", "explained", BARE[0]], "what --teacher-reads explained needs: an Eng"),
         (["--completion", "reference", *BARE], "what --completion reference needs: an English sol"),
         (["--completion", "garbage", *BARE], "what --completion garbage needs: an English solut"),
