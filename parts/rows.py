@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from parts.files import parse_json
 
 EXTENSIONS = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
@@ -40,7 +38,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     0.1 in 32 bits is 0.1, and not 0.10000000149011612, which is the same in 64.
     """
-    # Here, so that a machine without it can run on the other formats.
+    # Here, so that a machine without pyarrow can run on the other formats, and nobody waits for
+    # numpy who reads no rows.
+    import numpy as np
     import pyarrow as pa
     from pyarrow import parquet
 
