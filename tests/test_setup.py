@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ from parts import commands
 from parts.adapters import read_adapter_tensors
 from parts.data import load_problems
 from parts.files import read_json, read_sealed, write_json, write_sealed
-from parts.setup import configure, evaluation_command, prepare
+from parts.model import load_tokenizer
+from parts.prompts import Problem
+from parts.recipe import Config
+from parts.setup import configure, evaluation_command, prepare, student_prompt
 
 
 def test_a_warm_start_begins_with_a_runs_last_adapter(tmp_path):
@@ -84,6 +88,21 @@ def test_what_comes_next_evaluates_the_reported_problems_as_the_run_asked_them(t
     assert found["identity"]["prompt_template"] == trained["identity"]["prompt_template"]
     for name in ("thinking", "max_new_tokens", "lang"):
         assert found["settings"][name] == trained["config"][name]
+
+
+def test_of_a_runs_settings_only_thinking_changes_what_its_student_reads(lab_folder):
+    """eval.py takes that one from the record of an adapter's run, and would have to take others."""
+    read = set()
+
+    class Spied:
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return getattr(Config(), name)
+
+    spied: Any = Spied()
+    problem = Problem("7", "Nawa ne 2 + 3?", None, None, "5", "hau")
+    student_prompt(spied, problem, load_tokenizer(lab_folder))
+    assert read == {"thinking"}
 
 
 def test_a_file_that_holds_just_the_reported_problems_is_not_written_again(tmp_path):
