@@ -29,9 +29,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parts import ranks, runs
 from parts.adapters import load_adapter
-from parts.benchmarks import BENCHMARKS, default_benchmark, find_files, has_language
+from parts.benchmarks import (
+    BENCHMARKS,
+    default_benchmark,
+    find_files,
+    has_language,
+    name_a_file,
+)
 from parts.chat import freeze_date
-from parts.data import keep_fitting, load_aloud
+from parts.data import check_answered, keep_fitting, load_aloud
 from parts.evaluations import check_alike, ids_fingerprint, naming, read_record
 from parts.family import context_length
 from parts.files import read_rows, remedied, require_space
@@ -40,6 +46,8 @@ from parts.identity import (
     fingerprint,
     folder_fingerprint,
     refuse_foreign_adapter,
+    tell_other_prompts,
+    thinking_of,
     weights_fingerprint,
 )
 from parts.machine import pick_device, pick_dtype
@@ -62,7 +70,7 @@ from parts.prompts import (
     languages,
     template_hash,
 )
-from parts.recipe import EvalConfig
+from parts.recipe import EVAL_TOKENS, EvalConfig
 from parts.sampler import SamplingParams
 from parts.selfcheck import check_model
 from parts.settings import check_settings, flag_of, read_recipe
@@ -141,7 +149,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
 
     Everything is read and checked before a folder is made. Raises ValueError or OSError.
     """
-    config = EvalConfig(**given)
+    config = EvalConfig(**{**given, **thinking_of(given, console)})
     check_settings(config)
     folder = resolve_model(config.model)
     settings = read_settings(config, folder, console)
@@ -167,13 +175,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     records: list[Record] = []
     for language, (problems, commit) in zip(chosen, loaded, strict=True):
         one = replace(settings, lang=language.iso3)
-        prompts = [
-            build_prompt(problem, language, tokenizer, thinking=one.thinking)
-            for problem in problems
-        ]
-        problems = keep_fitting(
-            problems, prompts, console, context=context, max_new_tokens=one.max_new_tokens
-        )
+        problems = fitting(one, problems, tokenizer, context, console)
         identity = ranks.agreed(
             **weights,
             prompt_template=template_hash(tokenizer, language, one.thinking),
@@ -183,6 +185,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
             problems=len(problems),
             problem_ids=ids_fingerprint([problem.id for problem in problems]),
         )
+        tell_other_prompts(one.adapter, asdict(one), identity, console)
         run = kept.get(language.iso3)
         if run:
             run.check(asdict(one), identity)
@@ -196,6 +199,22 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     refuse_mixture(out, records)
     parts = open_folders(parts, records, console)
     return Job(settings, model, tokenizer, config.batch_rows, parts, out)
+
+
+def fitting(
+    settings: Settings,
+    problems: list[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    console: Console,
+) -> list[Problem]:
+    """Return the problems that fit the model's context, asked under these settings."""
+    prompts = [
+        build_prompt(problem, settings.lang, tokenizer, thinking=settings.thinking)
+        for problem in problems
+    ]
+    room = settings.max_new_tokens
+    return keep_fitting(problems, prompts, console, context=context, max_new_tokens=room)
 
 
 def open_folders(parts: list[Part], records: list[Record], console: Console) -> list[Part]:
@@ -258,7 +277,7 @@ def read_settings(config: EvalConfig, folder: Path, console: Console) -> Setting
         say(console, f"benchmark {benchmark}, which has {names}: no --benchmark was given")
     max_new_tokens = config.max_new_tokens
     if max_new_tokens is None:
-        max_new_tokens = recipe.get("max_new_tokens", 4096)
+        max_new_tokens = recipe.get("max_new_tokens", EVAL_TOKENS)
     return Settings(
         model=config.model,
         adapter=str(Path(config.adapter)) if config.adapter else None,
@@ -341,7 +360,10 @@ def pick_languages(lang: str, benchmark: str) -> list[Language]:
         return list(dict.fromkeys(find_language(code.strip()) for code in lang.split(",")))
     found = [each for each in languages().values() if has_language(benchmark, asdict(each))]
     if not found:
-        raise FileNotFoundError(f"{benchmark} has no files that are known by a language")
+        raise FileNotFoundError(
+            f"{benchmark} has no files that are known by a language; {name_a_file()}, "
+            "and its --lang"
+        )
     return found
 
 
@@ -368,6 +390,7 @@ def load_benchmark(
     ids = Counter(problem.id for problem in problems)
     if twice := [each for each, count in ids.items() if count > 1]:
         raise ValueError(f"{benchmark}: two problems of its files have the id {min(twice)!r}")
+    check_answered(problems)
     check_answers(problems)
     return problems[:limit], commit
 

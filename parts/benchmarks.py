@@ -12,6 +12,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from parts.rows import EXTENSIONS
+
 LAB = Path(__file__).resolve().parent.parent / "lab" / "problems"
 LEVELS = ("low", "medium", "high", "top")  # PolyMath's, easiest first
 
@@ -127,11 +129,22 @@ def _local_files(path: Path, names: Mapping[str, str | None]) -> list[Path]:
             f"no benchmark {path}; valid: a file, a folder, {', '.join(BENCHMARKS)}"
         )
     found = _known_layouts(path, names)
-    if len(found) != 1:
+    if not found:
         raise FileNotFoundError(
-            f"{path} has files for {names['english']} in {len(found)} known layouts, not in 1"
+            f"{path} is a folder in which no file for {names['english']} is called as those of a "
+            f"benchmark are; {name_a_file()}"
+        )
+    if len(found) > 1:
+        raise FileNotFoundError(
+            f"{path} is a folder with files for {names['english']} of {len(found)} benchmarks; "
+            f"name the folder of one of them, or {name_a_file()}"
         )
     return found[0]
+
+
+def name_a_file() -> str:
+    """Return what to do about a folder that is no benchmark's, for an error's message."""
+    return f"name one file: {', '.join(EXTENSIONS)}"
 
 
 def _known_layouts(folder: Path, names: Mapping[str, str | None]) -> list[list[Path]]:

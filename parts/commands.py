@@ -182,7 +182,7 @@ def help_text(f: Field) -> str:
     if f.default is not None:
         parts.append(f"default {f.default}, {f.metadata['source']}")
         own = f.metadata["by_method"].items()
-        parts += [f"{method} {value}, {CHOSEN_BY[method]}" for method, value in own]
+        parts += [f"{method} {value}, {CHOSEN_BY.get(method, 'ours')}" for method, value in own]
     return f"{f.metadata['doc']} ({'; '.join(parts)})" if parts else f.metadata["doc"]
 
 

@@ -22,7 +22,7 @@ from parts.files import json_lines, write_text
 from parts.prompts import Language, Problem, find_language, named_language
 from parts.prompts import build_prompt as build_prompt  # stays importable from here
 from parts.recipe import Config
-from parts.rows import raw_rows
+from parts.rows import EXTENSIONS, raw_rows
 from parts.view import say
 
 # In order of preference; m_query and response are MSVAMP's.
@@ -99,6 +99,8 @@ def load_aloud(path: Path, language: str, console: Console | None) -> list[Probl
 
 def read_problems(path: Path, *, language: str | None = None) -> Loaded:
     """Return what load_problems returns, and what it leaves out."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; valid: a file, {', '.join(EXTENSIONS)}")
     if not path.is_file():
         raise FileNotFoundError(f"no data file {path}")
     try:
@@ -193,6 +195,16 @@ def _answer(row: dict[str, Any], where: str) -> str | None:
             raise ValueError(f"{where}: {column} is {cell[-80:]!r}, which is no answer; {advice}")
         return answer
     return None
+
+
+def check_answered(problems: list[Problem]) -> None:
+    """Raise ValueError for a problem that has no answer, and name the columns that are read."""
+    for problem in problems:
+        if problem.answer is None:
+            raise ValueError(
+                f"problem {problem.id!r}: answer None cannot be graded: none of the columns "
+                f"{', '.join(ANSWER_COLUMNS)} holds one"
+            )
 
 
 def _is_worked(answer: str) -> bool:

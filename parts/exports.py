@@ -3,7 +3,8 @@
 TRL's SDFTTrainer (trl.experimental.sdft) is the nearest relative of COPSD. It reads a column
 "prompt", from which the student writes, and a column "privileged_context", what the teacher reads
 beside it. Here the latter is the teacher's whole prompt, as training here has it: bench/trl_sdft.py
-tells the trainer to take it so.
+tells the trainer to take it so. Its docstring says how that trainer differs; the settings that do
+not reach it, among them --english-share, are FIXED_THERE.
 """
 
 import shlex
@@ -20,11 +21,31 @@ from parts.files import json_lines, make_folder, refuse_no_file, refuse_other_na
 from parts.model import load_config, load_tokenizer, published_name, resolve_model
 from parts.prompts import Problem, render_prompt
 from parts.recipe import Config
-from parts.settings import fill, refuse_idle, settle
+from parts.settings import fill, flag_of, refuse_idle, settle
 from parts.setup import fitting_problems
 from parts.view import say
 
 FORMATS = ("trl",)
+# What bench/trl_sdft.py has flags for; their defaults are those of parts/recipe.py.
+PASSED_ON = ("steps", "batch_size", "micro_batch", "max_new_tokens", "lora_rank", "lr")
+# What it does whatever the run's settings are. Its LoRA alpha is twice the rank.
+FIXED_THERE = {
+    "english_share": 0.0,
+    "divergence": "forward_kl",
+    "clip_mode": "none",
+    "loss_over": "vocabulary",
+    "teacher": "fixed",
+    "teacher_reads": "solution",
+    "completion": "student",
+    "token_weight": "uniform",
+    "loss_prefix": 1.0,
+    "temperature": 1.1,
+    "top_p": 0.95,
+    "top_k": 20,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.1,
+    "lora_targets": Config.lora_targets,
+}
 
 
 def export_data(given: dict[str, Any], kind: str, file: Path | None, console: Console) -> None:
@@ -55,9 +76,22 @@ def export_data(given: dict[str, Any], kind: str, file: Path | None, console: Co
     make_folder(target.parent)
     write_text(target, json_lines(trl_rows(config, train, tokenizer)))
     say(console, f"{len(train)} problems for TRL's SDFTTrainer: {target}")
+    if lost := lost_settings(config):
+        say(console, f"settings that do not reach it: {', '.join(lost)}")
     name, _ = published_name(folder)  # TRL knows no short names and no folders beside the program
     words = ["python", "bench/trl_sdft.py", "--data", str(target), "--model", name]
-    say(console, f"next: {shlex.join([*words, '--max-new-tokens', str(config.max_new_tokens)])}")
+    for setting in PASSED_ON:
+        value = getattr(config, setting)
+        if value != getattr(Config, setting):
+            words += [flag_of(setting), str(value)]
+    say(console, f"next: {shlex.join(words)}")
+
+
+def lost_settings(config: Config) -> list[str]:
+    """Return "clip_mode entry (there none)" and so on: what bench/trl_sdft.py does otherwise."""
+    there = {**FIXED_THERE, "lora_alpha": 2 * config.lora_rank}
+    here = {name: getattr(config, name) for name in there}
+    return [f"{n} {here[n]} (there {there[n]})" for n in there if here[n] != there[n]]
 
 
 def trl_rows(

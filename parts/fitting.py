@@ -161,7 +161,7 @@ def check_memory(
 
 
 def parts_table(found: Footprint) -> Table:
-    """Return what takes a run's memory, a row each."""
+    """Return what takes a run's memory, a row each; what would be 0.00 is left out."""
     table = Table("", Column("GiB", justify="right"), box=None)
     rows = {
         "weights": found.weights,
@@ -182,7 +182,8 @@ def parts_table(found: Footprint) -> Table:
         "peak in the update": found.update,
     }
     for name, count in rows.items():
-        table.add_row(name, f"{count / GIB:.2f}")
+        if (said := f"{count / GIB:.2f}") != "0.00":
+            table.add_row(name, said)
     return table
 
 

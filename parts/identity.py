@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
 from parts.adapters import CONFIG_FILE
 from parts.files import file_digest, read_object, read_sealed
 from parts.model import published_name
+from parts.recipe import EvalConfig
 from parts.typed import typed
+from parts.view import say
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 # A model's small files that decide on its numbers beside its weights, by what a message calls them.
@@ -98,16 +101,20 @@ def _tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()[:16]
 
 
+def record_of(path: Path) -> Path | None:
+    """Return the record of the run that a run or adapter folder is of; None where there is none."""
+    path = path.resolve()  # "step_00005", "." and a link have their run folder elsewhere
+    files = (folder / "config.json" for folder in (path, path.parent.parent))
+    return next((file for file in files if file.is_file()), None)
+
+
 def recorded_fingerprint(path: Path) -> str | None:
     """Return the fingerprint of the base weights under a run or adapter folder.
 
     None where none was recorded.
     """
-    path = path.resolve()  # "step_00005", "." and a link have their run folder elsewhere
-    for folder in (path, path.parent.parent):
-        if (folder / "config.json").is_file():
-            return recorded_identity(folder / "config.json").get("base_weights")
-    return None
+    record_file = record_of(path)
+    return recorded_identity(record_file).get("base_weights") if record_file else None
 
 
 def recorded_identity(record_file: Path) -> dict[str, Any]:
@@ -115,10 +122,65 @@ def recorded_identity(record_file: Path) -> dict[str, Any]:
 
     Which names it has, and what they hold, is not checked.
     """
-    identity = read_sealed(record_file).get("identity", {})
-    if not isinstance(identity, dict):
-        raise ValueError(f"{record_file} is damaged: it has no identity")
-    return identity
+    return _recorded(record_file, "identity")
+
+
+def recorded_settings(record_file: Path) -> dict[str, Any]:
+    """Return the settings of a run's record, as unchecked as recorded_identity's."""
+    return _recorded(record_file, "config")
+
+
+def thinking_of(given: Mapping[str, Any], console: Console) -> dict[str, str]:
+    """Return {"thinking": what the run of a typed --adapter had}; {} where it was typed, too.
+
+    given  the typed flags of an evaluation
+    No other setting of a run changes what its student reads of a problem. The console is told of
+    any but the default, and where the user chose another than the run's.
+    """
+    record_file = record_of(Path(given["adapter"])) if "adapter" in given else None
+    trained = recorded_settings(record_file).get("thinking") if record_file else None
+    if trained is None:
+        return {}
+    if "thinking" in given:
+        if (chosen := given["thinking"]) != trained:
+            say(console, f"--thinking {chosen}: the adapter was trained with --thinking {trained}")
+        return {}
+    if trained != EvalConfig.thinking:
+        say(console, f"--thinking {trained}, as the adapter was trained")
+    return {"thinking": trained}
+
+
+def tell_other_prompts(
+    adapter: str | None,
+    settings: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    console: Console,
+) -> None:
+    """Say where an adapter was trained with other prompts than those of an evaluation.
+
+    settings, identity  of the evaluation in one language
+    Another language or thinking mode has other prompts anyhow, and nothing is said of these.
+    """
+    record_file = record_of(Path(adapter)) if adapter else None
+    if record_file is None:
+        return
+    trained = recorded_settings(record_file)
+    held = recorded_identity(record_file)
+    alike = all(trained.get(name) == settings[name] for name in ("lang", "thinking"))
+    if not alike or held.get("prompt_template") in (None, identity["prompt_template"]):
+        return
+    then, now = held.get("template_date"), identity["template_date"]
+    what = "another wording or chat template"
+    if then != now:
+        what = f"another date, {then}, which the chat template writes; here it is {now}"
+    say(console, f"the prompts are not those that the adapter was trained with: they had {what}")
+
+
+def _recorded(record_file: Path, name: str) -> dict[str, Any]:
+    part = read_sealed(record_file).get(name, {})
+    if not isinstance(part, dict):
+        raise ValueError(f"{record_file} is damaged: it has no {name}")
+    return part
 
 
 def refuse_foreign_adapter(path: Path, base_weights: str, model: str, folder: Path) -> bool:

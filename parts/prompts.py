@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ROLES = ("student", "teacher")
+# What the fields of a problem are called in errors. A data file has the English ones in columns of
+# the last word, beside problem_translated (parts/data.py).
+CALLED = {
+    "problem": "problem",
+    "problem_en": "English problem",
+    "solution_en": "English solution",
+}
 # Other codes of ISO 639 by which data sets tag these languages: swh and gaz are FLORES-200's, cmn
 # is Mandarin, and the last three are the second codes of ISO 639-2.
 SAME_LANGUAGE = {
@@ -262,9 +269,11 @@ def _teacher_turn(problem: Problem, language: Language, shown: list[str]) -> str
     """Return the teacher's user turn with the English fields `shown`, or raise ValueError."""
     missing = _missing_fields(problem, shown)
     if missing:
+        called = " and no ".join(CALLED[field] for field in missing)
+        columns = ", ".join(CALLED[field].removeprefix("English ") for field in missing)
         raise ValueError(
-            f"problem {problem.id!r} has no {' and no '.join(missing)}, "
-            "which the teacher's prompt shows"
+            f"problem {problem.id!r} has no {called}, which the teacher's prompt shows; a "
+            f"data file has it in these columns, beside problem_translated: {columns}"
         )
     blocks = [f"{language.problem_label}\n{problem.problem}"]
     if "problem_en" in shown:
@@ -295,7 +304,8 @@ def _refuse_lost_text(text: str, user_turn: str, problem: Problem, shown: list[s
         return " ".join(part.split()) in " ".join(text.split())
 
     if not _is_there(user_turn):
-        lost = [name for name in ("problem", *shown) if not _is_there(getattr(problem, name))]
+        fields = ("problem", *shown)
+        lost = [f"the {CALLED[name]}" for name in fields if not _is_there(getattr(problem, name))]
         raise ValueError(
             f"the chat template drops or changes {' and '.join(lost) or 'the wording'} "
             f"in the prompt of problem {problem.id!r}"

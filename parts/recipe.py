@@ -39,7 +39,7 @@ LABELS = ("reference", "garbage")  # completions that nobody samples, learned as
 SCORED = ("student", "teacher")  # completions on which the student learns a teacher's distribution
 COMPLETIONS = (*SCORED, *LABELS)
 DIVERGENCES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD"}  # as shown
-# Who chose the values that a method has of its own.
+# Who chose the values that a method has of its own, where that was not us.
 CHOSEN_BY = {"grpo": "OPSD", "opsdc": "OPSDC", "ophsd": "OPHSD", "egrsd": "EGRSD", "ssopd": "SSOPD"}
 NOTELESS = ("solution", "brief")  # what a teacher reads that is the same at every step
 OWN_SETTINGS = {  # flags of a run that an experiment sets by itself
@@ -53,6 +53,7 @@ TYPED_ONLY = {  # settings that a model folder's recipe.json cannot give
     "model": "a recipe belongs to the model that it stands beside",
     "out": "a folder holds one run",
 }
+EVAL_TOKENS = 4096  # the length limit of an evaluation that neither a flag nor a recipe names
 LONGEST = 10**8  # tokens of a text, ten times what any model reads
 
 
@@ -180,12 +181,15 @@ class Config:
     )
     lang: str = task("hau", "The target language, an ISO 639-1 or 639-3 code.", source="ours")
     data: str | None = task(
-        None, "A file of training problems. Without it: the hub's COPSD set for the language."
+        None,
+        "A file of training problems, .jsonl, .json, .tsv, .csv or .parquet. Its columns stand "
+        'in parts/README.md, "Your own data". Without it: the hub\'s COPSD set for the language.',
     )
     # Not idle without an evaluation: a run ends by naming the command that evaluates on this file.
     eval_data: str | None = task(
         None,
-        "A file of problems to evaluate on. Without it: problems held out of the data.",
+        "A file of problems to evaluate on, as --data is. Without it: problems held out of the "
+        "data.",
         source="ours",
     )
     out: str | None = task(
@@ -690,13 +694,15 @@ class EvalConfig:
     top_k: int = attempts(0, "Sample among so many most likely tokens. 0 is off.", least=0)
     max_new_tokens: int | None = attempts(
         None,
-        "The length limit of a completion, in tokens. Without it: the recipe's, else 4096.",
+        "The length limit of a completion, in tokens. Without it: the recipe's, else "
+        f"{EVAL_TOKENS}.",
         least=1,
         most=LONGEST,
     )
     thinking: str = attempts(
         "auto",
-        "Whether prompts open a think block. auto: where the model would unasked.",
+        "Whether prompts open a think block. auto: where the model would unasked. Without it, the "
+        "value of the run that --adapter is of.",
         source="ours",
         choices=THINKING,
     )

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from parts.files import parse_json
 
+EXTENSIONS = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
 Row = tuple[str, Any]  # the words that say where a row stands in its file, and its content
 
 
@@ -26,13 +25,8 @@ def raw_rows(path: Path) -> Iterator[Row]:
     What a row holds is not looked at: one of JSON need not even be an object. A ValueError for what
     cannot be read names the place where there is one, and not the file.
     """
-    readers = {
-        ".jsonl": _json_rows,
-        ".json": _json_rows,
-        ".tsv": _tsv_rows,
-        ".csv": _csv_rows,
-        ".parquet": _parquet_rows,
-    }
+    functions = (_json_rows, _json_rows, _tsv_rows, _csv_rows, _parquet_rows)
+    readers = dict(zip(EXTENSIONS, functions, strict=True))
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise ValueError(f"unknown extension {suffix!r}; valid: {', '.join(readers)}")
@@ -44,7 +38,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     0.1 in 32 bits is 0.1, and not 0.10000000149011612, which is the same in 64.
     """
-    # Here, so that a machine without it can run on the other formats.
+    # Here, so that a machine without pyarrow can run on the other formats, and nobody waits for
+    # numpy who reads no rows.
+    import numpy as np
     import pyarrow as pa
     from pyarrow import parquet
 

@@ -6,6 +6,7 @@ metrics.jsonl      one line a step
 completions.jsonl  some rollouts of every step, whole
 adapters/step_N/   adapter_model.safetensors and adapter_config.json, as peft writes them
 resume/            the last saved states, from which a stopped run goes on (parts/checkpoints.py)
+heldout.jsonl      the problems that the run reports, where no file holds just these
 before.json, after.json   the evaluations at both ends
 dev_before.json    that of the development problems before the first step, with --eval-every
 best.json          which adapter was the best on development problems, with --eval-every

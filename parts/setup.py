@@ -15,7 +15,13 @@ from parts import ranks, readings, runs
 from parts.adapters import put_adapter, read_settings
 from parts.chat import freeze_date, prompt_opens_think
 from parts.checkpoints import check_state
-from parts.data import keep_fitting, read_problem_sets
+from parts.data import (
+    check_answered,
+    keep_fitting,
+    load_problems,
+    read_problem_sets,
+    write_problems,
+)
 from parts.family import context_length
 from parts.files import remedied, require_space
 from parts.fitting import check_memory
@@ -48,10 +54,20 @@ from parts.prompts import (
     pose_in_english,
     template_hash,
 )
-from parts.recipe import DISTILLED, GROUPED, LABELS, Config, keeps_prompts
+from parts.recipe import (
+    DISTILLED,
+    EVAL_TOKENS,
+    GROUPED,
+    LABELS,
+    Config,
+    EvalConfig,
+    keeps_prompts,
+)
 from parts.selfcheck import check_model
 from parts.settings import doubts_of, fill, read_recipe, settle
 from parts.view import say
+
+HELDOUT = "heldout.jsonl"  # of a run's folder; see keep_heldout
 
 
 @dataclass(frozen=True)
@@ -210,7 +226,9 @@ def prepare(
         require_space(run.folder, saved, "the first save")
         if taken_over := run.create(settings, identity):
             say(console, taken_over)
-        run.vouch_anew(*(run.folder / f"{when}.json" for when in runs.EVALUATIONS))
+        keep_heldout(setup, run)
+        kept = (*(f"{when}.json" for when in runs.EVALUATIONS), HELDOUT)
+        run.vouch_anew(*(run.folder / name for name in kept))
     return setup, run
 
 
@@ -226,18 +244,45 @@ def check_evaluations(run: runs.Run) -> None:
                 check_columns(stored, run.folder / f"{when}.json")
 
 
-def evaluation_command(setup: Setup, adapter: Path) -> str:
-    """Return the command, as a shell takes it, that evaluates a run's adapter as it was trained."""
+def keep_heldout(setup: Setup, run: runs.Run) -> None:
+    """Write the problems that a run reports into its folder, where no file holds just these.
+
+    So the evaluation that comes next is of them, and of none that was trained on. What was held out
+    of the hub's training set is not written: next come the language's own benchmarks.
+    """
+    config = setup.config
+    file = run.folder / HELDOUT
+    if file.is_file() or not setup.heldout or not (config.data or config.eval_data):
+        return
+    if config.eval_data:
+        whole = load_problems(Path(config.eval_data), language=config.lang)
+        if whole == setup.heldout:
+            return
+    write_problems(file, setup.heldout)
+
+
+def evaluation_command(setup: Setup, folder: Path) -> str:
+    """Return the command, as a shell takes it, that evaluates a run's adapter as the run did.
+
+    That is on the problems that the run reported, with its prompts and its length limit. The
+    adapter is the best on development problems, where the run named it, else the last.
+    """
     config = setup.config
     words = ["python", "eval.py", "--pass-at-k", "8", "--model", config.model]
     words += ["--lang", config.lang]
-    # eval.py knows the file of the model's recipe, and no other.
-    known = read_recipe(Path(str(setup.model.name_or_path))).get("eval_data")
-    if config.eval_data and config.eval_data != str(known).replace("{lang}", config.lang):
+    # What eval.py takes from the model's recipe by itself is not named.
+    recipe = read_recipe(Path(str(setup.model.name_or_path)))
+    known = str(recipe.get("eval_data")).replace("{lang}", config.lang)
+    if (folder / HELDOUT).is_file():
+        words += ["--benchmark", str(folder / HELDOUT)]
+    elif config.eval_data and config.eval_data != known:
         words += ["--benchmark", config.eval_data]
-    if config.thinking != "auto":
+    if config.max_new_tokens != recipe.get("max_new_tokens", EVAL_TOKENS):
+        words += ["--max-new-tokens", str(config.max_new_tokens)]
+    if config.thinking != EvalConfig.thinking:
         words += ["--thinking", config.thinking]
-    return shlex.join([*words, "--adapter", str(adapter)])
+    best = runs.Run(folder).read_evaluation("best")
+    return shlex.join([*words, "--adapter", str(folder / best["adapter"] if best else folder)])
 
 
 def student_prompt(
@@ -350,6 +395,7 @@ def fitting_problems(
     graded = train if needs_answers(config) else []
     if config.teacher_reads == "voted":  # its votes are graded in the log, where they can be
         graded = graded or [problem for problem in train if is_gradable(problem.answer)]
+    check_answered([*heldout, *dev, *graded])
     check_answers([*heldout, *dev, *graded])
 
     def _fitting(problems: list[Problem], must_teach: bool) -> list[Problem]:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import re
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,14 @@ from conftest import TRAINING_ROW, write_file
 from pyarrow import parquet
 from rich.console import Console
 
+import eval as evaluator
 from parts import data, prompts
+from parts.commands import help_text
 from parts.data import keep_fitting, load_problems, pick_order, split_heldout
 from parts.prompts import Problem, find_language
 from parts.recipe import Config
+from parts.rows import EXTENSIONS
+from parts.setup import configure, prepare
 
 
 def test_doctests():
@@ -492,6 +497,41 @@ def test_what_is_held_out_in_a_file_of_its_own_is_not_trained_on(numbered, capsy
     assert "skipped 2 of 6 training problems: held out, too" in capsys.readouterr().out
     with pytest.raises(ValueError, match="every training problem is also in --eval-data"):
         data.read_problem_sets(replace(config, eval_problems=6))
+
+
+def test_the_rows_that_the_readme_shows_are_read_and_the_columns_that_it_names_are_all(tmp_path):
+    """What --data has to look like stood nowhere but in the code."""
+    readme = Path("parts/README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Your own data\n")[2].partition("\n## ")[0]
+    blocks = dict(re.findall(r"```(\w+)\n(.*?)```", section, flags=re.DOTALL))
+    code = blocks.pop("python").replace("mine.parquet", str(tmp_path / "rows.parquet"))
+    exec(code, {"pyarrow": pa})
+    files = [write_file(tmp_path, f"rows.{kind}", text) for kind, text in blocks.items()]
+    files.append(tmp_path / "rows.parquet")
+    assert sorted(file.suffix for file in files) == sorted(EXTENSIONS)
+    for file in files:
+        (problem,) = load_problems(file, language="hau")
+        assert (problem.problem, problem.answer) == ("Nawa ne 2 + 3?", "5")
+        is_plain = file.suffix == ".json"
+        assert (problem.problem_en, problem.id) == (
+            None if is_plain else "What is 2 + 3?",
+            "sum-1" if file.suffix == ".tsv" else "0",
+        )
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", section, re.MULTILINE))))
+    read = {*data.PROBLEM_COLUMNS, *data.ANSWER_COLUMNS, *data.LANGUAGE_COLUMNS, "solution", "id"}
+    # m_query and the like stand in the first column of the table, each once.
+    assert named == read
+    said = help_text(Config.__dataclass_fields__["data"])
+    assert "parts/README.md" in said and all(each in said for each in EXTENSIONS)
+
+
+def test_a_file_without_answers_is_told_which_columns_are_read(tmp_path):
+    path = jsonl(tmp_path, {"question": "Nawa?", "result": 5}, {"question": "Me?", "result": 6})
+    said = "'0': answer None cannot be graded: none of the columns answer_number, answer, response"
+    with pytest.raises(ValueError, match=said):
+        evaluator.load_benchmark(str(path), find_language("ha"), "main", None)
+    with pytest.raises(ValueError, match=said.partition(":")[2]):
+        prepare(*configure({"data": str(path), "eval_problems": 1}), Console(quiet=True))
 
 
 def test_a_swapped_solution_is_never_the_problems_own(tmp_path):

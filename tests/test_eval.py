@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 import eval as evaluator
 from parts import commands, metrics
 from parts.adapters import save_adapter
-from parts.files import read_json, read_rows, write_json
+from parts.files import read_json, read_rows, read_sealed, write_json, write_sealed
 from parts.lora import attach_lora
 from parts.model import load_model
 from parts.recipe import EvalConfig
@@ -55,7 +56,11 @@ def lines(folder: Path) -> list[dict]:
         ),
         (
             ["--benchmark", "lab/tiny", "--lang", "all"],
-            "lab/tiny has no files that are known by a language",
+            "lab/tiny has no files that are known by a language; name one file: .jsonl",
+        ),
+        (
+            ["--benchmark", "lab/tiny"],
+            "lab/tiny is a folder in which no file for Hausa is called as those of a benchmark are",
         ),
         (["--model", "nowhere"], "unknown model 'nowhere'"),
         (
@@ -264,6 +269,57 @@ def test_an_adapter_that_cannot_be_used_is_never_the_base_model(adapter, spoil, 
     result = run_cli(*SMALL, "--adapter", str(adapter))
     assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
     assert "pass@" not in result.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a run that was trained with --thinking off."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    flags = ["--steps", "1", "--batch-size", "2", "--eval-problems", "0", "--max-new-tokens", "8"]
+    flags += ["--thinking", "off", "--out", str(out)]
+    assert CliRunner().invoke(commands.copsd, ["train", *flags]).exit_code == 0
+    return out
+
+
+def test_an_adapter_is_asked_as_it_was_trained_unless_the_user_says_otherwise(tmp_path, trained):
+    """It was asked with the default prompt, whatever its run's record said."""
+    small = ["--greedy", "--limit", "2", "--max-new-tokens", "8", "--adapter"]
+    step = trained / "adapters" / "step_00001"
+    own = "--thinking off, as the adapter was trained"
+    other = "--thinking auto: the adapter was trained with --thinking off"
+    cases = [
+        (trained, [], [own], "off"),
+        (step, [], [own], "off"),
+        (trained, ["--thinking", "off"], [], "off"),
+        (step, ["--thinking", "auto"], [other], "auto"),
+    ]
+    for number, (adapter, flags, said, thinking) in enumerate(cases):
+        out = tmp_path / str(number)
+        result = run_cli(*small, str(adapter), *flags, "--out", str(out))
+        assert result.exit_code == 0, result.output
+        lines = result.stdout.splitlines()
+        assert [line for line in lines if line.startswith("--thinking")] == said
+        assert read_json(out / "settings.json")["settings"]["thinking"] == thinking
+
+
+def test_an_adapter_that_was_trained_with_another_prompt_is_told_of(tmp_path, trained, lab_folder):
+    model = Path(shutil.copytree(lab_folder, tmp_path / "model"))
+    with (model / "chat_template.jinja").open("a", encoding="utf-8") as file:
+        file.write("{# #} ")
+    flags = ["--greedy", "--limit", "2", "--max-new-tokens", "8", "--adapter", str(trained)]
+    flags += ["--benchmark", "lab"]
+    said = "the prompts are not those that the adapter was trained with: they had another "
+    assert said not in run_cli(*flags).stdout
+    result = run_cli(*flags, "--model", str(model))
+    assert f"{said}wording or chat template\n" in result.stdout, result.output
+    # The wordings of another language were never the training's.
+    assert said not in run_cli(*flags, "--model", str(model), "--lang", "swa").stdout
+    copied = Path(shutil.copytree(trained, tmp_path / "copied"))
+    record = read_sealed(copied / "config.json")
+    record["identity"] |= {"prompt_template": "0" * 12, "template_date": "2025-01-09"}
+    write_sealed(copied / "config.json", record)
+    flags[flags.index(str(trained))] = str(copied)
+    assert f"{said}date, 2025-01-09, which the chat template" in run_cli(*flags).stdout
 
 
 def test_pass_at_k_stays_importable_from_here():

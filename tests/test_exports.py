@@ -1,7 +1,9 @@
 """Data for other trainers: what they tokenise is what is trained on here."""
 
+import ast
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ from conftest import few_problems
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from bench import trl_sdft
 from parts import commands
 from parts.chat import freeze_date
 from parts.data import load_problems
-from parts.exports import _as_tokenised_later
+from parts.exports import FIXED_THERE, PASSED_ON, _as_tokenised_later, lost_settings
 from parts.model import load_tokenizer
 from parts.prompts import build_prompt
+from parts.recipe import Config
 
 
 def test_trl_reads_the_ids_that_are_trained_on(tmp_path, lab_folder):
@@ -25,7 +29,11 @@ def test_trl_reads_the_ids_that_are_trained_on(tmp_path, lab_folder):
     assert result.exit_code == 0, result.output
     # The short name "lab/tiny" is for our programs only.
     printed = " ".join(result.stdout.split())
-    assert printed.endswith(f"--data {file} --model {lab_folder} --max-new-tokens 64"), printed
+    # What the script has flags for is passed on, and what it has none for is said.
+    passed = "--batch-size 64 --micro-batch 32 --max-new-tokens 64 --lora-rank 16 --lr 0.001"
+    assert printed.endswith(f"--data {file} --model {lab_folder} {passed}"), printed
+    lost = "english_share 0.5 (there 0.0), max_grad_norm 1.0 (there 0.1)"
+    assert f"settings that do not reach it: {lost} next: " in printed
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     problems = load_problems(lab_folder.parent / "problems" / "hau" / "train.jsonl", language="hau")
     assert [row["id"] for row in rows] == [problem.id for problem in problems]
@@ -40,6 +48,26 @@ def test_trl_reads_the_ids_that_are_trained_on(tmp_path, lab_folder):
         ]
         assert problem.solution_en in row["privileged_context"]
         assert problem.solution_en not in row["prompt"] and row["answer"] == problem.answer
+
+
+def test_what_is_said_of_the_script_is_what_it_does(monkeypatch):
+    """The learning rate, the rank, the batch and --english-share stayed behind without a word."""
+    monkeypatch.setattr(sys, "argv", ["trl_sdft.py", "--data", "x", "--model", "y"])
+    flags = vars(trl_sdft.parse_arguments())
+    own = {"data", "model", "out", "vllm", "accumulation"}
+    assert {name: getattr(Config, name) for name in PASSED_ON} == {
+        name: value for name, value in flags.items() if name not in own
+    }
+    tree = ast.parse(Path(trl_sdft.__file__).read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    (call,) = [node for node in calls if getattr(node.func, "id", "") == "SDFTConfig"]
+    there = {str(word.arg): getattr(word.value, "value", None) for word in call.keywords}
+    both = FIXED_THERE.keys() & there.keys()
+    assert both == {"temperature", "top_p", "top_k", "max_grad_norm"}
+    assert {name: there[name] for name in both} == {name: FIXED_THERE[name] for name in both}
+    # Of the defaults the clip alone is lost.
+    assert lost_settings(Config()) == ["clip_mode entry (there none)"]
+    assert lost_settings(Config(lora_rank=8))[1:] == ["lora_alpha 128.0 (there 16)"]
 
 
 class Beginning:

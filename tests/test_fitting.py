@@ -84,6 +84,18 @@ def test_plan_prints_parts_and_cards_from_a_config_json(qwen):
     assert small.exit_code == 1 and "no setting of Machine" in small.output
 
 
+def test_plan_leaves_out_what_takes_nothing(qwen):
+    """On a GPU two rows said that there were no holes in a CPU's heap."""
+    flags = ["plan", "--model", str(qwen), "--device"]
+    gpu, cpu = (
+        CliRunner().invoke(commands.copsd, [*flags, where]).stdout for where in ("cuda", "cpu")
+    )
+    for said in (gpu, cpu):
+        rows = said.partition("card, GB")[0].splitlines()
+        assert len(rows) > 9 and not [row for row in rows if row.split()[-1:] == ["0.00"]]
+    assert "holes" in cpu and "holes" not in gpu
+
+
 def test_plan_counts_with_the_longest_lengths_and_says_where_they_end():
     """It built a list of a prompt's length, and ran out of memory."""
     longest = ["--prompt-tokens", "100000000", "--teacher-tokens", "100000000"]

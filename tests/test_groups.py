@@ -105,7 +105,7 @@ def test_problems_without_an_english_side_train_grpo_and_are_evaluated(tmp_path)
     measured = copsd.measure_once(setup, run, QUIET, "after")
     assert measured.keys() == {"hau"}
     assert math.isnan(measured["hau"]["KL to the teacher, nats/token"].value)
-    with pytest.raises(ValueError, match="has no problem_en and no solution_en"):
+    with pytest.raises(ValueError, match="has no English problem and no English solution"):
         make_setup(tmp_path / "copsd", method="copsd", data=str(data))
 
 

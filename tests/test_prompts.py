@@ -206,10 +206,10 @@ def test_the_teacher_prompt_has_its_blocks_in_order_and_an_ablation_drops_one():
 
 
 @pytest.mark.parametrize("field", ["problem_en", "solution_en"])
-def test_a_teacher_prompt_without_a_field_it_shows_names_the_problem(field):
+def test_a_teacher_prompt_without_a_field_it_shows_names_the_problem_and_the_column(field):
     tokenizer = make_tokenizer(CHATML)
     bare = replace(SUM, **{field: None})
-    with pytest.raises(ValueError, match=f"'s1' has no {field}"):
+    with pytest.raises(ValueError, match=f"'s1' has no English .*: {field[:-3]}$"):
         build_prompt(bare, "hau", tokenizer, role="teacher")
     option = {"problem_en": "english_problem", "solution_en": "english_solution"}[field]
     build_prompt(bare, "hau", tokenizer, role="teacher", **{option: False})

@@ -31,7 +31,9 @@ BARE = ["--no-english-problem", "--no-english-solution"]  # a teacher's prompt o
         (["--reduction", "sum"], "token, trajectory"),
         (["--thinking", "maybe"], "auto, on, off"),
         (["--thinking", "on"], "think block"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "nowhere.jsonl"], "no data file nowhere.jsonl"),
+        (["--data", "lab"], "lab is a folder; valid: a file, .jsonl, .json, .tsv, .csv, .parquet"),
+        (["--eval-data", "lab"], "lab is a folder; valid: a file, .jsonl"),
         (["--steps", "0"], "--steps is 0; valid: 1 or more"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--temperature", "0"], "temperature"),
@@ -289,7 +291,12 @@ def test_a_bad_data_file_is_one_line_that_names_it(tmp_path, name, text, said):
     [
         (["--method", "ophsd"], "lacks what --teacher-reads plan needs: an English solution"),
         (["--teacher-reads", "voted"], "lacks what --teacher-reads voted needs: an English"),
-        (["--method", "egrsd", "--batch-size", "8"], "has no problem_en"),
+        (
+            ["--method", "egrsd", "--batch-size", "8"],
+            "has no English problem and no English solution, which the teacher's prompt shows; a "
+            "data file has it in these columns, beside problem_translated: problem, solution\n",
+        ),
+        (["--no-english-problem"], "in these columns, beside problem_translated: solution\n"),
         (["--teacher-reads", "explained", BARE[0]], "what --teacher-reads explained needs: an Eng"),
         (["--completion", "reference", *BARE], "what --completion reference needs: an English sol"),
         (["--completion", "garbage", *BARE], "what --completion garbage needs: an English solut"),

@@ -4,16 +4,24 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from conftest import few_problems
+from conftest import few_problems, write_file
 from safetensors.torch import load_file, save_file
 from test_copsd import QUIET, SMALL
 from test_methods import GROUPS, make_setup, run_cli, train
+from typer.testing import CliRunner
 
+from parts import commands
 from parts.adapters import read_adapter_tensors
+from parts.data import load_problems
 from parts.files import read_json, read_sealed, write_json, write_sealed
-from parts.setup import configure, evaluation_command, prepare
+from parts.model import load_tokenizer
+from parts.prompts import Problem
+from parts.recipe import Config
+from parts.setup import configure, evaluation_command, prepare, student_prompt
 
 
 def test_a_warm_start_begins_with_a_runs_last_adapter(tmp_path):
@@ -37,13 +45,81 @@ def test_the_command_that_comes_next_evaluates_the_run_as_it_was_trained(tmp_pat
     setup, run = make_setup(tmp_path / "a run", **files, model=str(model), thinking="off")
     words = shlex.split(evaluation_command(setup, run.folder))
     begin = ["python", "eval.py", "--pass-at-k", "8", "--model", str(model), "--lang", "hau"]
-    added = ["--benchmark", "lab/problems/hau/train.jsonl", "--thinking", "off"]
-    assert words == [*begin, *added, "--adapter", str(tmp_path / "a run" / "run")]
+    begin += ["--benchmark", "lab/problems/hau/train.jsonl", "--max-new-tokens", "24"]
+    added = ["--thinking", "off", "--adapter", str(tmp_path / "a run" / "run")]
+    assert words == [*begin, *added]
     # The file of the model's recipe is eval.py's, too: the README shows this line.
     setup, _ = prepare(*configure({"out": str(tmp_path / "lab")}), QUIET)
     assert evaluation_command(setup, Path("runs/copsd-tiny-hau-0")) == (
         "python eval.py --pass-at-k 8 --model lab/tiny --lang hau --adapter runs/copsd-tiny-hau-0"
     )
+
+
+DATA = few_problems()
+SPLITS = {
+    "held out of the data": ["--data", DATA["data"], "--eval-problems", "3"],
+    "the first of a file that is trained on, too": [
+        *("--data", DATA["data"], "--eval-data", DATA["data"], "--eval-problems", "3"),
+    ],
+    "the first of a recipe's file": ["--eval-problems", "3"],
+}
+
+
+@pytest.mark.parametrize("flags", SPLITS.values(), ids=SPLITS)
+def test_what_comes_next_evaluates_the_reported_problems_as_the_run_asked_them(tmp_path, flags):
+    """It evaluated whole files, training problems among them, or a benchmark in place of the data,
+    at another length limit, and the last adapter where another was named the best."""
+    run = tmp_path / "a run"
+    small = ["--steps", "2", "--batch-size", "2", "--eval-samples", "1", "--max-new-tokens", "20"]
+    small += ["--thinking", "off", "--save-every", "1", "--eval-every", "1", "--dev-problems", "1"]
+    result = CliRunner().invoke(commands.copsd, ["train", *small, *flags, "--out", str(run)])
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("next: ")]
+    words = shlex.split(line.removeprefix("next: python eval.py "))
+    best = run / read_json(run / "best.json")["adapter"]
+    assert words[-2:] == ["--adapter", str(best)]
+    result = CliRunner().invoke(commands.evaluation, [*words, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    trained, found = (
+        read_sealed(file) for file in (run / "config.json", tmp_path / "out" / "settings.json")
+    )
+    assert found["identity"]["problems"] == 3
+    assert found["identity"]["data"] == trained["identity"]["heldout_data"]
+    assert found["identity"]["prompt_template"] == trained["identity"]["prompt_template"]
+    for name in ("thinking", "max_new_tokens", "lang"):
+        assert found["settings"][name] == trained["config"][name]
+
+
+def test_of_a_runs_settings_only_thinking_changes_what_its_student_reads(lab_folder):
+    """eval.py takes that one from the record of an adapter's run, and would have to take others."""
+    read = set()
+
+    class Spied:
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return getattr(Config(), name)
+
+    spied: Any = Spied()
+    problem = Problem("7", "Nawa ne 2 + 3?", None, None, "5", "hau")
+    student_prompt(spied, problem, load_tokenizer(lab_folder))
+    assert read == {"thinking"}
+
+
+def test_a_file_that_holds_just_the_reported_problems_is_not_written_again(tmp_path):
+    rows = Path(DATA["eval_data"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = write_file(tmp_path, "whole.jsonl", "".join(rows[:2]))
+    setup, run = make_setup(tmp_path, eval_data=str(whole), eval_problems=2)
+    assert not (run.folder / "heldout.jsonl").exists()
+    assert f"--benchmark {whole} " in evaluation_command(setup, run.folder)
+    # What is written is vouched for, and a run goes on with it.
+    given = {"data": DATA["data"], "eval_data": None, "eval_problems": 2}
+    setup, run = make_setup(tmp_path / "own", **given)
+    assert load_problems(run.folder / "heldout.jsonl") == setup.heldout
+    make_setup(tmp_path / "own", **given)
+    with (run.folder / "heldout.jsonl").open("ab") as file:
+        file.write(b"\n")
+    with pytest.raises(ValueError, match="is damaged: it is not what was written"):
+        make_setup(tmp_path / "own", **given)
 
 
 def test_a_warm_start_from_another_base_or_another_shape_is_one_line(tmp_path):
