@@ -10,9 +10,11 @@ tokens, is COPSD's loss. GRPO hears one number of the same rollout: 0 or 1. Of a
 its own teacher that is shown, and how much each token weighs.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,22 +28,36 @@ from parts.adapters import load_adapter
 from parts.chat import completion_text, freeze_date, prompt_opens_think
 from parts.data import hub_training_file, keep_fitting, load_problems, replace_solutions
 from parts.family import context_length
+from parts.files import read_sealed
 from parts.grading import grade, is_gradable
 from parts.identity import folder_fingerprint, refuse_foreign_adapter
 from parts.lora import attach_lora, teacher_view
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers
-from parts.model import check_vocabulary, eos_ids, head_weight, load_model, load_tokenizer
-from parts.prompts import Problem, template_hash
+from parts.model import (
+    check_vocabulary,
+    eos_ids,
+    head_weight,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
+from parts.prompts import Problem, find_language, template_hash
 from parts.recipe import DISTILLED, GROUPED, Config, divergence_options
 from parts.sampler import Rollout
 from parts.selfcheck import check_model
+from parts.settings import check_value, fill
 from parts.setup import Setup, longest_prompt, needs_answers, needs_teacher
 from parts.tokens import TokenRow, explain_tokens, tokens_table, write_tokens_page
 from parts.view import say
 from parts.weights import credit, token_weights
 
-DRAWN = 8  # completions, of which the one is shown that the teacher disagrees with most
+# Where there is no group: the one is shown, of so many, that the teacher disagrees with most.
+DRAWN = 8
+# What a walk takes of a run's record beside what can be typed; the batch must go with the group.
+RECORDED = ("completion", "loss_over", "loss_top_k", "group_size", "batch_size", "scale_rewards")
+HERE = ("device",)  # a setting of the machine at hand, whatever the run had
+ANY_METHOD = ("model", "lang", "data", "seed", "thinking", "dtype")  # not of the method's recipe
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,44 @@ class Lesson:
     advantage: float = 0.0  # of the completion, where the method has rewards
     weight: float = 1.0  # of all its tokens, beside what the token weights make of it
     notes: tuple[str, ...] = ()
+
+
+def as_in_run(
+    given: dict[str, Any], adapter: Path, shown: Sequence[str]
+) -> tuple[dict[str, Any], str]:
+    """Return the settings of a walk beside a run's student, and a line that says where they are of.
+
+    given  what was typed: it goes before what the run's record says
+    shown  the settings that can be typed
+    Where `adapter` is no run's folder they are `given`, and there is no line. Where another method
+    is typed than the record's, its recipe is left, and where another language is, its data are.
+    Raises ValueError for a record that is damaged, and OSError for data that are not there.
+    """
+    file = runs.Run(adapter).record_file
+    if not file.is_file() or runs.last_adapter_folder(adapter) == adapter:
+        return given, ""
+    record = read_sealed(file).get("config")
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} is damaged: it has no config")
+    method = given.get("method", record.get("method"))
+    names = [*shown, *RECORDED] if method == record.get("method") else ANY_METHOD
+    known = {f.name: f for f in fields(Config)}
+    taken = {n: record[n] for n in names if n in record and n not in (*HERE, *given)}
+    for name, value in taken.items():
+        check_value(known[name], value, f"{file}: {name}")
+    if "lang" in given and find_language(given["lang"]).iso3 != record.get("lang"):
+        taken.pop("data", None)
+    if taken.get("data") and not Path(taken["data"]).exists():
+        gone = f"{adapter} was trained on {taken['data']}, which is not there"
+        raise FileNotFoundError(f"{gone}; name the file with --data")
+    config = {**taken, **given}
+    first = ("method", "model", "lang")
+    chosen = {name: config[name] for name in first if name in config}
+    plain = fill(chosen, resolve_model(config.get("model", Config.model)))
+    unsaid = (*first, "data", "batch_size")
+    own = [n for n in taken if n not in unsaid and taken[n] != getattr(plain, n)]
+    said = [f"{name} {taken[name]}" for name in ("method", "lang", *own) if name in taken]
+    return config, f"settings as in {adapter}{': ' if said else ''}{', '.join(said)}"
 
 
 def prepare(config: Config, folder: Path, adapter: Path | None, console: Console) -> Setup:
@@ -115,9 +169,10 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
 def walk(setup: Setup, *, trained: bool) -> Walk:
     """Return the first problem carried through; `trained`: beside the student with its adapter."""
     problem = setup.train[0]
+    samples = setup.config.group_size if setup.config.method in GROUPED else DRAWN
     # With the adapter off the student is the base model, as it is before the first step.
     with teacher_view(setup.lora, "fixed"):
-        rollouts = roll_out(setup, [problem], seed=setup.config.seed, samples=DRAWN)
+        rollouts = roll_out(setup, [problem], seed=setup.config.seed, samples=samples)
         lessons = _lessons(setup, problem, rollouts)
         explained = [_explain(setup, lesson) for lesson in lessons]
     distances = [fmean(row.kl for row in rows) for rows in explained]
@@ -130,6 +185,7 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
     after = None
     notes = [
         *lesson.notes,
+        *_control_notes(setup.config),
         _reward_note(setup, problem, rollout, "GRPO hears of this rollout"),
         *clip_notes,
     ]
@@ -184,7 +240,7 @@ def write_page(found: Walk, path: Path) -> None:
 def _mean_is(config: Config, lesson: Lesson) -> str:
     """Return what the method makes of the mean of what the tokens add, "" where nothing."""
     if config.method in DISTILLED:
-        return "loss"
+        return "" if _control_notes(config) else "loss"
     return "SSOPD's term" if config.method == "ssopd" and lesson.weight else ""
 
 
@@ -197,13 +253,26 @@ def _hidden(setup: Setup, lesson: Lesson) -> tuple[Tensor, Tensor]:
     return student_ND, teacher_ND
 
 
+def _control_notes(config: Config) -> list[str]:
+    """Say where a run's loss is of other completions, or over less, than what is shown."""
+    notes = []
+    if config.completion != "student":
+        said = "trained on other completions than the student's"
+        notes.append(f"--completion {config.completion}: {said}, so no loss is shown")
+    if config.loss_over != "vocabulary":
+        said = "the loss is not over the whole vocabulary, as the divergence here is"
+        notes.append(f"--loss-over {config.loss_over}: {said}")
+    return notes
+
+
 def _clip_notes(setup: Setup, lesson: Lesson) -> list[str]:
     """Say how far the clip turns the gradient of this rollout; where none is set, the paper's.
 
     Nothing of a method whose loss is no divergence, nor of a rollout that nothing is learned from.
     """
     config = setup.config
-    if config.method not in (*DISTILLED, "ssopd") or lesson.weight == 0:
+    is_shown = config.method in (*DISTILLED, "ssopd") and not _control_notes(config)
+    if not is_shown or lesson.weight == 0:
         return []
     is_set = config.clip_mode != "none"
     mode = config.clip_mode if is_set else Config.clip_mode
