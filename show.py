@@ -29,7 +29,7 @@ from parts.chat import completion_text, freeze_date, prompt_opens_think
 from parts.data import hub_training_file, keep_fitting, load_problems, replace_solutions
 from parts.family import context_length
 from parts.files import read_sealed
-from parts.grading import grade, is_gradable
+from parts.grading import grade, is_correct, is_gradable
 from parts.identity import folder_fingerprint, refuse_foreign_adapter
 from parts.lora import attach_lora, teacher_view
 from parts.machine import pick_device, pick_dtype
@@ -295,7 +295,10 @@ def _lessons(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Le
         if said and config.token_weight == "uniform" and config.loss_prefix == 1:
             said = (f"{said[0]}; every token weighs 1",)
         return [Lesson(rollout, prompt, notes=(shown, *said)) for rollout in rollouts]
-    rewards = [float(_is_right(setup, problem, rollout)) for rollout in rollouts]
+    think_open = prompt_opens_think(setup.tokenizer, config.thinking)
+    texts = [_text(setup, rollout) for rollout in rollouts]
+    answer = str(problem.answer)
+    rewards = [float(is_correct(text, answer, think_open=think_open)) for text in texts]
     if config.method == "ssopd":
         pair = witness_pair(setup, Group(problem, rollouts, rewards))
         if pair is not None:
@@ -365,12 +368,6 @@ def _weights(setup: Setup, lesson: Lesson, student_ND: Tensor, teacher_ND: Tenso
 def _text(setup: Setup, rollout: Rollout) -> str:
     end_ids = eos_ids(setup.model, setup.tokenizer)
     return completion_text(rollout.completion_ids, setup.tokenizer, end_ids)
-
-
-def _is_right(setup: Setup, problem: Problem, rollout: Rollout) -> bool:
-    think_open = prompt_opens_think(setup.tokenizer, setup.config.thinking)
-    text = _text(setup, rollout)
-    return grade(text, str(problem.answer), think_open=think_open).correct
 
 
 def _reward_note(setup: Setup, problem: Problem, rollout: Rollout, what: str) -> str:
