@@ -141,40 +141,45 @@ def visible(text: str) -> str:
 def tokens_table(
     rows: list[TokenRow], *, after: list[TokenRow] | None = None, mean_is: str = "loss"
 ) -> Table:
-    """Return a table of at most 80 columns: a line per token and, last, the mean: it is the loss.
+    """Return a table of at most 80 columns: a line per token and, last, the mean of each column.
 
     The teacher's favourite is shown only where it is another token, and what the clip leaves of a
     token's KL only where it cut. Nothing is read as rich's markup.
 
     after    the same tokens after training, for two more columns; ValueError if they are other
              tokens
-    mean_is  what the method makes of the mean, "" where it does not train on it. Where a weight is
-             not 1, it is the mean of what the clip leaves times the weight
+    mean_is  what the method makes of the mean of what the clip leaves, "" where it does not train
+             on it. Where a weight is not 1, it is that of what the clip leaves times the weight,
+             which has a line of its own below the other
     """
     _check_same_tokens(rows, after)
     kl, loss = _means(rows)
     clips = any(row.clipped for row in rows)
     weighted = any(row.weight != 1 for row in rows)
     mark = f"\n= {mean_is}".replace(" term", "\nterm") if mean_is else ""
+    if mark and weighted:
+        mark = f"\n{_nats(_means(rows, weighted=True)[1])}{mark}"
     columns = [
-        Column("token", "mean", max_width=13),
+        Column("token", "mean\nweighted mean" if mark and weighted else "mean", max_width=13),
         Column("student", justify="right"),
         Column("teacher", justify="right"),
         Column("teacher\nwould say", max_width=11),
-        Column("KL,\nnats", _nats(kl) + ("" if clips or weighted else mark), justify="right"),
+        Column("KL,\nnats", _nats(kl) + ("" if clips else mark), justify="right"),
     ]
     if clips:
-        said = _nats(loss) + ("" if weighted else mark)
-        columns.append(Column("clip\nleaves", said, justify="right"))
+        columns.append(Column("clip\nleaves", _nats(loss) + mark, justify="right"))
     if weighted:
-        said = _nats(_means(rows, weighted=True)[1]) + mark if mean_is else ""
-        columns.append(Column("weight", said, justify="right"))
+        mean = fmean(row.weight for row in rows)
+        columns.append(Column("weight", _nats(mean), justify="right"))
     if after:
         columns.append(Column("student\nafter", justify="right"))
         columns.append(Column("KL\nafter", _nats(_means(after)[0]), justify="right"))
     for column in columns:
         column.no_wrap = True
     table = Table(*columns, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    if weighted and after:  # with all columns there is little room for their words, and for blanks
+        columns[3].max_width = 9
+        table.padding = 0
     table.show_footer = True
     for place, row in enumerate(rows):
         cells = [
