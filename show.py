@@ -10,6 +10,7 @@ tokens, is COPSD's loss. GRPO hears one number of the same rollout: 0 or 1. Of a
 its own teacher that is shown, and how much each token weighs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -66,7 +67,7 @@ class Walk:
 
     problem: Problem
     rollout: Rollout
-    prompts: dict[str, str]  # by role, as text
+    prompts: dict[str, str]  # as text, by who reads it
     prompt_tokens: dict[str, int]
     completion: str
     rows: list[TokenRow]  # a row a token, of the untrained student
@@ -81,6 +82,7 @@ class Lesson:
 
     rollout: Rollout
     teacher_prompt: list[int]
+    reader: str = "the teacher reads"  # what is said of the teacher's prompt
     advantage: float = 0.0  # of the completion, where the method has rewards
     weight: float = 1.0  # of all its tokens, beside what the token weights make of it
     notes: tuple[str, ...] = ()
@@ -194,12 +196,13 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
         (own,) = roll_out(setup, [problem], seed=setup.config.seed)
         notes.append(f"the trained student writes: {_text(setup, own)}")
         notes.append(_reward_note(setup, problem, own, "GRPO would hear of that"))
-    prompts = {"student": setup.student_prompt(problem), "teacher": lesson.teacher_prompt}
+    student_reads = setup.student_prompt(problem)
+    prompts = {"the student reads": student_reads, lesson.reader: lesson.teacher_prompt}
     return Walk(
         problem=problem,
         rollout=rollout,
-        prompts={role: str(setup.tokenizer.decode(ids)) for role, ids in prompts.items()},
-        prompt_tokens={role: len(ids) for role, ids in prompts.items()},
+        prompts={who: str(setup.tokenizer.decode(ids)) for who, ids in prompts.items()},
+        prompt_tokens={who: len(ids) for who, ids in prompts.items()},
         completion=_text(setup, rollout),
         rows=rows,
         after=after,
@@ -210,8 +213,8 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
 
 def print_walk(setup: Setup, found: Walk, console: Console) -> None:
     """Print the prompts with the boundary where the completion begins, the table, and the notes."""
-    for role, text in found.prompts.items():
-        say(console, f"===== the {role} reads, {found.prompt_tokens[role]} tokens =====")
+    for who, text in found.prompts.items():
+        say(console, f"===== {who}, {found.prompt_tokens[who]} tokens =====")
         say(console, f"{text}<<< the completion begins here >>>\n")
     say(console, f"===== the student writes, {len(found.rows)} tokens =====\n{found.completion}\n")
     config = setup.config
@@ -227,8 +230,8 @@ def write_page(found: Walk, path: Path) -> None:
         path,
         title=f"One problem carried through: {found.problem.id}, {found.problem.language}",
         prompts={
-            f"What the {role} reads ({found.prompt_tokens[role]} tokens)": text
-            for role, text in found.prompts.items()
+            f"What {who} ({found.prompt_tokens[who]} tokens)": text
+            for who, text in found.prompts.items()
         },
         rows=found.rows,
         after=found.after,
@@ -279,48 +282,75 @@ def _clip_notes(setup: Setup, lesson: Lesson) -> list[str]:
     clip = config.clip if is_set else Config.clip
     options = divergence_options(replace(config, clip_mode=mode, clip=clip))
     products_3N = clip_products(*_hidden(setup, lesson), head_weight(setup.model), **options)
+    cosine = gradient_cosine(products_3N)
+    found = "none, for one of them is 0" if math.isnan(cosine) else f"{cosine:.3f}"
     return [
         f"cosine of the gradient on the logits with and without the {mode} clip of {clip:g} nats: "
-        f"{gradient_cosine(products_3N):.3f}{'' if is_set else ' (it is not set here)'}"
+        f"{found}{'' if is_set else ' (it is not set here)'}"
     ]
 
 
 def _lessons(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Lesson]:
     """Return the rollouts as the method learns from them; of SSOPD's, the one that it takes."""
     config = setup.config
-    shown = f"shown: of {len(rollouts)} completions, the one that the teacher disagrees with most"
     if config.method not in GROUPED:
-        (prompt,) = reader(config)(setup, [problem], 0).prompts
-        said = () if config.method == "copsd" else (f"{config.method.upper()}'s teacher",)
-        if said and config.token_weight == "uniform" and config.loss_prefix == 1:
-            said = (f"{said[0]}; every token weighs 1",)
-        return [Lesson(rollout, prompt, notes=(shown, *said)) for rollout in rollouts]
+        return _distilled(setup, problem, rollouts)
     think_open = prompt_opens_think(setup.tokenizer, config.thinking)
     texts = [_text(setup, rollout) for rollout in rollouts]
     answer = str(problem.answer)
     rewards = [float(is_correct(text, answer, think_open=think_open)) for text in texts]
     if config.method == "ssopd":
-        pair = witness_pair(setup, Group(problem, rollouts, rewards))
-        if pair is not None:
-            prompt, learner, weight = pair
-            said = "shown: the start of the longest wrong completion; the teacher reads a right one"
-            return [Lesson(learner, prompt, weight=weight, notes=(said,))]
-        said = f"SSOPD skips this group: {sum(rewards):.0f} of {len(rewards)} completions are right"
-        longest = max(rollouts, key=lambda rollout: len(rollout.completion_ids))
-        return [Lesson(longest, longest.prompt_ids, weight=0.0, notes=(said,))]
-    found = advantages(torch.tensor([rewards]), config.scale_rewards)[0].tolist()
-    if setup.can_teach(problem):
-        prompt = setup.teacher_prompt(problem)
+        return [_witnessed(setup, Group(problem, rollouts, rewards))]
+    count = f"shown: of {len(rollouts)} completions,"
+    if config.method == "egrsd":
+        shown = f"{count} the one that the teacher disagrees with most"
+        prompt, who = setup.teacher_prompt(problem), "EGRSD's teacher reads"
+    elif setup.can_teach(problem):
+        shown = f"{count} the one that COPSD's teacher disagrees with most"
+        prompt, who = (
+            setup.teacher_prompt(problem),
+            "COPSD's teacher would read; GRPO has no teacher",
+        )
     else:  # only GRPO takes such problems
-        prompt = setup.student_prompt(problem)
-        shown = f"shown: the first of {len(rollouts)} completions; the problem has no English side"
-        shown += ", so the base model reads in the teacher's place what the student reads"
+        shown = f"{count} the first; the problem has no English side"
+        prompt, who = setup.student_prompt(problem), "the base model reads; GRPO has no teacher"
+    found = advantages(torch.tensor([rewards]), config.scale_rewards)[0].tolist()
     lessons = []
     for rollout, advantage in zip(rollouts, found, strict=True):
         said = f"each token's advantage is {advantage:.3f}"
-        said += " times its weight" if config.method == "egrsd" else "; GRPO has no teacher"
-        lessons.append(Lesson(rollout, prompt, advantage, notes=(shown, said)))
+        said += " times its weight" if config.method == "egrsd" else ", and all count alike"
+        if len(set(rewards)) == 1:
+            said += ": all completions are right or all are wrong, so nothing is learned"
+        lessons.append(Lesson(rollout, prompt, who, advantage, notes=(shown, said)))
     return lessons
+
+
+def _distilled(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Lesson]:
+    """Return the rollouts as COPSD learns from them, or a method with its loop."""
+    config = setup.config
+    reading = reader(config)(setup, [problem], 0)
+    shown = f"shown: of {len(rollouts)} completions, the one that the teacher disagrees with most"
+    weighs = "every token weighs 1"
+    if config.token_weight != "uniform" or config.loss_prefix < 1:
+        given = f"--token-weight {config.token_weight} and --loss-prefix {config.loss_prefix:g}"
+        weighs = f"tokens weigh 1 on average, by {given}"
+    name = "the" if config.method == "copsd" else f"{config.method.upper()}'s"
+    given = (reading.prompts[0], f"{name} teacher reads")
+    return [Lesson(rollout, *given, notes=(shown, weighs)) for rollout in rollouts]
+
+
+def _witnessed(setup: Setup, group: Group) -> Lesson:
+    """Return the rollout of a group that SSOPD's term takes; of one that it skips, the longest."""
+    pair = witness_pair(setup, group)
+    if pair is not None:
+        prompt, learner, weight = pair
+        said = "shown: the start of the longest wrong completion; the teacher reads a right one"
+        return Lesson(learner, prompt, "SSOPD's teacher reads", weight=weight, notes=(said,))
+    count = f"{sum(group.rewards):.0f} of {len(group.rewards)} completions are right"
+    longest = max(group.rollouts, key=lambda rollout: len(rollout.completion_ids))
+    who = "the base model reads; SSOPD's teacher reads nothing"
+    notes = ("shown: the longest completion", f"SSOPD skips this group: {count}")
+    return Lesson(longest, longest.prompt_ids, who, weight=0.0, notes=notes)
 
 
 def _explain(setup: Setup, lesson: Lesson) -> list[TokenRow]:

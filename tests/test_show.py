@@ -220,6 +220,45 @@ def test_methods_that_train_without_an_english_side_are_shown_without_one(tmp_pa
     assert ("the problem has no English side" in result.stdout) is (method == "grpo")
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], ["the teacher reads", "every token weighs 1"]),
+        (
+            ["--token-weight", "position", "--loss-prefix", "0.5"],
+            ["tokens weigh 1 on average, by --token-weight position and --loss-prefix 0.5"],
+        ),
+        (
+            ["--method", "grpo"],
+            [
+                "COPSD's teacher would read; GRPO has no teacher",
+                "the one that COPSD's teacher disagrees with most",
+                ", and all count alike",
+            ],
+        ),
+        (["--method", "opsdc"], ["OPSDC's teacher reads", "every token weighs 1"]),
+        (["--method", "egrsd"], ["EGRSD's teacher reads", " times its weight"]),
+        (
+            ["--method", "ssopd", "--temperature", "0.01"],
+            ["SSOPD's teacher reads nothing", "the longest completion", "skips this group: 0 of 8"],
+        ),
+        (
+            ["--method", "grpo", "--temperature", "0.01"],
+            ["is 0.000, and all count alike: all completions are right or all are wrong"],
+        ),
+    ],
+)
+def test_a_walk_says_whose_teacher_reads_and_how_tokens_weigh(tmp_path, flags, said):
+    """COPSD's said nothing of weights, and GRPO's had a teacher like any other."""
+    page = tmp_path / "walk.html"
+    result = run_cli("show", *flags, "--html", str(page))
+    assert result.exit_code == 0, result.output
+    text = page.read_text(encoding="utf-8")
+    assert all(words in result.stdout and words in text for words in said), result.stdout
+    teachers = re.findall("===== (.*teacher.*), [0-9]+ tokens =====", result.stdout)
+    assert len(teachers) == 1 and f"What {teachers[0]} (" in text
+
+
 def test_the_mean_of_tokens_that_nothing_is_learned_from_is_called_nothing():
     lesson = Lesson(Rollout([1], [2], [0.0], "stop"), [1])
     found = {method: _mean_is(Config(method=method), lesson) for method in METHODS}
