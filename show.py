@@ -50,7 +50,7 @@ from parts.selfcheck import check_model
 from parts.settings import check_value, fill
 from parts.setup import Setup, longest_prompt, needs_answers, needs_teacher
 from parts.tokens import TokenRow, explain_tokens, tokens_table, write_tokens_page
-from parts.view import say
+from parts.view import NO_NOTE, lacks_notes, say
 from parts.weights import credit, token_weights
 
 # Where there is no group: the one is shown, of so many, that the teacher disagrees with most.
@@ -334,9 +334,10 @@ def _distilled(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[
     if config.token_weight != "uniform" or config.loss_prefix < 1:
         given = f"--token-weight {config.token_weight} and --loss-prefix {config.loss_prefix:g}"
         weighs = f"tokens weigh 1 on average, by {given}"
+    unread = (NO_NOTE,) if lacks_notes(reading.metrics) else ()
     name = "the" if config.method == "copsd" else f"{config.method.upper()}'s"
     given = (reading.prompts[0], f"{name} teacher reads")
-    return [Lesson(rollout, *given, notes=(shown, weighs)) for rollout in rollouts]
+    return [Lesson(rollout, *given, notes=(shown, weighs, *unread)) for rollout in rollouts]
 
 
 def _witnessed(setup: Setup, group: Group) -> Lesson:
