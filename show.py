@@ -44,7 +44,7 @@ from parts.model import (
     resolve_model,
 )
 from parts.prompts import Problem, find_language, template_hash
-from parts.recipe import DISTILLED, GROUPED, Config, divergence_options
+from parts.recipe import DISTILLED, DIVERGENCES, GROUPED, Config, divergence_options
 from parts.sampler import Rollout
 from parts.selfcheck import check_model
 from parts.settings import check_value, fill
@@ -73,6 +73,7 @@ class Walk:
     rows: list[TokenRow]  # a row a token, of the untrained student
     after: list[TokenRow] | None  # the same tokens under the trained student
     mean_is: str  # what the method makes of the rows' mean; "" where it does not train on it
+    name: str  # of the divergence, in one word
     notes: list[str]  # what stands below the table
 
 
@@ -207,6 +208,7 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
         rows=rows,
         after=after,
         mean_is=_mean_is(setup.config, lesson),
+        name=DIVERGENCES[setup.config.divergence].split()[-1],
         notes=notes,
     )
 
@@ -218,7 +220,8 @@ def print_walk(setup: Setup, found: Walk, console: Console) -> None:
         say(console, f"{text}<<< the completion begins here >>>\n")
     say(console, f"===== the student writes, {len(found.rows)} tokens =====\n{found.completion}\n")
     config = setup.config
-    console.print(tokens_table(found.rows, after=found.after, mean_is=found.mean_is))
+    table = tokens_table(found.rows, after=found.after, mean_is=found.mean_is, name=found.name)
+    console.print(table)
     for note in found.notes:
         say(console, note)
     say(console, f"template hash {template_hash(setup.tokenizer, config.lang, config.thinking)}")
@@ -236,6 +239,7 @@ def write_page(found: Walk, path: Path) -> None:
         rows=found.rows,
         after=found.after,
         mean_is=found.mean_is,
+        name=found.name,
         notes=found.notes,
     )
 

@@ -139,7 +139,11 @@ def visible(text: str) -> str:
 
 
 def tokens_table(
-    rows: list[TokenRow], *, after: list[TokenRow] | None = None, mean_is: str = "loss"
+    rows: list[TokenRow],
+    *,
+    after: list[TokenRow] | None = None,
+    mean_is: str = "loss",
+    name: str = "KL",
 ) -> Table:
     """Return a table of at most 80 columns: a line per token and, last, the mean of each column.
 
@@ -151,6 +155,7 @@ def tokens_table(
     mean_is  what the method makes of the mean of what the clip leaves, "" where it does not train
              on it. Where a weight is not 1, it is that of what the clip leaves times the weight,
              which has a line of its own below the other
+    name     what the divergence is called, in one word
     """
     _check_same_tokens(rows, after)
     kl, loss = _means(rows)
@@ -164,7 +169,7 @@ def tokens_table(
         Column("student", justify="right"),
         Column("teacher", justify="right"),
         Column("teacher\nwould say", max_width=11),
-        Column("KL,\nnats", _nats(kl) + ("" if clips else mark), justify="right"),
+        Column(f"{name},\nnats", _nats(kl) + ("" if clips else mark), justify="right"),
     ]
     if clips:
         columns.append(Column("clip\nleaves", _nats(loss) + mark, justify="right"))
@@ -173,7 +178,7 @@ def tokens_table(
         columns.append(Column("weight", _nats(mean), justify="right"))
     if after:
         columns.append(Column("student\nafter", justify="right"))
-        columns.append(Column("KL\nafter", _nats(_means(after)[0]), justify="right"))
+        columns.append(Column(f"{name}\nafter", _nats(_means(after)[0]), justify="right"))
     for column in columns:
         column.no_wrap = True
     table = Table(*columns, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
@@ -209,6 +214,7 @@ def write_tokens_page(
     rows: list[TokenRow],
     after: list[TokenRow] | None = None,
     mean_is: str = "loss",
+    name: str = "KL",
     notes: list[str],
 ) -> None:
     """Write an HTML file that loads nothing: the completion coloured by KL, with both opinions.
@@ -216,6 +222,7 @@ def write_tokens_page(
     prompts  what to call each prompt -> its text
     after    the same tokens after training, for a switch; ValueError if they are other tokens
     mean_is  as for tokens_table; where it is "", the page shows the divergences as they are
+    name     as for tokens_table
     notes    lines to end with, such as what GRPO hears of this rollout
     All of it enters the page as text. Half a surrogate pair, which UTF-8 cannot write, becomes
     BROKEN. Raises ValueError for a number that is not finite.
@@ -226,6 +233,7 @@ def write_tokens_page(
         "title": title,
         "prompts": prompts,
         "mean_is": mean_is,
+        "name": name,
         "views": {name: _view(tokens, mean_is) for name, tokens in views.items()},
         "notes": notes,
     }

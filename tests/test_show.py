@@ -191,6 +191,20 @@ def test_the_page_holds_the_same_walk(tmp_path, trained):
     assert "GRPO hears of this rollout" in text and "http" not in text.replace("http-equiv", "")
 
 
+@pytest.mark.parametrize(
+    ("divergence", "name"), [("jsd", "JSD"), ("reverse_kl", "KL"), ("forward_kl", "KL")]
+)
+def test_a_divergence_is_called_what_it_is(tmp_path, trained, divergence, name):
+    """JSD was called KL."""
+    page = tmp_path / "walk.html"
+    flags = ["--divergence", divergence, "--adapter", str(trained), "--html", str(page)]
+    result = run_cli("show", *flags)
+    assert result.exit_code == 0, result.output
+    words = result.stdout.split()
+    assert words.count(f"{name},") == 1 and words.count(name) == 1  # the column, and after training
+    assert f'"name": "{name}"' in page.read_text(encoding="utf-8")
+
+
 def data_of(folder: Path, **changes) -> str:
     """Write data of one problem without an English side; return its name."""
     row = {"problem": "Nawa ne 2 + 3?", "answer": "5", "language": "hau", **changes}

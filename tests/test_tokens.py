@@ -319,6 +319,7 @@ const seen = {
   bars: drawn.map(token => [...token.children].map(bar => bar.style.height)),
   bars_say: document.querySelector("#bars > span").textContent,
   sum: document.getElementById("sum").textContent,
+  scale: document.querySelector("#scale").outerHTML,
   card: document.getElementById("card").textContent,
 };
 const note = document.createElement("pre");
@@ -363,8 +364,10 @@ def test_a_browser_draws_the_weighted_tokens_and_calls_their_mean_what_it_is(tmp
 def test_the_tallest_bar_is_one_that_is_drawn(tmp_path):
     path = tmp_path / "page.html"
     low = row("a", kl=0.001, loss=0.001)
-    write_tokens_page(path, title="t", prompts={}, rows=[low], notes=[])
+    write_tokens_page(path, title="t", prompts={}, rows=[low], name="JSD", notes=[])
     seen = seen_in_a_browser(path, WEIGHTS)
+    assert "JSD &lt;0.01" in seen["scale"] and "colour by JSD, in nats" in seen["scale"]
+    assert "JSD 0.001 nats" in seen["card"]
     assert "the tallest bar is 0.001 nats" in seen["bars_say"] and "weight" not in seen["card"]
 
 
