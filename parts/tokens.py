@@ -158,27 +158,9 @@ def tokens_table(
     name     what the divergence is called, in one word
     """
     _check_same_tokens(rows, after)
-    kl, loss = _means(rows)
     clips = any(row.clipped for row in rows)
     weighted = any(row.weight != 1 for row in rows)
-    mark = f"\n= {mean_is}".replace(" term", "\nterm") if mean_is else ""
-    if mark and weighted:
-        mark = f"\n{_nats(_means(rows, weighted=True)[1])}{mark}"
-    columns = [
-        Column("token", "mean\nweighted mean" if mark and weighted else "mean", max_width=13),
-        Column("student", justify="right"),
-        Column("teacher", justify="right"),
-        Column("teacher\nwould say", max_width=11),
-        Column(f"{name},\nnats", _nats(kl) + ("" if clips else mark), justify="right"),
-    ]
-    if clips:
-        columns.append(Column("clip\nleaves", _nats(loss) + mark, justify="right"))
-    if weighted:
-        mean = fmean(row.weight for row in rows)
-        columns.append(Column("weight", _nats(mean), justify="right"))
-    if after:
-        columns.append(Column("student\nafter", justify="right"))
-        columns.append(Column(f"{name}\nafter", _nats(_means(after)[0]), justify="right"))
+    columns = _columns(rows, after, mean_is, name, clips=clips, weighted=weighted)
     for column in columns:
         column.no_wrap = True
     table = Table(*columns, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
@@ -204,6 +186,38 @@ def tokens_table(
             cells.append(Text(_nats(trained.kl), _style(trained.kl) or "dim"))
         table.add_row(*cells)
     return table
+
+
+def _columns(
+    rows: list[TokenRow],
+    after: list[TokenRow] | None,
+    mean_is: str,
+    name: str,
+    *,
+    clips: bool,
+    weighted: bool,
+) -> list[Column]:
+    """Return the columns of tokens_table, each with its mean below it."""
+    kl, loss = _means(rows)
+    mark = f"\n= {mean_is}".replace(" term", "\nterm") if mean_is else ""
+    if mark and weighted:
+        mark = f"\n{_nats(_means(rows, weighted=True)[1])}{mark}"
+    columns = [
+        Column("token", "mean\nweighted mean" if mark and weighted else "mean", max_width=13),
+        Column("student", justify="right"),
+        Column("teacher", justify="right"),
+        Column("teacher\nwould say", max_width=11),
+        Column(f"{name},\nnats", _nats(kl) + ("" if clips else mark), justify="right"),
+    ]
+    if clips:
+        columns.append(Column("clip\nleaves", _nats(loss) + mark, justify="right"))
+    if weighted:
+        mean = fmean(row.weight for row in rows)
+        columns.append(Column("weight", _nats(mean), justify="right"))
+    if after:
+        columns.append(Column("student\nafter", justify="right"))
+        columns.append(Column(f"{name}\nafter", _nats(_means(after)[0]), justify="right"))
+    return columns
 
 
 def write_tokens_page(
