@@ -42,7 +42,7 @@ from copsd import (
 )
 from kernels import reduce_loss
 from parts import ranks
-from parts.chat import CLOSE, completion_text, prompt_opens_think
+from parts.chat import CLOSE, OPEN, completion_text, prompt_opens_think
 from parts.family import context_length
 from parts.grading import extract_answer, is_correct, is_gradable, normalise
 from parts.lora import teacher_view
@@ -185,7 +185,7 @@ def usable_text(setup: Setup, rollout: Rollout) -> str:
     text = completion_text(
         rollout.completion_ids, setup.tokenizer, eos_ids(setup.model, setup.tokenizer)
     )
-    if prompt_opens_think(setup.tokenizer, setup.config.thinking):
+    if prompt_opens_think(setup.tokenizer, setup.config.thinking) or OPEN in text:
         _, closed, text = text.rpartition(CLOSE)
         text = text if closed else ""
     text = text.strip()

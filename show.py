@@ -10,9 +10,12 @@ tokens, is COPSD's loss. GRPO hears one number of the same rollout: 0 or 1. Of a
 its own teacher that is shown, and how much each token weighs.
 """
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,22 +29,36 @@ from parts.adapters import load_adapter
 from parts.chat import completion_text, freeze_date, prompt_opens_think
 from parts.data import hub_training_file, keep_fitting, load_problems, replace_solutions
 from parts.family import context_length
-from parts.grading import grade, is_gradable
+from parts.files import read_sealed
+from parts.grading import grade, is_correct, is_gradable
 from parts.identity import folder_fingerprint, refuse_foreign_adapter
 from parts.lora import attach_lora, teacher_view
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers
-from parts.model import check_vocabulary, eos_ids, head_weight, load_model, load_tokenizer
-from parts.prompts import Problem, template_hash
-from parts.recipe import DISTILLED, GROUPED, Config, divergence_options
+from parts.model import (
+    check_vocabulary,
+    eos_ids,
+    head_weight,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
+from parts.prompts import Problem, find_language, template_hash
+from parts.recipe import DISTILLED, DIVERGENCES, GROUPED, Config, divergence_options
 from parts.sampler import Rollout
 from parts.selfcheck import check_model
+from parts.settings import check_value, fill
 from parts.setup import Setup, longest_prompt, needs_answers, needs_teacher
 from parts.tokens import TokenRow, explain_tokens, tokens_table, write_tokens_page
-from parts.view import say
+from parts.view import NO_NOTE, lacks_notes, say
 from parts.weights import credit, token_weights
 
-DRAWN = 8  # completions, of which the one is shown that the teacher disagrees with most
+# Where there is no group: the one is shown, of so many, that the teacher disagrees with most.
+DRAWN = 8
+# What a walk takes of a run's record beside what can be typed; the batch must go with the group.
+RECORDED = ("completion", "loss_over", "loss_top_k", "group_size", "batch_size", "scale_rewards")
+HERE = ("device",)  # a setting of the machine at hand, whatever the run had
+ANY_METHOD = ("model", "lang", "data", "seed", "thinking", "dtype")  # not of the method's recipe
 
 
 @dataclass(frozen=True)
@@ -50,12 +67,13 @@ class Walk:
 
     problem: Problem
     rollout: Rollout
-    prompts: dict[str, str]  # by role, as text
+    prompts: dict[str, str]  # as text, by who reads it
     prompt_tokens: dict[str, int]
     completion: str
     rows: list[TokenRow]  # a row a token, of the untrained student
     after: list[TokenRow] | None  # the same tokens under the trained student
     mean_is: str  # what the method makes of the rows' mean; "" where it does not train on it
+    name: str  # of the divergence, in one word
     notes: list[str]  # what stands below the table
 
 
@@ -65,9 +83,48 @@ class Lesson:
 
     rollout: Rollout
     teacher_prompt: list[int]
+    reader: str = "the teacher reads"  # what is said of the teacher's prompt
     advantage: float = 0.0  # of the completion, where the method has rewards
     weight: float = 1.0  # of all its tokens, beside what the token weights make of it
     notes: tuple[str, ...] = ()
+
+
+def as_in_run(
+    given: dict[str, Any], adapter: Path, shown: Sequence[str]
+) -> tuple[dict[str, Any], str]:
+    """Return the settings of a walk beside a run's student, and a line that says where they are of.
+
+    given  what was typed: it goes before what the run's record says
+    shown  the settings that can be typed
+    Where `adapter` is no run's folder they are `given`, and there is no line. Where another method
+    is typed than the record's, its recipe is left, and where another language is, its data are.
+    Raises ValueError for a record that is damaged, and OSError for data that are not there.
+    """
+    file = runs.Run(adapter).record_file
+    if not file.is_file() or runs.last_adapter_folder(adapter) == adapter:
+        return given, ""
+    record = read_sealed(file).get("config")
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} is damaged: it has no config")
+    method = given.get("method", record.get("method"))
+    names = [*shown, *RECORDED] if method == record.get("method") else ANY_METHOD
+    known = {f.name: f for f in fields(Config)}
+    taken = {n: record[n] for n in names if n in record and n not in (*HERE, *given)}
+    for name, value in taken.items():
+        check_value(known[name], value, f"{file}: {name}")
+    if "lang" in given and find_language(given["lang"]).iso3 != record.get("lang"):
+        taken.pop("data", None)
+    if taken.get("data") and not Path(taken["data"]).exists():
+        gone = f"{adapter} was trained on {taken['data']}, which is not there"
+        raise FileNotFoundError(f"{gone}; name the file with --data")
+    config = {**taken, **given}
+    first = ("method", "model", "lang")
+    chosen = {name: config[name] for name in first if name in config}
+    plain = fill(chosen, resolve_model(config.get("model", Config.model)))
+    unsaid = (*first, "data", "batch_size")
+    own = [n for n in taken if n not in unsaid and taken[n] != getattr(plain, n)]
+    said = [f"{name} {taken[name]}" for name in ("method", "lang", *own) if name in taken]
+    return config, f"settings as in {adapter}{': ' if said else ''}{', '.join(said)}"
 
 
 def prepare(config: Config, folder: Path, adapter: Path | None, console: Console) -> Setup:
@@ -115,9 +172,10 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
 def walk(setup: Setup, *, trained: bool) -> Walk:
     """Return the first problem carried through; `trained`: beside the student with its adapter."""
     problem = setup.train[0]
+    samples = setup.config.group_size if setup.config.method in GROUPED else DRAWN
     # With the adapter off the student is the base model, as it is before the first step.
     with teacher_view(setup.lora, "fixed"):
-        rollouts = roll_out(setup, [problem], seed=setup.config.seed, samples=DRAWN)
+        rollouts = roll_out(setup, [problem], seed=setup.config.seed, samples=samples)
         lessons = _lessons(setup, problem, rollouts)
         explained = [_explain(setup, lesson) for lesson in lessons]
     distances = [fmean(row.kl for row in rows) for rows in explained]
@@ -130,6 +188,7 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
     after = None
     notes = [
         *lesson.notes,
+        *_control_notes(setup.config),
         _reward_note(setup, problem, rollout, "GRPO hears of this rollout"),
         *clip_notes,
     ]
@@ -138,28 +197,31 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
         (own,) = roll_out(setup, [problem], seed=setup.config.seed)
         notes.append(f"the trained student writes: {_text(setup, own)}")
         notes.append(_reward_note(setup, problem, own, "GRPO would hear of that"))
-    prompts = {"student": setup.student_prompt(problem), "teacher": lesson.teacher_prompt}
+    student_reads = setup.student_prompt(problem)
+    prompts = {"the student reads": student_reads, lesson.reader: lesson.teacher_prompt}
     return Walk(
         problem=problem,
         rollout=rollout,
-        prompts={role: str(setup.tokenizer.decode(ids)) for role, ids in prompts.items()},
-        prompt_tokens={role: len(ids) for role, ids in prompts.items()},
+        prompts={who: str(setup.tokenizer.decode(ids)) for who, ids in prompts.items()},
+        prompt_tokens={who: len(ids) for who, ids in prompts.items()},
         completion=_text(setup, rollout),
         rows=rows,
         after=after,
         mean_is=_mean_is(setup.config, lesson),
+        name=DIVERGENCES[setup.config.divergence].split()[-1],
         notes=notes,
     )
 
 
 def print_walk(setup: Setup, found: Walk, console: Console) -> None:
     """Print the prompts with the boundary where the completion begins, the table, and the notes."""
-    for role, text in found.prompts.items():
-        say(console, f"===== the {role} reads, {found.prompt_tokens[role]} tokens =====")
+    for who, text in found.prompts.items():
+        say(console, f"===== {who}, {found.prompt_tokens[who]} tokens =====")
         say(console, f"{text}<<< the completion begins here >>>\n")
     say(console, f"===== the student writes, {len(found.rows)} tokens =====\n{found.completion}\n")
     config = setup.config
-    console.print(tokens_table(found.rows, after=found.after, mean_is=found.mean_is))
+    table = tokens_table(found.rows, after=found.after, mean_is=found.mean_is, name=found.name)
+    console.print(table)
     for note in found.notes:
         say(console, note)
     say(console, f"template hash {template_hash(setup.tokenizer, config.lang, config.thinking)}")
@@ -171,12 +233,13 @@ def write_page(found: Walk, path: Path) -> None:
         path,
         title=f"One problem carried through: {found.problem.id}, {found.problem.language}",
         prompts={
-            f"What the {role} reads ({found.prompt_tokens[role]} tokens)": text
-            for role, text in found.prompts.items()
+            f"What {who} ({found.prompt_tokens[who]} tokens)": text
+            for who, text in found.prompts.items()
         },
         rows=found.rows,
         after=found.after,
         mean_is=found.mean_is,
+        name=found.name,
         notes=found.notes,
     )
 
@@ -184,7 +247,7 @@ def write_page(found: Walk, path: Path) -> None:
 def _mean_is(config: Config, lesson: Lesson) -> str:
     """Return what the method makes of the mean of what the tokens add, "" where nothing."""
     if config.method in DISTILLED:
-        return "loss"
+        return "" if _control_notes(config) else "loss"
     return "SSOPD's term" if config.method == "ssopd" and lesson.weight else ""
 
 
@@ -197,58 +260,102 @@ def _hidden(setup: Setup, lesson: Lesson) -> tuple[Tensor, Tensor]:
     return student_ND, teacher_ND
 
 
+def _control_notes(config: Config) -> list[str]:
+    """Say where a run's loss is of other completions, or over less, than what is shown."""
+    notes = []
+    if config.completion != "student":
+        said = "trained on other completions than the student's"
+        notes.append(f"--completion {config.completion}: {said}, so no loss is shown")
+    if config.loss_over != "vocabulary":
+        said = "the loss is not over the whole vocabulary, as the divergence here is"
+        notes.append(f"--loss-over {config.loss_over}: {said}")
+    return notes
+
+
 def _clip_notes(setup: Setup, lesson: Lesson) -> list[str]:
     """Say how far the clip turns the gradient of this rollout; where none is set, the paper's.
 
     Nothing of a method whose loss is no divergence, nor of a rollout that nothing is learned from.
     """
     config = setup.config
-    if config.method not in (*DISTILLED, "ssopd") or lesson.weight == 0:
+    is_shown = config.method in (*DISTILLED, "ssopd") and not _control_notes(config)
+    if not is_shown or lesson.weight == 0:
         return []
     is_set = config.clip_mode != "none"
     mode = config.clip_mode if is_set else Config.clip_mode
     clip = config.clip if is_set else Config.clip
     options = divergence_options(replace(config, clip_mode=mode, clip=clip))
     products_3N = clip_products(*_hidden(setup, lesson), head_weight(setup.model), **options)
+    cosine = gradient_cosine(products_3N)
+    found = "none, for one of them is 0" if math.isnan(cosine) else f"{cosine:.3f}"
     return [
         f"cosine of the gradient on the logits with and without the {mode} clip of {clip:g} nats: "
-        f"{gradient_cosine(products_3N):.3f}{'' if is_set else ' (it is not set here)'}"
+        f"{found}{'' if is_set else ' (it is not set here)'}"
     ]
 
 
 def _lessons(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Lesson]:
     """Return the rollouts as the method learns from them; of SSOPD's, the one that it takes."""
     config = setup.config
-    shown = f"shown: of {len(rollouts)} completions, the one that the teacher disagrees with most"
     if config.method not in GROUPED:
-        (prompt,) = reader(config)(setup, [problem], 0).prompts
-        said = () if config.method == "copsd" else (f"{config.method.upper()}'s teacher",)
-        if said and config.token_weight == "uniform" and config.loss_prefix == 1:
-            said = (f"{said[0]}; every token weighs 1",)
-        return [Lesson(rollout, prompt, notes=(shown, *said)) for rollout in rollouts]
-    rewards = [float(_is_right(setup, problem, rollout)) for rollout in rollouts]
+        return _distilled(setup, problem, rollouts)
+    think_open = prompt_opens_think(setup.tokenizer, config.thinking)
+    texts = [_text(setup, rollout) for rollout in rollouts]
+    answer = str(problem.answer)
+    rewards = [float(is_correct(text, answer, think_open=think_open)) for text in texts]
     if config.method == "ssopd":
-        pair = witness_pair(setup, Group(problem, rollouts, rewards))
-        if pair is not None:
-            prompt, learner, weight = pair
-            said = "shown: the start of the longest wrong completion; the teacher reads a right one"
-            return [Lesson(learner, prompt, weight=weight, notes=(said,))]
-        said = f"SSOPD skips this group: {sum(rewards):.0f} of {len(rewards)} completions are right"
-        longest = max(rollouts, key=lambda rollout: len(rollout.completion_ids))
-        return [Lesson(longest, longest.prompt_ids, weight=0.0, notes=(said,))]
-    found = advantages(torch.tensor([rewards]), config.scale_rewards)[0].tolist()
-    if setup.can_teach(problem):
-        prompt = setup.teacher_prompt(problem)
+        return [_witnessed(setup, Group(problem, rollouts, rewards))]
+    count = f"shown: of {len(rollouts)} completions,"
+    if config.method == "egrsd":
+        shown = f"{count} the one that the teacher disagrees with most"
+        prompt, who = setup.teacher_prompt(problem), "EGRSD's teacher reads"
+    elif setup.can_teach(problem):
+        shown = f"{count} the one that COPSD's teacher disagrees with most"
+        prompt, who = (
+            setup.teacher_prompt(problem),
+            "COPSD's teacher would read; GRPO has no teacher",
+        )
     else:  # only GRPO takes such problems
-        prompt = setup.student_prompt(problem)
-        shown = f"shown: the first of {len(rollouts)} completions; the problem has no English side"
-        shown += ", so the base model reads in the teacher's place what the student reads"
+        shown = f"{count} the first; the problem has no English side"
+        prompt, who = setup.student_prompt(problem), "the base model reads; GRPO has no teacher"
+    found = advantages(torch.tensor([rewards]), config.scale_rewards)[0].tolist()
     lessons = []
     for rollout, advantage in zip(rollouts, found, strict=True):
         said = f"each token's advantage is {advantage:.3f}"
-        said += " times its weight" if config.method == "egrsd" else "; GRPO has no teacher"
-        lessons.append(Lesson(rollout, prompt, advantage, notes=(shown, said)))
+        said += " times its weight" if config.method == "egrsd" else ", and all count alike"
+        if len(set(rewards)) == 1:
+            said += ": all completions are right or all are wrong, so nothing is learned"
+        lessons.append(Lesson(rollout, prompt, who, advantage, notes=(shown, said)))
     return lessons
+
+
+def _distilled(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Lesson]:
+    """Return the rollouts as COPSD learns from them, or a method with its loop."""
+    config = setup.config
+    reading = reader(config)(setup, [problem], 0)
+    shown = f"shown: of {len(rollouts)} completions, the one that the teacher disagrees with most"
+    weighs = "every token weighs 1"
+    if config.token_weight != "uniform" or config.loss_prefix < 1:
+        given = f"--token-weight {config.token_weight} and --loss-prefix {config.loss_prefix:g}"
+        weighs = f"tokens weigh 1 on average, by {given}"
+    unread = (NO_NOTE,) if lacks_notes(reading.metrics) else ()
+    name = "the" if config.method == "copsd" else f"{config.method.upper()}'s"
+    given = (reading.prompts[0], f"{name} teacher reads")
+    return [Lesson(rollout, *given, notes=(shown, weighs, *unread)) for rollout in rollouts]
+
+
+def _witnessed(setup: Setup, group: Group) -> Lesson:
+    """Return the rollout of a group that SSOPD's term takes; of one that it skips, the longest."""
+    pair = witness_pair(setup, group)
+    if pair is not None:
+        prompt, learner, weight = pair
+        said = "shown: the start of the longest wrong completion; the teacher reads a right one"
+        return Lesson(learner, prompt, "SSOPD's teacher reads", weight=weight, notes=(said,))
+    count = f"{sum(group.rewards):.0f} of {len(group.rewards)} completions are right"
+    longest = max(group.rollouts, key=lambda rollout: len(rollout.completion_ids))
+    who = "the base model reads; SSOPD's teacher reads nothing"
+    notes = ("shown: the longest completion", f"SSOPD skips this group: {count}")
+    return Lesson(longest, longest.prompt_ids, who, weight=0.0, notes=notes)
 
 
 def _explain(setup: Setup, lesson: Lesson) -> list[TokenRow]:
@@ -296,12 +403,6 @@ def _weights(setup: Setup, lesson: Lesson, student_ND: Tensor, teacher_ND: Tenso
 def _text(setup: Setup, rollout: Rollout) -> str:
     end_ids = eos_ids(setup.model, setup.tokenizer)
     return completion_text(rollout.completion_ids, setup.tokenizer, end_ids)
-
-
-def _is_right(setup: Setup, problem: Problem, rollout: Rollout) -> bool:
-    think_open = prompt_opens_think(setup.tokenizer, setup.config.thinking)
-    text = _text(setup, rollout)
-    return grade(text, str(problem.answer), think_open=think_open).correct
 
 
 def _reward_note(setup: Setup, problem: Problem, rollout: Rollout, what: str) -> str:

@@ -9,6 +9,7 @@ function before the program begins, so that a number is not finite.
 bench/faults.py holds what is tried with them, and what counts as lost.
 """
 
+import argparse
 import errno
 import itertools
 import os
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import copsd
 import eval as evaluator
 from parts import owner, steps
@@ -263,3 +265,11 @@ def infinite_gradient() -> None:
 def unseen_update() -> None:
     """Let nobody look at the weights after an update."""
     steps.stop_unless_finite = lambda parameters: None  # the next rollout is to see it
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+    parser.error("there is nothing to run here; python bench/faults.py tries these faults")

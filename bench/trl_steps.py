@@ -7,21 +7,20 @@ as its settings make it: no gradient checkpointing, no mixed precision that a CP
 saved or logged but what the trainer must, no second forward for the old log-probs.
 """
 
+import argparse
 import json
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-from datasets import Dataset  # pyright: ignore[reportMissingImports]
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
-from trl.experimental.sdft import SDFTConfig, SDFTTrainer  # pyright: ignore[reportMissingImports]
 
+from bench.records import peer_version
 from parts.data import load_problems, pick_order
 from parts.grading import is_correct
 from parts.model import load_tokenizer, resolve_model
@@ -108,6 +107,14 @@ def common_arguments(config: Config, folder: str) -> dict[str, Any]:
 
 def make_trainer(config: Config, folder: str, clock: Clock) -> Any:
     """Return the trainer that is the method's nearest, on the problems in our order."""
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+    from trl.experimental.sdft import (  # pyright: ignore[reportMissingImports]
+        SDFTConfig,
+        SDFTTrainer,
+    )
+
     model_folder = resolve_model(config.model)
     tokenizer = load_tokenizer(model_folder)
     problems = load_problems(Path(str(config.data)), language=config.lang)
@@ -155,10 +162,33 @@ def make_trainer(config: Config, folder: str, clock: Clock) -> Any:
     return SDFTTrainer(args=arguments, **shared)
 
 
-def main(flags: dict[str, Any]) -> None:
+def read_settings(text: str) -> dict[str, Any]:
+    """Return a run's settings by their names; ArgumentTypeError where the text has none such."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"broken JSON: {error}") from error
+    if not isinstance(found, dict) or "model" not in found:
+        raise argparse.ArgumentTypeError('valid: an object of settings, with a "model"')
+    settings = {name.replace("-", "_"): value for name, value in found.items()}
+    if unknown := sorted(settings.keys() - {f.name for f in fields(Config)}):
+        raise argparse.ArgumentTypeError(f"unknown settings: {', '.join(unknown)}")
+    return settings
+
+
+def main() -> None:
     """Train, then print the last step."""
-    settings = {name.replace("-", "_"): value for name, value in flags.items()}
-    config = fill(settings, resolve_model(settings["model"]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("settings", type=read_settings, help="of copsd.py train, as JSON")
+    settings = parser.parse_args().settings
+    try:
+        config = fill(settings, resolve_model(settings["model"]))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if peer_version("trl") is None:
+        parser.error("trl is not installed: pip install -r bench/requirements.txt")
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         make_trainer(config, folder, clock).train()
@@ -167,4 +197,4 @@ def main(flags: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main()

@@ -2,8 +2,7 @@
 
 Three things are found out while it runs. The base's answers say what budget COPSD's steps would
 take, a sweep says which learning rate an arm gets, and COPSD's seconds say how long the others
-train.
-Nothing here trains, measures or writes; compare.py does, and hands back what it has found.
+train. Nothing here trains, measures or writes; compare.py does, and hands back what it has found.
 
 Read Arm, stages_of (the order, and what each stage waits for), then the functions that it calls.
 """

@@ -229,7 +229,11 @@ def train_command(
 def show_command(
     given: Given,
     adapter: Annotated[
-        Path | None, path_option("A run's folder: show its student beside the untrained one.")
+        Path | None,
+        path_option(
+            "A run's folder: show its student beside the untrained one, with the run's settings "
+            "where none is typed. Or an adapter's folder, which has none."
+        ),
     ] = None,
     html: Annotated[Path | None, path_option("Write the same as a page to this file.")] = None,
 ) -> None:
@@ -239,16 +243,20 @@ def show_command(
     from parts import ranks
     from parts.files import refuse_no_file, refuse_other_name
     from parts.setup import configure
+    from parts.view import say
 
     with bad_input():
         ranks.refuse("copsd.py show")
         if html:
             refuse_no_file(html, "--html")
             refuse_other_name(html, "--html", ".html", ".htm")
-        config, folder = configure(given)
+        settings, said = show.as_in_run(given, adapter, SHOWN) if adapter else (given, "")
+        config, folder = configure(settings)
         # A walk shows the divergence of any method, whatever a recipe says of evaluations.
         refuse_idle(given, replace(config, eval_problems=1))
         setup = show.prepare(config, folder, adapter, console)
+    if said:
+        say(console, said)
     with working(console, lambda: "nothing was to be kept"):
         found = show.walk(setup, trained=adapter is not None)
         show.print_walk(setup, found, console)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from parts.figures import Panel
+from parts.measure import KL_NAME
 from parts.prompts import find_language
-from parts.results import KL_TITLE, Arms, Experiment, Measured, ratio_of, samples_of, share
+from parts.results import Arms, Experiment, Measured, ratio_of, samples_of, share
 
 POINTS = 7  # of a curve over training
 Curve = list[tuple[float, float, float, float]]  # x, value, low, high
@@ -62,7 +63,7 @@ def language_panels(arms: Arms, limit: int) -> list[Panel]:
         panels.append(
             _training_panel(arms, "English: greedy accuracy", "accuracy", "English greedy accuracy")
         )
-    curves = over_training(arms, KL_TITLE)
+    curves = over_training(arms, KL_NAME)
     title = "KL(teacher, student), unclipped"
     panels.append(Panel(title, "sampled tokens, thousands", "nats per token", curves))
     return panels

@@ -19,10 +19,11 @@ import numpy as np
 from parts.curves import figures_of
 from parts.figures import curves_figure
 from parts.files import section_marks, split_section, write_json, write_text
+from parts.measure import KL_NAME
 from parts.metrics import Estimate, Ratio, bootstrap, difference, paired_permutation
 from parts.prompts import find_language
 from parts.report import markdown_table
-from parts.results import KL_TITLE, Arms, Experiment, Measured, ratio_of, samples_of, share
+from parts.results import Arms, Experiment, Measured, ratio_of, samples_of, share
 from parts.tables import cell
 
 COSTS = {"sampled_tokens": "sampled tokens", "train_s": "seconds", "updates": "updates"}
@@ -58,8 +59,8 @@ def summarise_language(
     summary: dict[str, Any] = {"arms": {}, "pairs": {}}
     for name, runs in finals.items():
         found = {metric: over_seeds(metric, runs) for metric in metrics}
-        kl = [share(run, KL_TITLE) for run in runs]
-        found[KL_TITLE] = {"value": float(np.mean(kl)), "by_seed": kl}
+        kl = [share(run, KL_NAME) for run in runs]
+        found[KL_NAME] = {"value": float(np.mean(kl)), "by_seed": kl}
         costs = {key: [run.get(key, 0) for run in runs] for key in COSTS}
         summary["arms"][name] = found | costs
     for first, second in pairs:
@@ -144,8 +145,8 @@ def full_table(experiment: Experiment, by_language: Mapping[str, Arms], what: st
     header: list[str] = []
     for lang, arms in by_language.items():
         for name, found in summarise_language(arms, [], in_full=True)["arms"].items():
-            metrics = [metric for metric in found if metric not in (*COSTS, KL_TITLE)]
-            header = [what, "evidence", "seeds", *metrics, KL_TITLE, *COSTS.values()]
+            metrics = [metric for metric in found if metric not in (*COSTS, KL_NAME)]
+            header = [what, "evidence", "seeds", *metrics, KL_NAME, *COSTS.values()]
             title = f"{find_language(lang).english}: {experiment.title(name)}"
             seeds = [f"{value:.3f}" for value in found["greedy accuracy"]["by_seed"]]
             ends = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else "-"
@@ -154,7 +155,7 @@ def full_table(experiment: Experiment, by_language: Mapping[str, Arms], what: st
                 numbers = found[metric]
                 estimate = Estimate(numbers["value"], numbers["low"], numbers["high"])
                 cells.append(cell(metric, estimate))
-            kl = f"{found[KL_TITLE]['value']:.3f}"
+            kl = f"{found[KL_NAME]['value']:.3f}"
             costs = [f"{np.mean(found[key]):.0f}" for key in COSTS]
             evidence = experiment.evidence.get(name) or "-"
             rows.append([title, evidence, ends, *cells, kl, *costs])

@@ -749,6 +749,20 @@ def divergence_options(config: Config) -> dict[str, Any]:
     }
 
 
+def step_kl_name(config: Config) -> str:
+    """Return what it is called that a step logs under loss/kl_nats_per_token.
+
+    The divergence of what is distilled, -log q of hard labels, which no --divergence changes, and
+    of methods with rewards an estimate of the KL to the initial model.
+
+    >>> [step_kl_name(Config(divergence="jsd", completion=each)) for each in ("student", "garbage")]
+    ['JSD', '-log q']
+    """
+    if config.completion in LABELS:
+        return "-log q"
+    return DIVERGENCES[config.divergence] if config.method in DISTILLED else "KL"
+
+
 def of_method(values: dict[str, Any], method: str, default: Any) -> Any:
     """Return a method's value: its own, else that of the method it follows, else the default.
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from parts.measure import KL_NAME
 from parts.metrics import Ratio
-
-KL_TITLE = "KL to the teacher, nats/token"
 
 # Of one arm, as compare.run_arm writes them: {"points": [measured, ...], "final": measured}. What
 # is measured holds ratios by name for each kind of attempt, the KL's ratio, and what it has cost so
@@ -79,7 +78,7 @@ def _stored_ratio(measured: Measured, metric: str) -> Ratio:
         return measured["greedy"]["pass@1"]
     if metric == "English greedy accuracy":
         return measured["english"]["pass@1"]
-    if metric == KL_TITLE:
+    if metric == KL_NAME:
         return measured["kl"]
     if metric.startswith("pass@"):
         return measured["sampled"][metric]

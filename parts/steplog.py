@@ -59,10 +59,15 @@ class Tally:
         self.notes[name] = (old_total + total, old_count + count)
 
     def clip_cosine(self) -> float | None:
-        """Return the cosine between the clipped and the plain gradient; None if not measured."""
+        """Return the cosine between the clipped and the plain gradient.
+
+        None if it is not measured, and where one of them is 0, as both are where nothing is taught.
+        """
         if CLIP_PRODUCTS[0] not in self.tokens:
             return None
-        return gradient_cosine(torch.stack([torch.cat(self.tokens[n]) for n in CLIP_PRODUCTS]))
+        products_3N = torch.stack([torch.cat(self.tokens[name]) for name in CLIP_PRODUCTS])
+        cosine = gradient_cosine(products_3N)
+        return None if math.isnan(cosine) else cosine
 
     def row_means(self, name: str) -> dict[int, float]:
         """Return a statistic's mean over each row's tokens."""

@@ -139,42 +139,34 @@ def visible(text: str) -> str:
 
 
 def tokens_table(
-    rows: list[TokenRow], *, after: list[TokenRow] | None = None, mean_is: str = "loss"
+    rows: list[TokenRow],
+    *,
+    after: list[TokenRow] | None = None,
+    mean_is: str = "loss",
+    name: str = "KL",
 ) -> Table:
-    """Return a table of at most 80 columns: a line per token and, last, the mean: it is the loss.
+    """Return a table of at most 80 columns: a line per token and, last, the mean of each column.
 
     The teacher's favourite is shown only where it is another token, and what the clip leaves of a
     token's KL only where it cut. Nothing is read as rich's markup.
 
     after    the same tokens after training, for two more columns; ValueError if they are other
              tokens
-    mean_is  what the method makes of the mean, "" where it does not train on it. Where a weight is
-             not 1, it is the mean of what the clip leaves times the weight
+    mean_is  what the method makes of the mean of what the clip leaves, "" where it does not train
+             on it. Where a weight is not 1, it is that of what the clip leaves times the weight,
+             which has a line of its own below the other
+    name     what the divergence is called, in one word
     """
     _check_same_tokens(rows, after)
-    kl, loss = _means(rows)
     clips = any(row.clipped for row in rows)
     weighted = any(row.weight != 1 for row in rows)
-    mark = f"\n= {mean_is}".replace(" term", "\nterm") if mean_is else ""
-    columns = [
-        Column("token", "mean", max_width=13),
-        Column("student", justify="right"),
-        Column("teacher", justify="right"),
-        Column("teacher\nwould say", max_width=11),
-        Column("KL,\nnats", _nats(kl) + ("" if clips or weighted else mark), justify="right"),
-    ]
-    if clips:
-        said = _nats(loss) + ("" if weighted else mark)
-        columns.append(Column("clip\nleaves", said, justify="right"))
-    if weighted:
-        said = _nats(_means(rows, weighted=True)[1]) + mark if mean_is else ""
-        columns.append(Column("weight", said, justify="right"))
-    if after:
-        columns.append(Column("student\nafter", justify="right"))
-        columns.append(Column("KL\nafter", _nats(_means(after)[0]), justify="right"))
+    columns = _columns(rows, after, mean_is, name, clips=clips, weighted=weighted)
     for column in columns:
         column.no_wrap = True
     table = Table(*columns, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    if weighted and after:  # with all columns there is little room for their words, and for blanks
+        columns[3].max_width = 9
+        table.padding = 0
     table.show_footer = True
     for place, row in enumerate(rows):
         cells = [
@@ -196,6 +188,38 @@ def tokens_table(
     return table
 
 
+def _columns(
+    rows: list[TokenRow],
+    after: list[TokenRow] | None,
+    mean_is: str,
+    name: str,
+    *,
+    clips: bool,
+    weighted: bool,
+) -> list[Column]:
+    """Return the columns of tokens_table, each with its mean below it."""
+    kl, loss = _means(rows)
+    mark = f"\n= {mean_is}".replace(" term", "\nterm") if mean_is else ""
+    if mark and weighted:
+        mark = f"\n{_nats(_means(rows, weighted=True)[1])}{mark}"
+    columns = [
+        Column("token", "mean\nweighted mean" if mark and weighted else "mean", max_width=13),
+        Column("student", justify="right"),
+        Column("teacher", justify="right"),
+        Column("teacher\nwould say", max_width=11),
+        Column(f"{name},\nnats", _nats(kl) + ("" if clips else mark), justify="right"),
+    ]
+    if clips:
+        columns.append(Column("clip\nleaves", _nats(loss) + mark, justify="right"))
+    if weighted:
+        mean = fmean(row.weight for row in rows)
+        columns.append(Column("weight", _nats(mean), justify="right"))
+    if after:
+        columns.append(Column("student\nafter", justify="right"))
+        columns.append(Column(f"{name}\nafter", _nats(_means(after)[0]), justify="right"))
+    return columns
+
+
 def write_tokens_page(
     path: Path,
     *,
@@ -204,6 +228,7 @@ def write_tokens_page(
     rows: list[TokenRow],
     after: list[TokenRow] | None = None,
     mean_is: str = "loss",
+    name: str = "KL",
     notes: list[str],
 ) -> None:
     """Write an HTML file that loads nothing: the completion coloured by KL, with both opinions.
@@ -211,6 +236,7 @@ def write_tokens_page(
     prompts  what to call each prompt -> its text
     after    the same tokens after training, for a switch; ValueError if they are other tokens
     mean_is  as for tokens_table; where it is "", the page shows the divergences as they are
+    name     as for tokens_table
     notes    lines to end with, such as what GRPO hears of this rollout
     All of it enters the page as text. Half a surrogate pair, which UTF-8 cannot write, becomes
     BROKEN. Raises ValueError for a number that is not finite.
@@ -221,6 +247,7 @@ def write_tokens_page(
         "title": title,
         "prompts": prompts,
         "mean_is": mean_is,
+        "name": name,
         "views": {name: _view(tokens, mean_is) for name, tokens in views.items()},
         "notes": notes,
     }

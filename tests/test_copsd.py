@@ -473,7 +473,12 @@ def test_train_prints_the_table_and_a_second_call_finds_the_finished_run(tmp_pat
 
 @pytest.mark.parametrize(
     ("flags", "name"),
-    [([], "forward KL"), (["--divergence", "jsd"], "JSD"), (["--method", "opsdc"], "reverse KL")],
+    [
+        ([], "forward KL"),
+        (["--divergence", "jsd"], "JSD"),
+        (["--method", "opsdc"], "reverse KL"),
+        (["--completion", "reference"], "-log q"),
+    ],
 )
 def test_a_step_is_shown_with_the_name_of_its_divergence(tmp_path, flags, name):
     small = ["--steps", "1", "--batch-size", "2", "--eval-problems", "0", "--max-new-tokens", "8"]

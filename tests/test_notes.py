@@ -3,19 +3,24 @@
 test_methods.py holds the members that read them; test_readings.py holds the wordings.
 """
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from conftest import ROOT, write_file
 from test_grpo import jsonl, nudge
 from test_methods import make_setup, train
+from typer.testing import CliRunner
 
 import methods
 from methods import read_notes, usable_text
-from parts import ranks
+from parts import commands, ranks
 from parts.model import eos_ids
 from parts.prompts import languages
 from parts.readings import longest_prompts, note_request
 from parts.sampler import Rollout
+from parts.view import NO_NOTE
 
 
 def test_a_plan_is_the_current_students_and_does_not_touch_the_rollouts(tmp_path):
@@ -109,6 +114,43 @@ def test_thoughts_are_no_part_of_a_note(tmp_path, monkeypatch):
     for said, left in (("a</think> b", "b"), ("never closed", "")):
         monkeypatch.setattr(methods, "completion_text", lambda *_, said=said: said)
         assert usable_text(setup, rollout) == left
+    # A thought that the model opened by itself was shown to the teacher whole.
+    monkeypatch.setattr(methods, "prompt_opens_think", lambda *_: False)
+    for said, left in (("<think>a</think> b", "b"), ("<think>never closed", ""), ("b", "b")):
+        monkeypatch.setattr(methods, "completion_text", lambda *_, said=said: said)
+        assert usable_text(setup, rollout) == left
+
+
+def thinking_model(folder: Path) -> str:
+    """Write the lab's model with a template that opens a think block, which it never closes."""
+    shutil.copytree(ROOT / "lab" / "tiny", folder)
+    template = folder / "chat_template.jinja"
+    opens = "{% if not (enable_thinking is defined and not enable_thinking) %}<think>\n{% endif %}"
+    ends = template.read_text(encoding="utf-8").rpartition("{% endif %}")
+    write_file(folder, template.name, f"{ends[0]}{opens}{ends[1]}")
+    return str(folder)
+
+
+@pytest.mark.parametrize("reads", ["plan", "explained"])
+def test_a_thought_that_fills_every_note_is_said_once(tmp_path, reads):
+    """The teacher read what the student read, the loss was 0, and nothing was said."""
+    flags = ["--model", thinking_model(tmp_path / "model"), "--teacher-reads", reads]
+    flags += ["--data", str(ROOT / "lab/problems/hau/train.jsonl"), "--note-tokens", "16"]
+    flags += ["--clip-mode", "entry"]
+    short = ["--steps", "2", "--batch-size", "4", "--eval-problems", "0", "--cosine-every", "1"]
+    out = ["--out", str(tmp_path / "run")]
+    trained = CliRunner().invoke(commands.copsd, ["train", *flags, *short, *out])
+    assert trained.exit_code == 0, trained.output
+    assert trained.stdout.count(f"step 1: {NO_NOTE}") == trained.stdout.count(NO_NOTE) == 1
+    assert all(words in NO_NOTE for words in ("--note-tokens", "--thinking off"))
+    rows = jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [row["loss/objective_nats_per_token"] for row in rows] == [0.0, 0.0]
+    shown = CliRunner().invoke(commands.copsd, ["show", *flags])
+    assert shown.exit_code == 0 and NO_NOTE in shown.stdout, shown.output
+    assert "clip of 0.05 nats: none, for one of them is 0" in shown.stdout
+    # The remedy that it names.
+    off = CliRunner().invoke(commands.copsd, ["show", *flags, "--thinking", "off"])
+    assert off.exit_code == 0 and NO_NOTE not in off.stdout, off.output
 
 
 def test_an_explanation_is_the_teachers_and_stands_beside_the_solution(tmp_path):

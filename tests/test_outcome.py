@@ -23,9 +23,10 @@ from test_results import (
 from parts import outcome
 from parts.curves import figures_of
 from parts.files import read_json
+from parts.measure import KL_NAME
 from parts.metrics import bootstrap, paired_tests, ratios
 from parts.outcome import arms_table, compare_arms, over_seeds, pairs_table, write_section
-from parts.results import KL_TITLE, Sweep
+from parts.results import Sweep
 
 
 def cells(table: str) -> list[list[str]]:
@@ -62,9 +63,9 @@ def test_only_shares_of_right_or_formatted_attempts_are_tested():
     summary = outcome.summarise_language({"base": [BASE], "copsd": [HALF]}, [("base", "copsd")])
     tested = ["greedy accuracy", "pass@1", "pass@2", "format rate", "English greedy accuracy"]
     assert list(summary["pairs"]["copsd - base"]) == tested
-    shown = [*tested[:4], "accuracy given a box", tested[4], "mean tokens", KL_TITLE]
+    shown = [*tested[:4], "accuracy given a box", tested[4], "mean tokens", KL_NAME]
     assert list(summary["arms"]["copsd"]) == [*shown, *outcome.COSTS]
-    assert summary["arms"]["copsd"][KL_TITLE] == {"value": 0.5, "by_seed": [0.5]}
+    assert summary["arms"]["copsd"][KL_NAME] == {"value": 0.5, "by_seed": [0.5]}
     assert summary["arms"]["base"]["train_s"] == [0]  # it was not trained
 
 
@@ -83,7 +84,7 @@ def test_the_arms_table_has_means_over_seeds_with_the_smallest_and_the_largest()
     row = dict(zip(header, copsd, strict=True))
     assert row["greedy accuracy"] == "0.750 (0.500, 1.000)"
     assert row["mean tokens"] == "5.0 (4.0, 6.0)"
-    assert row[KL_TITLE] == "0.375 (0.250, 0.500)"
+    assert row[KL_NAME] == "0.375 (0.250, 0.500)"
     assert row["sampled tokens"] == "900" and row["seconds"] == "4" and row["updates"] == "3"
     assert dict(zip(header, base, strict=True))["greedy accuracy"] == "0.000"  # one run, no ends
 

@@ -6,8 +6,9 @@ The results that are made by hand here are those of test_curves.py and test_outc
 from dataclasses import replace
 from typing import Any
 
+from parts.measure import KL_NAME
 from parts.metrics import Attempt, Graded, ratios
-from parts.results import KL_TITLE, Experiment, Sweep, accuracy, ratio_of, share
+from parts.results import Experiment, Sweep, accuracy, ratio_of, share
 
 WRONG = Attempt(
     completion="",
@@ -102,5 +103,5 @@ def test_metrics_are_read_from_the_attempts_they_are_of():
     assert share(found, "English greedy accuracy") == 1.0
     assert share(found, "format rate") == 0.5
     assert share(found, "mean tokens") == 6.0
-    assert share(found, KL_TITLE) == 0.5
+    assert share(found, KL_NAME) == 0.5
     assert accuracy(found) == 0.5

@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from kernels import divergence
 from parts import commands
+from parts.commands import SHOWN
 from parts.data import load_problems
 from parts.files import read_json
 from parts.recipe import METHODS, Config
 from parts.sampler import Rollout
 from parts.setup import configure
-from show import Lesson, _mean_is, prepare, walk
+from show import Lesson, _mean_is, as_in_run, prepare, walk
 
 QUIET = Console(quiet=True)
 TRAIN = ["--steps", "1", "--batch-size", "4", "--eval-problems", "0", "--lr", "0.01"]
@@ -114,12 +115,94 @@ def test_the_trained_student_stands_beside_the_untrained_one(trained):
     assert [row.kl for row in found.rows] == pytest.approx([row.kl for row in untrained.rows])
 
 
+def train(out: Path, *flags: str) -> str:
+    result = run_cli("train", *TRAIN, *flags, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    return str(out)
+
+
+def test_a_runs_settings_are_the_defaults_of_its_walk(tmp_path):
+    """A run of OPHSD in Swahili was shown as one of COPSD in Hausa."""
+    run = train(tmp_path / "run", "--method", "ophsd", "--lang", "swa", "--note-tokens", "40")
+    shown = run_cli("show", "--adapter", run)
+    assert shown.exit_code == 0, shown.output
+    assert f"settings as in {run}: method ophsd, lang swa, note_tokens 40\n" in shown.stdout
+    assert "Mpango:" in shown.stdout.partition("teacher reads")[2], "a plan, in Swahili"
+    # What is typed goes first. Another method has another recipe, and another language other data.
+    typed = {"method": "copsd", "lang": "hau", "seed": 3}
+    settings, said = as_in_run(typed, Path(run), SHOWN)
+    assert said == f"settings as in {run}"
+    plain = {"model": "lab/tiny", "thinking": "auto", "dtype": "auto"}
+    assert settings == {**plain, **typed}
+    settings, said = as_in_run({"note_tokens": 30}, Path(run), SHOWN)
+    assert settings["note_tokens"] == 30 and "note_tokens" not in said
+    assert "steps" not in settings and "device" not in settings
+    # An adapter's folder has no settings.
+    for folder in (Path(run, "adapters", "step_00001"), tmp_path):
+        assert as_in_run(typed, folder, SHOWN) == (typed, "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--completion", "reference"], "--completion reference: trained on other completions"),
+        (["--loss-over", "sampled"], "--loss-over sampled: the loss is not over the whole"),
+    ],
+)
+def test_a_run_with_another_loss_than_is_shown_is_told_so(tmp_path, flags, said):
+    shown = run_cli("show", "--adapter", train(tmp_path / "run", *flags)).stdout
+    assert said in shown and "= loss" not in shown and "cosine" not in shown
+
+
+def test_a_group_is_as_large_as_the_runs(tmp_path):
+    run = train(tmp_path / "run", "--method", "grpo", "--group-size", "2")
+    shown = run_cli("show", "--adapter", run)
+    assert shown.exit_code == 0, shown.output
+    assert "shown: of 2 completions" in shown.stdout
+
+
+def test_data_of_a_run_that_are_gone_are_one_line(tmp_path):
+    data = data_of(tmp_path, **ENGLISH)
+    run = train(tmp_path / "run", "--data", data, "--batch-size", "1")
+    Path(data).rename(tmp_path / "moved.jsonl")
+    result = run_cli("show", "--adapter", run)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert f"{run} was trained on {data}, which is not there; name" in result.stderr
+    moved = run_cli("show", "--adapter", run, "--data", str(tmp_path / "moved.jsonl"))
+    assert moved.exit_code == 0, moved.output
+
+
+@pytest.mark.parametrize(
+    ("config", "said"), [(None, "it has no config"), ({"method": "copsd", "clip": "no"}, "clip is")]
+)
+def test_a_record_that_is_damaged_is_one_line(tmp_path, trained, config, said):
+    run = shutil.copytree(trained, tmp_path / "run")
+    write_file(run, "config.json", json.dumps({"config": config}))
+    result = run_cli("show", "--adapter", str(run))
+    assert result.exit_code == 2 and said in result.stderr, result.output
+    assert result.stderr.count("\n") == 1 and f"{run}/config.json" in result.stderr
+
+
 def test_the_page_holds_the_same_walk(tmp_path, trained):
     page = tmp_path / "walk.html"
     result = run_cli("show", "--adapter", str(trained), "--html", str(page))
     assert result.exit_code == 0, result.output
     text = page.read_text(encoding="utf-8")
     assert "GRPO hears of this rollout" in text and "http" not in text.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(
+    ("divergence", "name"), [("jsd", "JSD"), ("reverse_kl", "KL"), ("forward_kl", "KL")]
+)
+def test_a_divergence_is_called_what_it_is(tmp_path, trained, divergence, name):
+    """JSD was called KL."""
+    page = tmp_path / "walk.html"
+    flags = ["--divergence", divergence, "--adapter", str(trained), "--html", str(page)]
+    result = run_cli("show", *flags)
+    assert result.exit_code == 0, result.output
+    words = result.stdout.split()
+    assert words.count(f"{name},") == 1 and words.count(name) == 1  # the column, and after training
+    assert f'"name": "{name}"' in page.read_text(encoding="utf-8")
 
 
 def data_of(folder: Path, **changes) -> str:
@@ -149,6 +232,45 @@ def test_methods_that_train_without_an_english_side_are_shown_without_one(tmp_pa
     assert "= loss" not in result.stdout and ("= SSOPD's" in result.stdout) is bool(called)
     assert "GRPO hears of this rollout: " in result.stdout
     assert ("the problem has no English side" in result.stdout) is (method == "grpo")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], ["the teacher reads", "every token weighs 1"]),
+        (
+            ["--token-weight", "position", "--loss-prefix", "0.5"],
+            ["tokens weigh 1 on average, by --token-weight position and --loss-prefix 0.5"],
+        ),
+        (
+            ["--method", "grpo"],
+            [
+                "COPSD's teacher would read; GRPO has no teacher",
+                "the one that COPSD's teacher disagrees with most",
+                ", and all count alike",
+            ],
+        ),
+        (["--method", "opsdc"], ["OPSDC's teacher reads", "every token weighs 1"]),
+        (["--method", "egrsd"], ["EGRSD's teacher reads", " times its weight"]),
+        (
+            ["--method", "ssopd", "--temperature", "0.01"],
+            ["SSOPD's teacher reads nothing", "the longest completion", "skips this group: 0 of 8"],
+        ),
+        (
+            ["--method", "grpo", "--temperature", "0.01"],
+            ["is 0.000, and all count alike: all completions are right or all are wrong"],
+        ),
+    ],
+)
+def test_a_walk_says_whose_teacher_reads_and_how_tokens_weigh(tmp_path, flags, said):
+    """COPSD's said nothing of weights, and GRPO's had a teacher like any other."""
+    page = tmp_path / "walk.html"
+    result = run_cli("show", *flags, "--html", str(page))
+    assert result.exit_code == 0, result.output
+    text = page.read_text(encoding="utf-8")
+    assert all(words in result.stdout and words in text for words in said), result.stdout
+    teachers = re.findall("===== (.*teacher.*), [0-9]+ tokens =====", result.stdout)
+    assert len(teachers) == 1 and f"What {teachers[0]} (" in text
 
 
 def test_the_mean_of_tokens_that_nothing_is_learned_from_is_called_nothing():

@@ -10,6 +10,7 @@ from parts.machine import Stopwatch
 from parts.prompts import Problem
 from parts.sampler import Rollout
 from parts.steplog import (
+    CLIP_PRODUCTS,
     Tally,
     completion_rows,
     copsd_metrics,
@@ -88,6 +89,15 @@ def test_copsds_metrics_are_the_tallys_means_by_their_names():
         "loss/teacher_entropy_nats_per_token": 3.0,
         "loss/student_entropy_nats_per_token": 1.5,
     }
+
+
+def test_gradients_that_are_0_have_no_cosine():
+    """It was nan, which a tracker would have drawn."""
+    tally = Tally()
+    tally.keep({name: torch.zeros(3) for name in CLIP_PRODUCTS})
+    assert tally.clip_cosine() is None
+    tally.keep(dict(zip(CLIP_PRODUCTS, torch.tensor([[1.0], [4.0], [1.0]]), strict=True)))
+    assert tally.clip_cosine() == 0.5
 
 
 def test_grpos_metrics_count_rewards_of_all_groups_and_ratios_of_all_tokens():

@@ -263,10 +263,32 @@ def test_the_mean_is_of_the_weighted_tokens_where_it_is_trained_on(tmp_path):
         assert data["mean_is"] == mean_is
         means[mean_is] = [(view["kl"], view["loss"]) for view in data["views"].values()]
         footers = [str(column.footer) for column in tokens_table(WEIGHED, mean_is=mean_is).columns]
-        shown = {"loss": "0.200\n= loss", "SSOPD's term": "0.200\n= SSOPD's\nterm", "": ""}
-        assert footers[-1] == shown[mean_is] and "".join(footers).count("=") == bool(mean_is)
+        # The mean below the weights was of the weighted KL.
+        shown = {"loss": "\n0.200\n= loss", "SSOPD's term": "\n0.200\n= SSOPD's\nterm", "": ""}
+        first = "mean\nweighted mean" if mean_is else "mean"
+        assert footers == [first, "", "", "", "0.350", f"0.200{shown[mean_is]}", "1.000"]
     assert means["loss"] == means["SSOPD's term"] == [(0.5, 0.2), (0.2, 0.2)]
     assert means[""] == [(0.35, 0.2), (0.2, 0.2)]
+
+
+def test_each_column_has_a_mean_of_its_own_and_the_weighted_one_is_the_loss():
+    """The mean of the weighted KL stood below the weights."""
+    rows = [row("a", kl=0.8, loss=0.8, weight=0.5), row("b", kl=0.2, weight=1.5)]
+    footers = [str(column.footer) for column in tokens_table(rows).columns]
+    assert footers == ["mean\nweighted mean", "", "", "", "0.500\n0.350\n= loss", "1.000"]
+    lines = [line.split() for line in printed(tokens_table(rows))]
+    assert ["mean", "0.500", "1.000"] in lines and ["weighted", "mean", "0.350"] in lines
+
+
+def test_a_table_with_every_column_fits_80_columns_and_cuts_no_number():
+    made = {"kl": 12.5, "loss": -0.25, "clipped": True, "weight": 1.5, "favourite": "b" * 30}
+    rows = [row("a" * 30, **made)] * 2
+    lines = printed(tokens_table(rows, after=rows, mean_is="SSOPD's term"))
+    assert max(map(len, lines)) <= 80
+    numbers = [line.split()[1:] for line in lines if line.strip().startswith("aaa")]
+    shown = ["0.500", "0.500", "bbbbbbbb…", "12.500", "-0.250", "1.500", "0.500", "12.500"]
+    assert numbers == [shown, shown]
+    assert sum("…" in line for line in lines) == 2
 
 
 def test_a_number_that_is_not_finite_leaves_no_page(tmp_path):
@@ -297,6 +319,7 @@ const seen = {
   bars: drawn.map(token => [...token.children].map(bar => bar.style.height)),
   bars_say: document.querySelector("#bars > span").textContent,
   sum: document.getElementById("sum").textContent,
+  scale: document.querySelector("#scale").outerHTML,
   card: document.getElementById("card").textContent,
 };
 const note = document.createElement("pre");
@@ -341,8 +364,10 @@ def test_a_browser_draws_the_weighted_tokens_and_calls_their_mean_what_it_is(tmp
 def test_the_tallest_bar_is_one_that_is_drawn(tmp_path):
     path = tmp_path / "page.html"
     low = row("a", kl=0.001, loss=0.001)
-    write_tokens_page(path, title="t", prompts={}, rows=[low], notes=[])
+    write_tokens_page(path, title="t", prompts={}, rows=[low], name="JSD", notes=[])
     seen = seen_in_a_browser(path, WEIGHTS)
+    assert "JSD &lt;0.01" in seen["scale"] and "colour by JSD, in nats" in seen["scale"]
+    assert "JSD 0.001 nats" in seen["card"]
     assert "the tallest bar is 0.001 nats" in seen["bars_say"] and "weight" not in seen["card"]
 
 

@@ -7,7 +7,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from parts.view import COLUMNS, ArmsProgress, SamplingProgress, StepView, say, sparkline
+from parts.view import COLUMNS, NO_NOTE, ArmsProgress, SamplingProgress, StepView, say, sparkline
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = {
@@ -53,6 +53,30 @@ def test_on_a_terminal_the_last_steps_and_the_bar_are_shown():
     assert "step 30/40" in last
     assert "19" in last
     assert " 18 " not in last
+
+
+def test_that_no_note_could_be_read_is_said_once():
+    lacking, partly = ({"note/plain_frac": share} for share in (1.0, 0.5))
+    for first, times in ((partly, 1), (lacking, 1)):
+        stream = io.StringIO()
+        with StepView(Console(file=stream), steps=4) as view:
+            for step, each in enumerate((first, lacking, lacking), start=1):
+                view.show({"step": step, "progress": step / 4, **each})
+        assert stream.getvalue().count(NO_NOTE) == times
+        assert f"step {1 if first is lacking else 2}: {NO_NOTE}" in stream.getvalue()
+    stream = io.StringIO()
+    with StepView(Console(file=stream), steps=4) as view:
+        view.recall([{"step": 1, "progress": 0.25, **lacking}])
+        view.show({"step": 2, "progress": 0.5, **lacking})
+    assert NO_NOTE not in stream.getvalue(), "it was said before the run was stopped"
+    stream = io.StringIO()
+    arms = ArmsProgress(Console(file=stream), arms=2, units=2.0)
+    for title in ("one", "two"):
+        arms.start(title, 1.0)
+        for step in (1, 2):
+            arms.show({"step": step, "progress": step / 2, **lacking})
+    said = [line for line in stream.getvalue().splitlines() if NO_NOTE in line]
+    assert said == [f"{title}: step 1: {NO_NOTE}" for title in ("one", "two")]
 
 
 def shown(rows: list[dict], width: int, **options) -> list[str]:
