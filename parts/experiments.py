@@ -8,7 +8,7 @@ untrained, is an arm of every experiment and is not listed.
 from dataclasses import dataclass, field
 from typing import Any
 
-from parts.recipe import METHODS
+from parts.recipe import METHODS, Config
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Design:
     sweep    the default --sweep; None: every arm has its recipe's rate
     in_full  one row an arm with every interval, how often the answer is in the problem's language,
              pass@k at each power of two, and all that a second time at equal seconds
-    steps    the default --steps; None: the recipe's
+    steps    the default --steps
     """
 
     name: str
@@ -50,7 +50,7 @@ class Design:
     pairs: tuple[tuple[str, str], ...]
     sweep: str | None
     in_full: bool = False
-    steps: int | None = None
+    steps: int = Config.steps
 
 
 # How sure we are of what each method does; "code" is the authors'.

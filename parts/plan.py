@@ -86,8 +86,7 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
     shared = {name: value for name, value in given.items() if name not in own}
     langs = parse_list(options.lang, "lang", lambda code: find_language(code).iso3)
     design = pick_design(options)
-    if design.steps:
-        shared.setdefault("steps", design.steps)
+    shared.setdefault("steps", design.steps)
     factors = parse_factors(options.sweep or design.sweep or "1")
     # COPSD's recipe is what every arm is measured with, so it is there in any case.
     methods = dict.fromkeys(
