@@ -8,7 +8,8 @@ What differs from copsd.py: there is no entry clip; a micro-batch's loss is the 
 completions' means, not a share of the step's mean over tokens; pads stand before prompts; problems
 come in TRL's own order, and vLLM's random numbers are its own; with vLLM a row ends only where the
 model's own settings say, not also at the end of the chat template's turn; nothing is held out and
-evaluated; logits of whole micro-batches exist at once, in full_logits.
+evaluated; logits of whole micro-batches exist at once, in full_logits. Of a run's settings, some do
+not reach this script, such as --english-share: export-data names them.
 """
 
 import argparse
