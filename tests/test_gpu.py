@@ -15,11 +15,11 @@ from parts import batch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def visit(tmp_path: Path, *flags: str) -> list[dict]:
+def visit(tmp_path: Path) -> list[dict]:
     out = tmp_path / "gpu.jsonl"
     command = [sys.executable, "bench/gpu.py", "--size", "toy", "--device", "cpu"]
     done = subprocess.run(
-        [*command, "--out", str(out), *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     written = out.read_text(encoding="utf-8")
@@ -52,8 +52,11 @@ def test_every_part_of_the_visit_runs(tmp_path):
     assert by_name["memory"]["plan_gib"] > 0 and by_name["divergence"]["share_of_product_rate"] > 0
 
 
-def test_a_visit_without_time_says_what_it_left_out(tmp_path):
-    found = visit(tmp_path, "--minutes", "0")
+def test_a_visit_without_time_says_what_it_left_out(tmp_path, monkeypatch, capsys):
+    flags = ["--size", "toy", "--device", "cpu", "--minutes", "0", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+    gpu.main()
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["what"] for line in found if "skipped" in line] == [
         "sampling",
         "recording",
