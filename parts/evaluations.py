@@ -183,8 +183,12 @@ def pass_at_k_curve(results: list[Graded], samples: int) -> dict[int, Estimate]:
 def prepare_report(folders: list[Path], out: Path, console: Console) -> Comparison:
     """Return what the folders hold, those after the first tested against it; make `out`.
 
-    Raises ValueError or OSError where evaluations are missing, not finished, or not comparable.
+    Raises ValueError or OSError where evaluations are missing, not finished, or not comparable, and
+    where `out` is in one of them: what is read is never written into.
     """
+    for folder in folders:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--out {out} is in the evaluation {folder}; choose another --out")
     evaluations: list[Evaluation] = []
     tests: list[list[str]] = []
     days: list[list[str]] = []

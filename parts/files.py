@@ -224,14 +224,15 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     write_json(path, {**content, SEAL: seal(content)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Path, *, always: bool = False) -> dict[str, Any]:
     """Return the object that write_sealed wrote; ValueError where a byte of it has changed.
 
-    What has no digest, as an older version wrote it, is returned as it is.
+    always  every version sealed this file; else one without a digest, as an older version wrote it,
+            is returned as it is
     """
     content = read_object(path)
     held = content.pop(SEAL, None)
-    if held is not None and held != seal(content):
+    if (always or held is not None) and held != seal(content):
         raise ValueError(f"{path} is damaged: it is not what its own digest says")
     return content
 

@@ -24,7 +24,7 @@ from parts.measure import check_answers
 from parts.model import load_config, load_tokenizer, resolve_model
 from parts.prompts import Problem, find_language
 from parts.recipe import OWN_SETTINGS, CompareConfig, Config
-from parts.runs import START_ANEW, Run
+from parts.runs import MAKE_AGAIN, START_ANEW, Run
 from parts.settings import check_settings, doubts_of, flag_of, idle_settings
 from parts.setup import configure, fitting_problems, load_setup, needs_answers
 from parts.view import say
@@ -234,6 +234,8 @@ def open_folder(plan: Plan, console: Console | None) -> None:
             recipe = asdict(plan.configs[method, lang]).items()
             settings |= {f"{method} {n}": v for n, v in recipe if n not in ("method", "out")}
     root.check(settings)
+    with remedied(MAKE_AGAIN):  # found out now and not when all arms are done
+        split_section(root.folder / "RESULTS.md", plan.design.name)
     taken_over = root.claim()
     if console and taken_over:
         say(console, taken_over)

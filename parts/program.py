@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,13 +61,24 @@ class _OneLineErrors(TyperGroup):
         except UsageError as error:
             say_error(error.format_message())
             sys.exit(2)
-        except (KeyboardInterrupt, typer.Abort):  # before there was anything to keep
+        except typer.Abort:
             say_error("stopped")
             sys.exit(130)
         if output.failure and not isinstance(output.failure, BrokenPipeError):
             say_error(f"standard output cannot be written: {output.failure.strerror}")
             sys.exit(code or 2)
         sys.exit(code)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; stopped before there was anything to keep, it says so.
+
+        In `main` it is too late: typer makes a bare exit code of it.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            say_error("stopped")
+            raise typer.Exit(130) from stop
 
 
 def _nowhere() -> TextIO:
@@ -135,7 +146,8 @@ def say_error(text: str) -> None:
     """Print one line to standard error; what could drive a terminal is shown as what it is."""
     from parts.view import shown
 
-    typer.echo(f"error: {shown(' '.join(text.split()))}", err=True)
+    with suppress(OSError):  # the disk that stderr is sent to is full: the exit code says it
+        typer.echo(f"error: {shown(' '.join(text.split()))}", err=True)
 
 
 def refuse_undecodable(words: Sequence[str]) -> None:

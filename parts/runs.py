@@ -45,6 +45,8 @@ from parts.identity import differing_circumstances, provenance, recorded_identit
 from parts.stops import stop_signals as stop_signals  # stays importable from here
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
+FOLDERS = ("adapters", checkpoints.FOLDER)
+SUFFIXES = (".json", ".jsonl", ".safetensors", ".md", ".png")  # of files of ours
 DEV_BEFORE = "dev_before"
 EVALUATIONS = ("before", "after", DEV_BEFORE)  # that a run makes once; each is a file of its name
 LENGTHS = {"steps", "token_budget"}  # settings that say where a run ends
@@ -90,6 +92,7 @@ class Run:
                 f"{self.folder} exists and is not a run folder (no {self.record_file.name}); "
                 "choose another --out"
             )
+        self._check_kinds()
         with remedied(START_ANEW):
             stored = read_sealed(self.record_file)
         for name, wanted in ((self.record, config), ("identity", identity or {})):
@@ -110,6 +113,18 @@ class Run:
                 said += "the learning rate falls to 0 at a run's end, so a run cannot be extended; "
                 said += "to train for longer, start anew: "
             raise ValueError(f"{said}choose another --out")
+
+    def _check_kinds(self) -> None:
+        """Raise ValueError where a file has a folder's name or the other way round.
+
+        It would else be found out when the file is written, which may be hours later.
+        """
+        states = self.folder / checkpoints.FOLDER
+        for path in [*self.folder.iterdir(), *states.glob("*")]:
+            if path.name in FOLDERS and not path.is_dir():
+                raise ValueError(f"{path} is no folder; remove it")
+            if path.suffix in SUFFIXES and not path.is_file():
+                raise ValueError(f"{path} is no file; remove it")
 
     def create(self, config: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
         """Make the folder, claim it and write its record, unless a run of this config already has.
@@ -232,13 +247,23 @@ class Run:
         if state is None:
             return []
         self._row(state.step)
-        return [f"{fault}; going on from step {state.step}" for fault in passed_over]
+        said = [f"{fault}; going on from step {state.step}" for fault in passed_over]
+        if gone := [step for step in self._gone_adapters() if step <= state.step]:
+            names = ", ".join(self.adapter_folder(step).name for step in gone)
+            said.append(f"{self.folder}/adapters no longer has {names}; the run goes on without")
+        return said
+
+    def _gone_adapters(self) -> list[int]:
+        """Return the steps whose adapters were saved and are not there any more, in order."""
+        names = (re.match(r"adapters/step_(\d+)/", name) for name in self._digests())
+        saved = sorted({int(name[1]) for name in names if name})
+        return [step for step in saved if not self.adapter_folder(step).is_dir()]
 
     def _digests(self) -> dict[str, Any]:
         """Return what is kept of the files that are vouched for, by their names."""
         path = self.folder / DIGESTS
         with remedied("remove it to go on; what it vouched for is then not checked"):
-            return read_sealed(path) if path.is_file() else {}
+            return read_sealed(path, always=True) if path.is_file() else {}
 
     def _keep_digests(self, held: Mapping[str, Any]) -> None:
         write_sealed(self.folder / DIGESTS, held)
@@ -307,9 +332,10 @@ class Run:
             else:
                 is_whole = checkpoints.measured(file) == held
             if not is_whole:
-                raise ValueError(
-                    f"{file} is damaged: it is not what was written; remove it to go on without it"
-                )
+                # Of an adapter one file is no use without the other.
+                whole = file.parent if name.startswith("adapters/") else "it"
+                what = f"{file} is damaged: it is not what was written"
+                raise ValueError(f"{what}; remove {whole} to go on without it")
 
     def inventory(self) -> dict[str, Any]:
         """Return length and digest of each file of a finished run; its saved states may go."""
@@ -375,6 +401,10 @@ def last_adapter_folder(path: Path) -> Path:
     """
     adapter = _adapter_of(path)
     saved = adapter.resolve()
+    if adapter != path and (gone := Run(path)._gone_adapters()):
+        last = Run(path).adapter_folder(gone[-1])
+        if int(saved.name.removeprefix("step_")) < gone[-1]:
+            raise ValueError(f"{last}, the last adapter of the run, is not there; name {adapter}")
     Run(saved.parent.parent).check_digests(f"adapters/{saved.name}/")
     return adapter
 

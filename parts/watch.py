@@ -198,7 +198,8 @@ def best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def write_best(run: Run) -> str | None:
     """Name the best adapter in best.json; return the sentence that says so, None without one."""
-    row = best_row(run.metrics())
+    there = [row for row in run.metrics() if run.adapter_folder(row["step"]).is_dir()]
+    row = best_row(there)  # someone may have removed others
     if row is None:
         return None
     folder = run.adapter_folder(row["step"])

@@ -105,6 +105,15 @@ def test_runs_that_were_sampled_differently_are_said_to_be(tmp_path, two_evaluat
     assert differing_rows("hau", first, other)[0] == row
 
 
+def test_a_report_never_writes_into_what_it_reads(two_evaluations):
+    first, second = two_evaluations
+    for out in (second, f"{second}/report"):
+        result = CliRunner().invoke(commands.evaluation, ["report", first, second, "--out", out])
+        said = f"error: --out {out} is in the evaluation {second}; choose another --out\n"
+        assert (result.exit_code, result.stderr) == (2, said)
+        assert not Path(second, "report").exists()
+
+
 def test_the_reports_curve_holds_every_k(two_evaluations):
     found = finished(two_evaluations[0])["hau"]
     summary = read_json(Path(two_evaluations[0]) / "hau" / "summary.json")

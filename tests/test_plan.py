@@ -106,6 +106,14 @@ def test_no_development_problem_of_a_language_is_a_reported_one(tmp_path):
     assert len(train | dev | test) == 12
 
 
+@pytest.mark.parametrize("content", [b"\xff", b"<!-- begin comparison: written by compare.py -->"])
+def test_a_damaged_file_of_results_is_found_before_the_arms_run(tmp_path, content):
+    plan = small_plan(tmp_path)
+    (plan.out / "RESULTS.md").write_bytes(content)
+    with pytest.raises(ValueError, match=r"RESULTS\.md .*; remove it to have it made again"):
+        small_plan(tmp_path)
+
+
 def test_splits_that_nothing_vouches_for_are_vouched_for_by_the_next_call(tmp_path):
     plan = small_plan(tmp_path)
     vouched = (plan.out / "digests.json").read_bytes()

@@ -48,6 +48,15 @@ def test_work_that_cannot_be_finished_says_why(capsys, error, code, said):
     assert (captured.out + captured.err).count("\n") == 1
 
 
+def test_a_stop_before_there_is_anything_to_keep_is_said(monkeypatch):
+    def _stopped(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("parts.setup.configure", _stopped)
+    result = CliRunner().invoke(commands.copsd, ["train"])
+    assert (result.exit_code, result.stderr) == (130, "error: stopped\n")
+
+
 def test_names_cannot_drive_the_terminal(tmp_path):
     folder = tmp_path / "\x1b[31mred\x07"
     folder.mkdir()

@@ -1,5 +1,6 @@
 """parts/runs.py: nothing half-written, nothing overwritten, and a state that comes back whole."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -219,6 +220,81 @@ def test_a_damaged_file_of_a_run_is_one_line_that_names_it(tmp_path, name, conte
         run.check({"lr": 1}, {})
         run.check_whole()
         run.read_evaluation("before")
+
+
+def make_run(folder: Path, steps: int) -> Run:
+    """Return a run of so many steps, each with a state and an adapter of one file."""
+    run = Run(folder)
+    run.create({"lr": 1}, {})
+    for step in range(1, steps + 1):
+        run.log({"step": step, "sampled_tokens": 10 * step}, [{"step": step}])
+        write_json(make_parent(run.adapter_folder(step) / "adapter_config.json"), {"r": step})
+        run.save_state(step, {"a": torch.ones(2)})
+    return run
+
+
+def test_adapters_that_someone_removed_are_named_and_no_older_one_stands_for_the_last(tmp_path):
+    run = make_run(tmp_path / "run", 4)
+    assert run.check_whole() == [] and runs.last_adapter_folder(run.folder).name == "step_00004"
+    shutil.rmtree(run.adapter_folder(2))
+    assert runs.last_adapter_folder(run.folder).name == "step_00004"
+    shutil.rmtree(run.adapter_folder(4))
+    (said,) = run.check_whole()
+    assert said == f"{run.folder}/adapters no longer has step_00002, step_00004; " + (
+        "the run goes on without"
+    )
+    with pytest.raises(ValueError, match=r"step_00004, the last adapter.*, is not there; name "):
+        runs.last_adapter_folder(run.folder)
+    assert runs.last_adapter_folder(run.adapter_folder(3)) == run.adapter_folder(3)
+
+
+def test_a_damaged_adapter_is_to_be_removed_whole(tmp_path):
+    run = make_run(tmp_path / "run", 1)
+    (run.adapter_folder(1) / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"; remove {run.adapter_folder(1)} to go on without it"):
+        run.check_whole()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"sha256": null}'])
+def test_digests_that_vouch_for_nothing_are_damaged(tmp_path, content):
+    run = make_run(tmp_path / "run", 1)
+    (run.folder / "digests.json").write_text(content)
+    with pytest.raises(ValueError, match=r"digests\.json is damaged: .*; remove it to go on"):
+        run.check_whole()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "after.json",
+        "best.json",
+        "metrics.jsonl",
+        "RESULTS.md",
+        "resume/step_00002.json",
+        "resume/step_00002.safetensors",
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nowhere"])
+def test_what_is_no_file_is_found_before_it_is_written(tmp_path, name, kind):
+    run = make_run(tmp_path / "run", 1)
+    path = run.folder / name
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)  # to open it would wait for ever
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"{path} is no file; remove it"):
+        run.check({"lr": 1}, {})
+
+
+def test_what_is_no_folder_is_found_before_it_is_written(tmp_path):
+    run = make_run(tmp_path / "run", 1)
+    shutil.rmtree(run.folder / "adapters")
+    (run.folder / "adapters").write_text("")
+    with pytest.raises(ValueError, match=f"{run.folder / 'adapters'} is no folder; remove it"):
+        run.check({"lr": 1}, {})
 
 
 def test_rows_that_were_appended_apart_are_one_log(tmp_path):
