@@ -209,12 +209,12 @@ def fitting(
     console: Console,
 ) -> list[Problem]:
     """Return the problems that fit the model's context, asked under these settings."""
-    prompts = [
-        build_prompt(problem, settings.lang, tokenizer, thinking=settings.thinking)
+    lengths = [
+        len(build_prompt(problem, settings.lang, tokenizer, thinking=settings.thinking))
         for problem in problems
     ]
     room = settings.max_new_tokens
-    return keep_fitting(problems, prompts, console, context=context, max_new_tokens=room)
+    return keep_fitting(problems, lengths, console, context=context, max_new_tokens=room)
 
 
 def open_folders(parts: list[Part], records: list[Record], console: Console) -> list[Part]:

@@ -392,25 +392,26 @@ def _swap_solutions(train: list[Problem]) -> list[Problem]:
 
 def keep_fitting(
     problems: list[Problem],
-    prompts: list[list[int]],
+    prompt_tokens: list[int],
     console: Console,
     *,
     context: int,
     max_new_tokens: int,
+    remedy: str = "lower --max-new-tokens",
 ) -> list[Problem]:
     """Return the problems whose prompts leave room for max_new_tokens in the model's context.
 
     The others are left out whole, never cut, and counted aloud. Raises ValueError if that is all.
+
+    prompt_tokens  of each problem, those of its longest prompt
     """
     kept = [
         problem
-        for problem, prompt in zip(problems, prompts, strict=True)
-        if len(prompt) + max_new_tokens <= context
+        for problem, tokens in zip(problems, prompt_tokens, strict=True)
+        if tokens + max_new_tokens <= context
     ]
     if problems and not kept:
-        raise ValueError(
-            f"no problem fits the model's context of {context} tokens: lower --max-new-tokens"
-        )
+        raise ValueError(f"no problem fits the model's context of {context} tokens: {remedy}")
     if len(kept) < len(problems):
         said = (
             f"skipped {len(problems) - len(kept)} of {len(problems)} problems: their prompts and "

@@ -145,8 +145,8 @@ def note_request(config: Config, problem: Problem, tokenizer: "Tokenizer") -> li
     return encode_prompt(text, tokenizer)
 
 
-def longest_prompts(config: Config, problem: Problem, tokenizer: "Tokenizer") -> list[list[int]]:
-    """Return prompts as long as those that the teacher may have to read of a problem.
+def longest_readings(config: Config, problem: Problem, tokenizer: "Tokenizer") -> list[int]:
+    """Return the most tokens of each prompt that the teacher may have to read of a problem.
 
     A note is not written yet, so its length limit stands in its place. The prompt that asks for it
     is among them, with room for the note in place of a completion. Raises ValueError for a problem
@@ -164,13 +164,12 @@ def longest_prompts(config: Config, problem: Problem, tokenizer: "Tokenizer") ->
             f"{needed}"
         )
     if config.teacher_reads == "voted":
-        return [reading(config, problem, tokenizer, note="0" * 16)]
+        return [len(reading(config, problem, tokenizer, note="0" * 16))]
     request = note_request(config, problem, tokenizer)
     if request is None:
-        return [reading(config, problem, tokenizer)]
-    filler = [0] * config.note_tokens
-    with_note = reading(config, problem, tokenizer, note=".") + filler
-    return [with_note, request + filler[config.max_new_tokens :]]
+        return [len(reading(config, problem, tokenizer))]
+    with_note = len(reading(config, problem, tokenizer, note=".")) + config.note_tokens
+    return [with_note, len(request) + max(0, config.note_tokens - config.max_new_tokens)]
 
 
 def _brief_turn(config: Config, problem: Problem) -> str:

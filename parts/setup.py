@@ -327,7 +327,7 @@ def longest_prompts(
             return [len(encode_prompt(text, tokenizer)) + config.max_new_tokens]
         if not readings.can_read(config, problem):
             return []
-        return [len(ids) for ids in readings.longest_prompts(config, problem, tokenizer)]
+        return readings.longest_readings(config, problem, tokenizer)
 
     # Tokenising all of thousands of problems once more takes seconds.
     longest = sorted(problems, key=_letters)[-16:]
@@ -363,20 +363,20 @@ def needs_teacher(config: Config) -> bool:
 
 def longest_prompt(
     config: Config, problem: Problem, tokenizer: PreTrainedTokenizerBase, *, must_teach: bool
-) -> list[int]:
-    """Return the longest prompt that may have to fit of a problem, as it is and posed in English.
+) -> int:
+    """Return the most tokens of a problem's prompts that have to fit, also posed in English.
 
     must_teach  the teacher reads it, whatever it lacks: ValueError where it lacks something. Else
                 its prompt counts where it can be built
     """
-    prompts = []
+    lengths = []
     for posed in (problem, *pose_in_english([problem], 1.0)):
-        prompts.append(student_prompt(config, posed, tokenizer))
+        lengths.append(len(student_prompt(config, posed, tokenizer)))
         if must_teach:
-            prompts += readings.longest_prompts(config, posed, tokenizer)
+            lengths += readings.longest_readings(config, posed, tokenizer)
         elif _can_teach(config, posed):
-            prompts.append(readings.reading(config, posed, tokenizer))
-    return max(prompts, key=len)
+            lengths.append(len(readings.reading(config, posed, tokenizer)))
+    return max(lengths)
 
 
 def fitting_problems(
@@ -398,6 +398,8 @@ def fitting_problems(
     check_answered([*heldout, *dev, *graded])
     check_answers([*heldout, *dev, *graded])
 
+    has_note = config.teacher_reads in ("plan", "explained")
+
     def _fitting(problems: list[Problem], must_teach: bool) -> list[Problem]:
         return keep_fitting(
             problems,
@@ -408,6 +410,7 @@ def fitting_problems(
             console,
             context=context,
             max_new_tokens=config.max_new_tokens,
+            remedy=f"lower {'--note-tokens or ' if has_note else ''}--max-new-tokens",
         )
 
     heldout = _fitting(heldout, False)

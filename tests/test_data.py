@@ -427,12 +427,12 @@ def test_long_prompts_are_left_out_whole_and_counted():
     stream = io.StringIO()
     console = Console(file=stream)
     problems = [Problem(str(i), "?", None, None, "1", "hau") for i in range(3)]
-    rows = [[0] * 3, [0] * 5, [0] * 4]
-    kept = keep_fitting(problems, rows, console, context=10, max_new_tokens=6)
+    lengths = [3, 5, 4]
+    kept = keep_fitting(problems, lengths, console, context=10, max_new_tokens=6)
     assert [p.id for p in kept] == ["0", "2"]
     assert stream.getvalue().startswith("skipped 1 of 3 problems")
     with pytest.raises(ValueError, match="no problem fits"):
-        keep_fitting(problems, rows, console, context=10, max_new_tokens=8)
+        keep_fitting(problems, lengths, console, context=10, max_new_tokens=8)
     assert keep_fitting([], [], console, context=10, max_new_tokens=8) == []
 
 
