@@ -106,7 +106,7 @@ def check_results(results: Mapping[str, Any], *, is_trained: bool, is_sweep: boo
     """
     points, final = results.get("points"), results.get("final")
     if not isinstance(points, list) or bool(points) != is_trained:
-        raise ValueError(f"its points are no list of {'checkpoints' if is_trained else 'nothing'}")
+        raise ValueError(f"its points are {'no list of checkpoints' if is_trained else 'not []'}")
     for name, measured in [*((f"points[{i}]", x) for i, x in enumerate(points)), ("final", final)]:
         kinds = {"greedy"} if is_sweep else {"greedy", "kl"}
         if name == "final" and not is_sweep:
