@@ -49,7 +49,6 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     except (OSError, pa.ArrowException) as error:  # damaged pages, or a kind that it cannot read
         raise ValueError(" ".join(str(error).split())) from error
     names = table.column_names
-    _columns(names)
     columns = [_column_values(name, table[name]) for name in names]
     kinds = {pa.float16(): np.float16, pa.float32(): np.float32}
     short = {field.name: kinds[field.type] for field in table.schema if field.type in kinds}
