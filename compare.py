@@ -56,6 +56,7 @@ from parts.arms import (
     sweep_accuracies,
 )
 from parts.data import load_problems
+from parts.evaluations import naming
 from parts.files import read_sealed, remedied, write_json, write_sealed
 from parts.measure import Ruler
 from parts.metrics import Graded, ratios
@@ -63,7 +64,15 @@ from parts.plan import Plan
 from parts.program import Output, bad_input, say_error, working
 from parts.prompts import Problem, pose_in_english
 from parts.recipe import GROUPED, LABELS
-from parts.results import Experiment, Measured, Results, Sweep, accuracy
+from parts.results import (
+    Experiment,
+    Measured,
+    Results,
+    Sweep,
+    accuracy,
+    check_alike,
+    check_results,
+)
 from parts.runs import Run
 from parts.setup import Setup, configure, prepare
 from parts.side_by_side import work_through
@@ -163,7 +172,7 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress, console: Console) -> R
     path = results_file(arm)
     with bad_input():
         if path.is_file():
-            return read_results(path)
+            return read_results(arm)
         # The last arm's model is a cycle of references, and would stand beside this one's.
         gc.collect()
         config, model_folder = configure({**arm.settings, "out": str(arm.folder)})
@@ -236,15 +245,14 @@ def whole_prompts(setup: Setup) -> list[dict[str, str | None]]:
     return shown
 
 
-def read_results(path: Path) -> Results:
+def read_results(arm: Arm) -> Results:
     """Return an arm's results; ValueError where they, or another file of the arm, are damaged."""
+    path = results_file(arm)
     with remedied("remove it to have the arm run again"):
         results = read_sealed(path)
-        final = results.get("final")
-        greedy = final.get("greedy") if isinstance(final, dict) else None
-        if not (isinstance(greedy, dict) and "pass@1" in greedy and "points" in results):
-            raise ValueError(f"{path} is damaged: it holds no results")
-    Run(path.parent).check_inventory(results.get("files", {}))
+        with naming(path):
+            check_results(results, is_trained=arm.is_trained, is_sweep=arm.is_sweep)
+    Run(arm.folder).check_inventory(results.get("files", {}))
     return results
 
 
@@ -313,6 +321,9 @@ def write_outcome(plan: Plan, found: dict[Path, Results], console: Console) -> N
     by_language = {}
     equal_seconds = {}
     for lang in plan.langs:
+        folder = plan.out / lang
+        with bad_input():
+            check_alike({arm: each for arm, each in found.items() if arm.parent == folder})
         by_language[lang] = results_by_arm(plan, lang, found, arm_folder)
         if plan.design.in_full:
             equal_seconds[lang] = results_by_arm(plan, lang, found, seconds_folder)

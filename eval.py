@@ -38,7 +38,7 @@ from parts.benchmarks import (
 )
 from parts.chat import freeze_date
 from parts.data import check_answered, keep_fitting, load_aloud
-from parts.evaluations import check_alike, ids_fingerprint, naming, read_record
+from parts.evaluations import Settings, check_alike, ids_fingerprint, naming, read_record
 from parts.family import context_length
 from parts.files import read_rows, remedied, require_space
 from parts.identity import (
@@ -71,7 +71,6 @@ from parts.prompts import (
     template_hash,
 )
 from parts.recipe import EVAL_TOKENS, EvalConfig
-from parts.sampler import SamplingParams
 from parts.selfcheck import check_model
 from parts.settings import check_settings, flag_of, read_recipe
 from parts.tables import estimates_table, print_table
@@ -83,31 +82,6 @@ COMPLETION_BYTES = 2048  # that a completion and its grade take in a file, about
 # What a folder is of: its run, the settings and the identity.
 Record = tuple[runs.Run, dict[str, Any], dict[str, Any]]
 CHUNK = 64  # problems sampled and written together: what a stop can lose
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an evaluation's numbers depend on, beside weights, prompts and data (its identity)."""
-
-    model: str
-    adapter: str | None
-    benchmark: str
-    lang: str
-    samples: int
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
-    thinking: str
-    seed: int
-    ks: list[int]
-    limit: int | None
-
-    def sampling(self) -> SamplingParams:
-        """Return the sampler's part."""
-        return SamplingParams(
-            self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed
-        )
 
 
 @dataclass(frozen=True)

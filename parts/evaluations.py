@@ -1,10 +1,11 @@
 """Finished evaluations: read back, checked against their records, and compared in a report."""
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from parts.metrics import (
     read_summary,
 )
 from parts.report import Evaluation, report_tables, write_report
+from parts.sampler import SamplingParams
 from parts.tables import cell, print_table, text_table
 from parts.typed import typed
 from parts.view import say
@@ -36,6 +38,46 @@ SHARED = ("base_weights", "adapter_weights", "adapter_scale", "dtype")
 # are refused or said elsewhere, or change no attempt's chances.
 MAY_DIFFER = {"model", "adapter", "benchmark", "lang", "ks", "seed", "out"}
 ALSO_SAID = ("dtype", "prompt_template")  # of the identity, beside the settings
+# What a record holds beside the settings, where it holds it: an older version knew less. Of the
+# names that are not here none is read.
+IDENTITY = {
+    **dict.fromkeys(("base_weights", "dtype", "prompt_template", "data", "problem_ids"), str),
+    **dict.fromkeys(("model_config", "generation_config", "tokenizer"), str),
+    **dict.fromkeys(("adapter_weights", "template_date", "data_revision"), str | None),
+    "adapter_scale": float | None,
+    "problems": int,
+}
+CIRCUMSTANCES = {
+    "platform": str,
+    "threads": int,
+    "git_commit": str | None,
+    "git_uncommitted_changes": bool | None,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an evaluation's numbers depend on, beside weights, prompts and data (its identity)."""
+
+    model: str
+    adapter: str | None
+    benchmark: str
+    lang: str
+    samples: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    thinking: str
+    seed: int
+    ks: list[int]
+    limit: int | None
+
+    def sampling(self) -> SamplingParams:
+        """Return the sampler's part."""
+        return SamplingParams(
+            self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed
+        )
 
 
 @dataclass(frozen=True)
@@ -160,9 +202,30 @@ def read_record(file: Path) -> dict[str, Any]:
             if not isinstance(held, dict) or not names <= held.keys():
                 raise ValueError(f"{file} is damaged: its {part} lack {', '.join(sorted(names))}")
         with naming(file):
-            for name, kind in (("lang", str), ("samples", int), ("benchmark", str)):
-                typed(record["settings"][name], kind, name)
+            _check_record(record)
     return record
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Raise ValueError, with its name, for what is of another kind than eval.py writes it as."""
+    versions = record.get("versions", {})
+    if not isinstance(versions, dict):
+        raise ValueError("its versions are no object")
+    settings = {each.name: each.type for each in fields(Settings)}
+    for held, kinds in (
+        (record["settings"], settings),
+        (record["identity"], IDENTITY),
+        (record, CIRCUMSTANCES),
+        (versions, dict.fromkeys(versions, str)),
+    ):
+        for name in kinds.keys() & held.keys():
+            typed(held[name], kinds[name], name)
+    if record["settings"]["samples"] < 1:
+        raise ValueError("samples is below 1")
+    try:
+        json.dumps(record, allow_nan=False)  # the page shows all of it
+    except ValueError as error:
+        raise ValueError("it has a number that is not finite") from error
 
 
 @contextmanager

@@ -1,13 +1,15 @@
 """Figures: small plots side by side, in which a label looks alike everywhere.
 
 Names of folders and of runs are the user's, and are shown as they are: a dollar sign in a label
-starts no formula, and an underscore at its beginning does not take it out of the legend.
+starts no formula, and an underscore at its beginning does not take it out of the legend. What could
+drive a terminal is written out, as in tables; a letter that the font lacks is a box.
 
 Read Panel (what is drawn), curves_figure (a figure of panels), _draw (one panel), and the functions
 below it: a line, a bar, a mark.
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from parts.files import whole_file
+from parts.view import shown
 
 Point = tuple[float, float, float, float]  # x, value, low, high
 
@@ -101,13 +104,18 @@ def curves_figure(panels: list[Panel], paths: list[Path], *, columns: int = 2) -
         form = path.suffix.removeprefix(".")
         # An SVG would carry the time of drawing and random names; so, drawn again, it is the same.
         undated = {"Date": None} if form == "svg" else {}
-        with whole_file(path) as partial, rc_context({"svg.hashsalt": "figure"}):
+        with (
+            whole_file(path) as partial,
+            rc_context({"svg.hashsalt": "figure"}),
+            # Of each letter that the font lacks it tells on the terminal, again for every file.
+            warnings.catch_warnings(action="ignore", category=UserWarning),
+        ):
             figure.savefig(partial, format=form, dpi=160, metadata=undated)
 
 
 def _plain(text: str) -> str:
     """Return text that matplotlib shows as it is: two dollar signs would enclose a formula."""
-    return text.replace("$", r"\$")
+    return shown(text).replace("$", r"\$")
 
 
 def _panel_inches(panel: Panel, labels: list[str]) -> float:

@@ -1,5 +1,6 @@
 """Find a model, on disk or on the hub, load it, and check that it is what we think."""
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from parts.family import (
 from parts.files import read_object
 from parts.lora import attach_lora as attach_lora  # for those who look for it here
 from parts.machine import is_out_of_memory, state_precision
+from parts.typed import typed
 
 # Small files that transformers and tokenizers read, and what they raise where one is broken.
 LIBRARY_FILES = {
@@ -46,6 +48,7 @@ LIBRARY_FILES = {
     "tokenizer_config.json",
     "special_tokens_map.json",
 }
+SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings")
 LIBRARY_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -158,7 +161,7 @@ def load_model(
     state_precision()
     switch_off_dropout(config)
     # It may also be of a family without this kind of attention.
-    with loading(folder, f"{name} ({config.model_type})"), _without_report():
+    with loading(folder, f"{name} ({config.model_type})"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -197,24 +200,60 @@ def loading(folder: Path, name: str) -> Iterator[None]:
     """
     for file in folder.glob("*.json"):
         if file.name in LIBRARY_FILES:
-            read_object(file)
+            _check_settings(file)
     try:
-        yield
+        with _quiet():
+            yield
     except Exception as error:
         # tokenizers, which is written in Rust, raises no kind of its own.
         is_theirs = isinstance(error, LIBRARY_ERRORS) or type(error) is Exception
         if is_out_of_memory(error) or not is_theirs:
             raise
-        raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name} cannot be loaded: {_reason(error)}") from error
+
+
+def _check_settings(file: Path) -> None:
+    """Raise ValueError for a setting that the libraries take as it is, and fail with later.
+
+    That is a size below 1; a length limit that is no number, or tidying of texts that is neither on
+    nor off, fails only when a text is read.
+    """
+    held = read_object(file)
+    text = held.get("text_config")
+    parts = [held, text] if isinstance(text, dict) else [held]
+    for part in parts if file.name == "config.json" else ():
+        for size in SIZES:
+            if type(part.get(size)) is int and part[size] < 1:
+                raise ValueError(f"{file} has {size} {part[size]}; valid: 1 or more")
+    if file.name == "tokenizer_config.json":
+        limit = held.get("model_max_length")  # often 10**30, for none
+        if limit is not None and not (type(limit) in (int, float) and limit >= 1):
+            raise ValueError(f"{file} has model_max_length {limit!r}; valid: a number, 1 or more")
+        name = "clean_up_tokenization_spaces"
+        typed(held.get(name), bool | None, f"{file}: {name}")
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error of the libraries says, in one line; a KeyError says a name at most."""
+    if isinstance(error, KeyError) and error.args:
+        (key, *_) = error.args
+        if " " not in str(key):
+            return f"its files name {key!r}, which transformers does not know"
+        return " ".join(str(key).split())
+    return " ".join(str(error).split())
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """Keep transformers' table of weights that do not fit, of many lines, off the terminal."""
+def _quiet() -> Iterator[None]:
+    """Keep what transformers says while it reads files off the terminal: what matters is raised.
+
+    Its table of weights that do not fit has many lines, and so has a complaint about a setting.
+    """
     kept = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         transformers_logging.set_verbosity(kept)
 

@@ -23,11 +23,18 @@ from parts.measure import KL_NAME
 from parts.metrics import Estimate, Ratio, bootstrap, difference, paired_permutation
 from parts.prompts import find_language
 from parts.report import markdown_table
-from parts.results import Arms, Experiment, Measured, ratio_of, samples_of, share
+from parts.results import (
+    LANGUAGE_METRICS,
+    Arms,
+    Experiment,
+    Measured,
+    ratio_of,
+    samples_of,
+    share,
+)
 from parts.tables import cell
 
 COSTS = {"sampled_tokens": "sampled tokens", "train_s": "seconds", "updates": "updates"}
-LANGUAGE_METRICS = ("in the problem's language", "in English")  # of greedy attempts
 # A paired test is made on these; the others have no value for some problems, or are no success.
 TESTED = ("greedy accuracy", "pass@", "format rate", "English greedy accuracy")
 

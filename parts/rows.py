@@ -46,13 +46,30 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     try:
         table = parquet.read_table(path)
-    except OSError as error:  # damaged pages
+    except (OSError, pa.ArrowException) as error:  # damaged pages, or a kind that it cannot read
         raise ValueError(" ".join(str(error).split())) from error
+    names = table.column_names
+    columns = [_column_values(name, table[name]) for name in names]
     kinds = {pa.float16(): np.float16, pa.float32(): np.float32}
     short = {field.name: kinds[field.type] for field in table.schema if field.type in kinds}
-    for number, row in enumerate(table.to_pylist()):
+    for number in range(len(table)):
+        row = {name: values[number] for name, values in zip(names, columns, strict=True)}
         numbers = {name: kind(row[name]) for name, kind in short.items() if row[name] is not None}
         yield f"row {number}", row | {name: float(str(x)) for name, x in numbers.items()}
+
+
+def _column_values(name: str, column: Any) -> list[Any]:
+    """Return what a parquet column holds; ValueError where Python has no such value.
+
+    Its dates end with the year 9999, its spans of time after 2.7 million years, and text is UTF-8.
+    """
+    try:
+        return column.to_pylist()
+    except (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"column {name!r} of {column.type} cannot be read: {reason}; valid: text and numbers"
+        ) from error
 
 
 def _json_rows(path: Path) -> Iterator[Row]:

@@ -176,6 +176,9 @@ MODELS = {
     "a config that is a list": text_in("config.json", "[]"),
     "a config that is nested deeply": text_in("config.json", DEEP),
     "no config": model_with(lambda model: (model / "config.json").unlink()),
+    "a context below 0": json_with("config.json", max_position_embeddings=-1),
+    "tidying as text": json_with("tokenizer_config.json", clean_up_tokenization_spaces="abacus"),
+    "a length limit below 1": json_with("tokenizer_config.json", model_max_length=0),
     "a tokenizer that is broken": text_in("tokenizer.json", "{"),
     "a tokenizer that is empty": text_in("tokenizer.json", "{}"),
     "a tokenizer of an unknown kind": json_with("tokenizer.json", model={"type": "abacus"}),
@@ -387,6 +390,18 @@ def without_metric(name: str) -> Callable[[str], str]:
     return lambda text: json.dumps({n: x for n, x in json.loads(text).items() if n != name})
 
 
+def record_with(part: str | None, name: str, value: Any) -> Maker:
+    """Return a maker of a finished evaluation whose record, without a seal, has another value."""
+
+    def change(text: str) -> str:
+        record = json.loads(text)
+        del record["sha256"]
+        (record[part] if part else record)[name] = value
+        return json.dumps(record)
+
+    return evaluation_with("settings.json", change)
+
+
 def some_of(makers: dict[str, Maker], *names: str) -> dict[str, Maker]:
     return {name: makers[name] for name in names}
 
@@ -481,6 +496,14 @@ REPORT = {
     "no record": evaluation_with("settings.json", lambda text: None),
     "half of the record": evaluation_with("settings.json", lambda text: text[: len(text) // 2]),
     "a record that is a list": evaluation_with("settings.json", lambda text: "[]"),
+    "a date that is a number": record_with("identity", "template_date", 5),
+    "ks as text": record_with("settings", "ks", "x"),
+    "a model that is a list": record_with("settings", "model", [1]),
+    "a temperature as text": record_with("settings", "temperature", "x"),
+    "versions in a list": record_with(None, "versions", [1]),
+    "a version that is a number": record_with("versions", "torch", 2),
+    "samples below 1": record_with("settings", "samples", 0),
+    "an unknown setting without end": record_with("settings", "more", float("inf")),
     "no summary": evaluation_with("summary.json", lambda text: None),
     "a summary without a metric": evaluation_with("summary.json", without_metric("format rate")),
     "a summary that is broken": evaluation_with("summary.json", lambda text: "{"),

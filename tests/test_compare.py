@@ -251,6 +251,57 @@ def test_an_arms_results_that_are_damaged_say_what_to_do(finished, spoilt):
     assert str(file) in result.stderr and "remove it to have the arm run again" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("files",), None, "its files are no object"),
+        (("files",), [1], "its files are no object"),
+        (("final", "sampled_tokens"), "x", "final.sampled_tokens is 'x'; valid: a whole number"),
+        (("final", "train_s"), 0, "final.train_s is 0"),
+        (("final", "kl"), [[1]], "its final.kl is no pair"),
+        (("final", "greedy", "pass@1"), [[0.5], [1.0]], "metrics of 1 and 6 problems"),
+        (("final", "sampled"), {}, "its final.sampled has no 'accuracy given a box'"),
+        (("points",), [], "its points are no list of checkpoints"),
+        (("points", 0, "greedy"), 3, "its points[0].greedy is no object of metrics"),
+        (("final", "english"), None, "its final.english is no object of metrics"),
+    ],
+)
+def test_results_without_a_seal_of_another_shape_are_one_line(finished, place, value, said):
+    """A file without a digest of itself is taken as an older version's; each was a traceback."""
+    file = finished[0] / "hau" / "copsd-0" / "results.json"
+    whole = file.read_bytes()
+    content = json.loads(whole)
+    del content["sha256"]
+    holder: Any = content
+    for name in place[:-1]:
+        holder = holder[name]
+    holder[place[-1]] = value
+    write_json(file, content)
+    try:
+        result = run_cli(*SMALL, "--out", str(finished[0]))
+    finally:
+        file.write_bytes(whole)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert f"{file} is damaged: " in result.stderr and said in result.stderr
+    assert "remove it to have the arm run again" in result.stderr
+
+
+def test_arms_of_other_numbers_of_problems_are_one_line(finished):
+    file = finished[0] / "hau" / "copsd-0" / "results.json"
+    whole = file.read_bytes()
+    content = json.loads(whole)
+    del content["sha256"]
+    for metric in content["final"]["sampled"].values():
+        del metric[0][-1], metric[1][-1]
+    write_json(file, content)
+    try:
+        result = run_cli(*SMALL, "--out", str(finished[0]))
+    finally:
+        file.write_bytes(whole)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert f"{file.parent} and {finished[0] / 'hau' / 'base'} were measured on" in result.stderr
+
+
 @pytest.mark.parametrize("layout", [None, 1])
 def test_a_folder_of_an_older_comparison_is_refused_with_one_line(tmp_path, layout):
     config = {"langs": ["hau"], "seeds": [0, 1]} | ({} if layout is None else {"layout": layout})

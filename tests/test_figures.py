@@ -2,6 +2,7 @@
 
 import ast
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,20 @@ def test_names_are_no_formulas_and_an_underscore_does_not_hide_them(tmp_path, ki
     assert [found.count(text) for text in ("t$x$", "x$x$", "y$x$", *curves)] == [1] * 6
     times = len(curves) if kind == "marks" else 1  # beside each label's marks, or once on the axis
     assert all(found.count(name) == times for name in shown.get("names", ()))
+
+
+@pytest.mark.parametrize("form", ["png", "pdf", "svg"])
+def test_letters_that_the_font_lacks_and_escape_codes_print_nothing(tmp_path, form, capfd):
+    """Each was a warning on stderr, and the escape code went to the terminal as it was."""
+    points = [(1.0, 0.2, 0.1, 0.3)]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        panel = Panel("\x1b[31mred", "k", "日本", {"日本": points, "\x1b[31m\n": points})
+        curves_figure([panel], [tmp_path / f"figure.{form}"])
+    assert not warned and capfd.readouterr() == ("", "")
+    if form == "svg":
+        said = texts((tmp_path / "figure.svg").read_text(encoding="utf-8"))
+        assert r"\x1b[31mred" in said and "日本" in said
 
 
 def test_a_figure_of_nothing_is_refused(tmp_path):

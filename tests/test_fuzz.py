@@ -19,16 +19,20 @@ from conftest import build_tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from test_results import experiment
 
 import compare
 from parts import data, measure, prompts
 from parts.adapters import load_adapter, save_adapter
+from parts.arms import Arm
 from parts.evaluations import load_evaluations
 from parts.files import read_json, read_object, read_rows
 from parts.identity import recorded_fingerprint
 from parts.lora import attach_lora
 from parts.metrics import read_graded, read_summary
+from parts.outcome import arms_table
 from parts.recipe import Config
+from parts.results import METRICS as MEASURED
 from parts.runs import Run, last_adapter_folder
 from parts.settings import fill
 from parts.setup import configure
@@ -334,14 +338,19 @@ def test_the_results_of_an_evaluation(tmp_path, name):
 
 
 def test_the_results_of_an_arm(tmp_path):
+    arm = Arm("copsd", "COPSD", tmp_path, {})
     ratio = [[1.0, 0.0], [1.0, 1.0]]
-    point = {"step": 1, "sampled_tokens": 9, "train_s": 1.0, "greedy": {"pass@1": ratio}}
+    kinds = dict.fromkeys(("greedy", "sampled"), dict.fromkeys(("pass@1", *MEASURED), ratio))
+    point = {"step": 1, "sampled_tokens": 9, "train_s": 1.0, "updates": 1, "kl": ratio, **kinds}
+    whole = {"points": [point], "final": point}
+    (tmp_path / "results.json").write_text(json.dumps(whole), encoding="utf-8")
+    assert compare.read_results(arm) == whole
 
     @few
-    @given(any_of({"points": [point], "final": point}))
+    @given(any_of(whole))
     def _read(content: bytes) -> None:
         (tmp_path / "results.json").write_bytes(content)
-        survives(lambda: compare.read_results(tmp_path / "results.json"))
+        survives(lambda: arms_table(experiment(copsd=[compare.read_results(arm)])))
 
     _read()
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+import warnings
 from pathlib import Path
 
 import huggingface_hub.constants as hub_constants
@@ -345,3 +347,44 @@ def test_hidden_states_times_head_are_the_logits_and_right_pads_change_nothing(t
     )
     padded_BT = torch.nn.functional.pad(ids_BT, (0, 5))
     torch.testing.assert_close(ours.final_hidden(tiny_model, padded_BT)[:, :7], hidden_BTD)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("config.json", {"vocab_size": 0}, "config.json has vocab_size 0; valid: 1 or more"),
+        ("config.json", {"vocab_size": -1}, "config.json has vocab_size -1; valid: 1 or more"),
+        ("config.json", {"max_position_embeddings": 0}, "has max_position_embeddings 0; valid: 1"),
+        ("config.json", {"pad_token_id": 99999}, "cannot be loaded: "),
+        ("config.json", {"model_type": None}, "cannot be loaded: "),
+        ("config.json", {"model_type": 5}, "cannot be loaded: "),
+        (
+            "config.json",
+            {"rope_parameters": {"rope_type": "abacus", "rope_theta": 1e4}},
+            "its files name 'abacus', which transformers does not know",
+        ),
+        ("config.json", {"hidden_act": "abacus"}, "its files name 'abacus', which transformers"),
+        ("config.json", {"rope_parameters": {"rope_type": "linear"}}, "loaded: Missing required"),
+        ("tokenizer_config.json", {"model_max_length": "abacus"}, "'abacus'; valid: a number"),
+        ("tokenizer_config.json", {"model_max_length": [1]}, "[1]; valid: a number, 1 or more"),
+    ],
+)
+def test_a_models_setting_that_is_wrong_is_one_line_and_nothing_is_printed_before(
+    lab_folder, tmp_path, caplog, name, changes, said
+):
+    """transformers' own warnings stood before the line, and some settings failed at use."""
+    model = tmp_path / "model"
+    shutil.copytree(lab_folder, model)
+    content = json.loads((model / name).read_text(encoding="utf-8"))
+    (model / name).write_text(json.dumps({**content, **changes}), encoding="utf-8")
+    heard = logging.getLogger("transformers")
+    heard.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings(record=True) as warned, pytest.raises(ValueError) as error:
+            warnings.simplefilter("always")
+            ours.load_tokenizer(model)
+            ours.load_model(model, **CPU)
+    finally:
+        heard.removeHandler(caplog.handler)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not caplog.records and not warned

@@ -135,6 +135,29 @@ def test_a_tenth_is_a_tenth_in_every_width(tmp_path, kind):
     assert load_problems(tmp_path / "rows.parquet", language="ha")[0].answer == "0.1"
 
 
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([-(10**18)], pa.timestamp("us")),
+        ([2**62], pa.duration("s")),
+        ([2**31 - 1], pa.date32()),
+        ([86_400_000 * 10**9], pa.date64()),
+        ([[-(10**18)]], pa.list_(pa.timestamp("us"))),
+        ([{"when": -(10**18)}], pa.struct({"when": pa.timestamp("us")})),
+        ([0], pa.timestamp("us", "Nowhere")),
+    ],
+)
+@pytest.mark.parametrize("name", ["answer", "note"])
+def test_a_parquet_column_of_what_python_has_no_value_for_is_one_line(tmp_path, values, kind, name):
+    """A date far away was an OverflowError, whether the column is read or not."""
+    path = tmp_path / "rows.parquet"
+    held = {"question": ["Nawa?"], "answer": ["4"], name: pa.array(values, kind)}
+    parquet.write_table(pa.table(held), path)
+    with pytest.raises(ValueError, match=f"column '{name}' of .* cannot be read: ") as error:
+        load_problems(path, language="ha")
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
 def test_an_escape_that_json_does_not_have_says_how_a_backslash_is_written(tmp_path):
     for name in ("rows.jsonl", "rows.json"):
         text = r'{"question": "\alpha"}'
