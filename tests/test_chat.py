@@ -149,9 +149,12 @@ def test_content_is_a_list_of_parts_where_only_then_the_words_appear(content):
         (chatml("", "<|im_start|>user\n<|im_end|>\n"), "drops the user's words"),
         (
             chatml("", TURNS.replace("m.content", "m.content | upper")),
-            "changes problem and problem_",
+            "changes the problem and the English problem in",
         ),
-        (chatml("", TURNS.replace("m.content", "m.content[:40]")), "problem_en and solution_en in"),
+        (
+            chatml("", TURNS.replace("m.content", "m.content[:40]")),
+            "the English problem and the English solution in",
+        ),
         (
             chatml("", TURNS.replace("m.content", "m.content.replace('boxed', 'b')")),
             "changes the wording",

@@ -175,14 +175,18 @@ def test_a_stream_that_a_shell_closed_costs_nothing(tmp_path, arguments, closed)
         assert (tmp_path / "run" / "resume" / "step_00001.json").is_file()
 
 
-@pytest.mark.parametrize(("idle", "policy"), [(True, None), (False, "PASSIVE")])
-def test_threads_sleep_while_they_wait_where_another_process_is_busy(monkeypatch, idle, policy):
+@pytest.mark.parametrize(
+    ("idle", "policy", "spins"), [(True, None, program.SPINS), (False, "PASSIVE", None)]
+)
+def test_threads_spin_for_a_while_and_not_at_all_where_another_process_is_busy(
+    monkeypatch, idle, policy, spins
+):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000000000")
     monkeypatch.setattr(program, "_machine_is_idle", lambda: idle)
     program.start()
     assert os.environ.get("OMP_WAIT_POLICY") == policy
-    assert "GOMP_SPINCOUNT" not in os.environ
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_without_the_detector_of_languages_one_line_says_so(monkeypatch, capsys):
