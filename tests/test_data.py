@@ -531,7 +531,8 @@ def test_a_file_without_answers_is_told_which_columns_are_read(tmp_path):
     with pytest.raises(ValueError, match=said):
         evaluator.load_benchmark(str(path), find_language("ha"), "main", None)
     with pytest.raises(ValueError, match=said.partition(":")[2]):
-        prepare(*configure({"data": str(path), "eval_problems": 1}), Console(quiet=True))
+        own = {"data": str(path), "eval_problems": 1, "out": str(tmp_path / "run")}
+        prepare(*configure(own), Console(quiet=True))
 
 
 def test_a_swapped_solution_is_never_the_problems_own(tmp_path):
