@@ -30,7 +30,8 @@ def test_trl_reads_the_ids_that_are_trained_on(tmp_path, lab_folder):
     # The short name "lab/tiny" is for our programs only.
     printed = " ".join(result.stdout.split())
     # What the script has flags for is passed on, and what it has none for is said.
-    passed = "--steps 60 --batch-size 64 --micro-batch 32 --max-new-tokens 64 --lora-rank 16 --lr 0.001"
+    passed = "--steps 60 --batch-size 64 --micro-batch 32 --max-new-tokens 64"
+    passed += " --lora-rank 16 --lr 0.001"
     assert printed.endswith(f"--data {file} --model {lab_folder} {passed}"), printed
     lost = "english_share 0.5 (there 0.0), max_grad_norm 1.0 (there 0.1)"
     assert f"settings that do not reach it: {lost} next: " in printed
