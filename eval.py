@@ -37,7 +37,7 @@ from parts.benchmarks import (
     name_a_file,
 )
 from parts.chat import freeze_date
-from parts.data import check_answered, keep_fitting, load_aloud
+from parts.data import keep_fitting, load_aloud
 from parts.evaluations import Settings, check_alike, ids_fingerprint, naming, read_record
 from parts.family import context_length
 from parts.files import read_rows, remedied, require_space
@@ -364,7 +364,6 @@ def load_benchmark(
     ids = Counter(problem.id for problem in problems)
     if twice := [each for each, count in ids.items() if count > 1]:
         raise ValueError(f"{benchmark}: two problems of its files have the id {min(twice)!r}")
-    check_answered(problems)
     check_answers(problems)
     return problems[:limit], commit
 

@@ -197,16 +197,6 @@ def _answer(row: dict[str, Any], where: str) -> str | None:
     return None
 
 
-def check_answered(problems: list[Problem]) -> None:
-    """Raise ValueError for a problem that has no answer, and name the columns that are read."""
-    for problem in problems:
-        if problem.answer is None:
-            raise ValueError(
-                f"problem {problem.id!r}: answer None cannot be graded: none of the columns "
-                f"{', '.join(ANSWER_COLUMNS)} holds one"
-            )
-
-
 def _is_worked(answer: str) -> bool:
     """Return whether an answer tells how it was found."""
     has_lines = "\n" in answer and r"\begin" not in answer

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parts import ranks
 from parts.chat import completion_text, prompt_opens_think
+from parts.data import ANSWER_COLUMNS
 from parts.grading import check_math_verify, grade
 from parts.metrics import LEVEL_WEIGHTS, Attempt, Estimate, Graded, read_summary, summarise
 from parts.model import eos_ids, valid_ids
@@ -171,12 +172,13 @@ def check_answers(problems: list[Problem]) -> None:
     OSError: an answer needs math-verify, which does not run.
     """
     for problem in problems:
+        what = f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded"
+        if problem.answer is None:
+            raise ValueError(f"{what}: none of the columns {', '.join(ANSWER_COLUMNS)} holds one")
         try:
-            grade("", problem.answer or "")
+            grade("", problem.answer)
         except ValueError as error:
-            raise ValueError(
-                f"problem {problem.id!r}: answer {problem.answer!r} cannot be graded: {error}"
-            ) from error
+            raise ValueError(f"{what}: {error}") from error
     check_math_verify(str(problem.answer) for problem in problems)
 
 

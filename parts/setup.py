@@ -16,7 +16,6 @@ from parts.adapters import put_adapter, read_settings
 from parts.chat import freeze_date, prompt_opens_think
 from parts.checkpoints import check_state
 from parts.data import (
-    check_answered,
     keep_fitting,
     load_problems,
     read_problem_sets,
@@ -395,7 +394,6 @@ def fitting_problems(
     graded = train if needs_answers(config) else []
     if config.teacher_reads == "voted":  # its votes are graded in the log, where they can be
         graded = graded or [problem for problem in train if is_gradable(problem.answer)]
-    check_answered([*heldout, *dev, *graded])
     check_answers([*heldout, *dev, *graded])
 
     has_note = config.teacher_reads in ("plan", "explained")

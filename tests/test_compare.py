@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,19 @@ def test_an_arms_results_that_are_damaged_say_what_to_do(finished, spoilt):
     assert str(file) in result.stderr and "remove it to have the arm run again" in result.stderr
 
 
+def run_with_other_results(out: Path, file: Path, change: Callable[[Any], None]):
+    """Run a finished comparison again with an arm's results changed, and put them back."""
+    whole = file.read_bytes()
+    content = json.loads(whole)
+    del content["sha256"]
+    change(content)
+    write_json(file, content)
+    try:
+        return run_cli(*SMALL, "--out", str(out))
+    finally:
+        file.write_bytes(whole)
+
+
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
@@ -269,18 +283,13 @@ def test_an_arms_results_that_are_damaged_say_what_to_do(finished, spoilt):
 def test_results_without_a_seal_of_another_shape_are_one_line(finished, place, value, said):
     """A file without a digest of itself is taken as an older version's; each was a traceback."""
     file = finished[0] / "hau" / "copsd-0" / "results.json"
-    whole = file.read_bytes()
-    content = json.loads(whole)
-    del content["sha256"]
-    holder: Any = content
-    for name in place[:-1]:
-        holder = holder[name]
-    holder[place[-1]] = value
-    write_json(file, content)
-    try:
-        result = run_cli(*SMALL, "--out", str(finished[0]))
-    finally:
-        file.write_bytes(whole)
+
+    def _put(content: Any) -> None:
+        for name in place[:-1]:
+            content = content[name]
+        content[place[-1]] = value
+
+    result = run_with_other_results(finished[0], file, _put)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
     assert f"{file} is damaged: " in result.stderr and said in result.stderr
     assert "remove it to have the arm run again" in result.stderr
@@ -288,16 +297,12 @@ def test_results_without_a_seal_of_another_shape_are_one_line(finished, place, v
 
 def test_arms_of_other_numbers_of_problems_are_one_line(finished):
     file = finished[0] / "hau" / "copsd-0" / "results.json"
-    whole = file.read_bytes()
-    content = json.loads(whole)
-    del content["sha256"]
-    for metric in content["final"]["sampled"].values():
-        del metric[0][-1], metric[1][-1]
-    write_json(file, content)
-    try:
-        result = run_cli(*SMALL, "--out", str(finished[0]))
-    finally:
-        file.write_bytes(whole)
+
+    def _shorten(content: Any) -> None:
+        for metric in content["final"]["sampled"].values():
+            del metric[0][-1], metric[1][-1]
+
+    result = run_with_other_results(finished[0], file, _shorten)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
     assert f"{file.parent} and {finished[0] / 'hau' / 'base'} were measured on" in result.stderr
 
