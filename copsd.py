@@ -7,8 +7,9 @@ English solution s_en. Training pulls the student towards the teacher on the stu
     y ~ q(. | x)
     Eq. (1)  L = (1/N) sum_t D( p(. | x, x_en, s_en, y_<t) || q(. | x, y_<t) )
 
-over the N completion tokens of a step. GRPO, the baseline, has no teacher. It samples G completions
-of each problem and learns from which of them are right:
+over the N completion tokens of a step. Both are taken at --temperature. --top-p and --top-k narrow
+only what y is drawn from. GRPO, the baseline, has no teacher. It samples G completions of each
+problem and learns from which of them are right:
 
     Eq. (4)  A_i = (r_i - mean r) / (std r + eps)        r_i = 1 where the grader says right, else 0
     Eq. (5)  L = (1/N) sum_t [ -min(ratio_t A_i, clamp(ratio_t) A_i) + coef KL_t ]
@@ -20,9 +21,8 @@ initial model, is estimated by Schulman's k3.
     python copsd.py train                  COPSD on the embedded lab model
     python copsd.py train --method grpo    the baseline, with the same sampler, prompts and grader
 
-Read from top to bottom: COPSD whole, GRPO whole, what a step of both shares, the program. Elsewhere
-are settings (parts/recipe.py), prompts (parts/prompts.py), sampling, grading, the frame of a step
-(parts/steps.py), measuring, COPSD's neighbours (methods.py). README.md lists the departures.
+Read from top to bottom: COPSD whole, GRPO whole, what a step of both shares, the program. COPSD's
+neighbours are in methods.py, all else in parts/. README.md lists the departures.
 
 A tensor's name ends in its axes: B rows, T positions, N the completion tokens of all rows, D hidden
 size, V vocabulary, G completions of a group, C the tokens of one completion. p is the teacher's
@@ -55,12 +55,12 @@ from parts.lora import teacher_view
 from parts.machine import Stopwatch
 from parts.metrics import Ratio, bootstrap
 from parts.microbatch import Limit, halve_until_it_fits, micro_batches
-from parts.model import eos_ids, final_hidden, head_weight, valid_ids
+from parts.model import eos_ids, final_hidden, head_weight
 from parts.narrow import narrow_loss
 from parts.packing import packed_hidden, packing_pays
 from parts.prompts import Problem, find_language
 from parts.recipe import LABELS, Config, divergence_options
-from parts.sampler import Rollout, SamplingParams, sample
+from parts.sampler import Rollout
 from parts.setup import Reader, Setup, evaluation_command, read_solutions
 from parts.steplog import Tally, count_tokens
 from parts.steps import count_skipped, rows_in_the_loss, share_done, take_step
@@ -71,29 +71,10 @@ from parts.weights import token_weights
 # COPSD: the roll-out, the loss, the loop.
 
 
-def roll_out(
-    setup: Setup, problems: list[Problem], *, seed: int, samples: int = 1
-) -> list[Rollout]:
-    """Sample completions, y ~ q(. | x), from the student as it is now.
-
-    All `samples` of a problem stand together. Each rank samples some problems, all receive all.
-    """
-    config = setup.config
-    mine = ranks.share(len(problems))
-    params = SamplingParams(
-        config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed
-    )
-    groups = sample(
-        setup.model,
-        [setup.student_prompt(problem) for problem in problems[mine]],
-        params,
-        samples_per_prompt=samples,
-        first_index=mine.start,
-        max_rows=config.sample_rows,
-        eos_ids=eos_ids(setup.model, setup.tokenizer),
-        valid_ids=valid_ids(setup.tokenizer),
-    )
-    return ranks.gather([rollout for group in groups for rollout in group])
+def roll_out(setup: Setup, problems: list[Problem], *, seed: int) -> list[Rollout]:
+    """Return a completion of each problem, y ~ q(. | x), from the student as it is now."""
+    prompts = [setup.student_prompt(problem) for problem in problems]
+    return [rollout for (rollout,) in steps.write_completions(setup, prompts, seed=seed)]
 
 
 def completion_hidden(
@@ -123,28 +104,32 @@ def copsd_loss(
 
     teacher_prompts  the teacher's prompt for each rollout: both roles score the same completions
     The gradient goes to the student only. Logged are the unclipped divergence, both entropies and
-    whether the clip made a token's loss smaller; with `cosine`, how far it turns the gradient.
+    whether the clip made Eq. (1) smaller at a token; with `cosine`, how far it turns the gradient.
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
     # The teacher is the same model, by default with its adapter off, as it was before training.
-    # What it makes of a prompt then never changes, and is kept for the next epoch. It goes first,
-    # as it works with a copy of the weights, which is freed before activations need the room.
+    # What it makes of a prompt then never changes: on a CPU it is kept for the next epoch. Its pass
+    # goes first, as it needs a copy of the weights, which is gone before activations need the room.
     hidden = setup.kept_prompts.completion_hidden if setup.keeps_prompts else completion_hidden
     with teacher_view(setup.lora, config.teacher), scoring_copies(setup.model):
         teacher_ND = hidden(setup.model, teacher_prompts, completions)
     student_ND = completion_hidden(setup.model, [r.prompt_ids for r in rollouts], completions)
-    states = (student_ND, teacher_ND, head_weight(setup.model))
+    head_VD = head_weight(setup.model)
     options = divergence_options(config)
+    # Where the loss is over fewer entries, this divergence is only logged and needs no gradient.
+    is_whole = config.loss_over == "vocabulary"
+    seen_ND = student_ND if is_whole else student_ND.detach()
+    states = (seen_ND, teacher_ND, head_VD)
     loss_N, stats = chunked_divergence(*states, **options, compile=config.compile)  # Eq. (1), D
     if cosine:
         products_3N = clip_products(*states, **options)
         stats |= dict(zip(steplog.CLIP_PRODUCTS, products_3N, strict=True))
-    if config.loss_over == "vocabulary":
+    if is_whole:
         stats["clipped_N"] = loss_N.detach() < stats["kl_N"]
     else:  # not Eq. (1): over fewer entries
         ids_N = torch.tensor([token for ids in completions for token in ids]).to(loss_N.device)
-        loss_N = narrow_loss(config, *states, ids_N)
+        loss_N = narrow_loss(config, student_ND, teacher_ND, head_VD, ids_N)
     return loss_N, stats
 
 
@@ -222,7 +207,7 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
             student_tokens = count_tokens(rollouts, prompts=True)
             teacher_tokens = step_tokens + sum(map(len, reading.prompts))
             if config.completion in LABELS:
-                teacher_tokens = 0  # a label has no teacher but itself
+                teacher_tokens = 0  # no teacher reads a label
             metrics = {
                 "step": step,
                 "progress": share_done(config, step, sampled_tokens),
@@ -238,8 +223,10 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
                     updated=student_tokens,
                 ),
             }
-            logged = (problems, rollouts, {"kl_nats_per_token": tally.row_means("kl_N")})
-            if steps.finish_step(setup, run, view, optimizer, metrics, *logged, stopped):
+            scores = {"kl_nats_per_token": tally.row_means("kl_N")}
+            if steps.finish_step(
+                setup, run, view, optimizer, metrics, problems, rollouts, scores, stopped
+            ):
                 return False
     return not ranks.gather(stopped)  # one may have come in the last step
 
@@ -263,26 +250,22 @@ class Group:
 
 ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
 MAX_DRAWS = 4  # of --resample-dead-groups, for one step
-# What two neighbours add, in methods.py: an advantage for each token, another term of the loss.
+# What two neighbours add (methods.py): EGRSD an advantage for each token, SSOPD a term of the loss.
 Credit = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 Term = Callable[..., None]
 
 
 def roll_out_groups(setup: Setup, problems: list[Problem], *, seed: int) -> list[Group]:
     """Sample --group-size completions of each problem and reward them."""
-    size = setup.config.group_size
     think_open = prompt_opens_think(setup.tokenizer, setup.config.thinking)
     end_ids = eos_ids(setup.model, setup.tokenizer)
-    rollouts = roll_out(setup, problems, seed=seed, samples=size)
+    prompts = [setup.student_prompt(problem) for problem in problems]
+    written = steps.write_completions(setup, prompts, seed=seed, samples=setup.config.group_size)
     groups = []
-    for index, problem in enumerate(problems):
-        group = rollouts[index * size : (index + 1) * size]
-        rewards = []
-        for rollout in group:
-            text = completion_text(rollout.completion_ids, setup.tokenizer, end_ids)
-            right = is_correct(text, str(problem.answer), think_open=think_open)
-            rewards.append(float(right))
-        groups.append(Group(problem, group, rewards))
+    for problem, rollouts in zip(problems, written, strict=True):
+        texts = [completion_text(r.completion_ids, setup.tokenizer, end_ids) for r in rollouts]
+        right = [is_correct(text, str(problem.answer), think_open=think_open) for text in texts]
+        groups.append(Group(problem, rollouts, list(map(float, right))))
     return ranks.decide(groups)
 
 
@@ -498,7 +481,7 @@ def train_grpo(
             watch.lap("rollout")
 
             # What each completion gains on its group, for all of its tokens. Rows that are masked
-            # count nowhere in the loss: not in the sum, and not in what it is divided by.
+            # stand in neither the sum nor the denominator of the loss.
             reward_BG = torch.tensor([group.rewards for group in groups])
             advantage_B = advantages(reward_BG, config.scale_rewards).flatten()
             kept = rows_in_the_loss(config, rollouts)
@@ -543,8 +526,9 @@ def train_grpo(
             }
             problems = [group.problem for group in groups for _ in group.rollouts]
             scores = {"reward": reward_BG.flatten().tolist(), "advantage": advantage_B.tolist()}
-            logged = (problems, rollouts, scores)
-            if steps.finish_step(setup, run, view, optimizer, metrics, *logged, stopped):
+            if steps.finish_step(
+                setup, run, view, optimizer, metrics, problems, rollouts, scores, stopped
+            ):
                 return False
     return not ranks.gather(stopped)  # one may have come in the last step
 
@@ -595,7 +579,7 @@ def train(
     loop: Callable[[Setup, runs.Run, Watcher], bool],
     watching: Watching | None = None,
 ) -> int:
-    """Train, show what it changed, and return the exit code. What the folder holds is not redone.
+    """Train, show what it changed, and return the exit code. Finished parts in the folder are read.
 
     loop  the method's: train_copsd, train_grpo, or another of methods.LOOPS, made of them
     0: finished; 1: numbers were not finite, or --stop-on-collapse; 130: stopped by a signal.

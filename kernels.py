@@ -29,12 +29,13 @@ from torch.utils.checkpoint import checkpoint
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 CLIP_MODES = ("none", "entry", "token")
 REDUCTIONS = ("token", "trajectory")
-# Rows of logits in a chunk where nobody names a number. On a CPU these are the fewest whose matrix
-# products run at full speed, and what runs eagerly keeps several fp32 tensors of a chunk.
+# Rows of logits in a chunk where nobody names a number. On a CPU fewer would slow the products,
+# and more cost memory: what runs eagerly keeps several fp32 tensors of a chunk.
 CHUNK_ROWS = 256
-# Compiled on CUDA. With fewer rows the compiler splits each row's sum into kernels of their own: on
-# an H100, 2,048 tokens over 151,936 entries in bf16 take 13.1 ms at 256 rows, 8.5 at 512, and 6.7
-# at 1024 and at 2048. Compiled code keeps two 16-bit tensors of a chunk, 0.6 GB there.
+# The same where the code is compiled for CUDA. With fewer rows the compiler splits each row's sum
+# into kernels of its own: on an H100, 2,048 tokens over 151,936 entries in bf16 take 13.1 ms at 256
+# rows, 8.5 at 512, and 6.7 at 1024 and at 2048. Compiled code keeps two 16-bit tensors of a chunk,
+# 0.6 GB there.
 COMPILED_CUDA_ROWS = 1024
 COMPILED_LOGITS = 2**22  # of a chunk from which compiling pays
 
@@ -122,9 +123,9 @@ def chunked_divergence(
     head_VD       the output projection, from a hidden state to logits. It is taken as frozen and
                   gets no gradient even where it asks for one
     chunk_tokens  rows of logits alive at a time. None: 256, and 1024 where it runs compiled on CUDA
-    compile       None compiles chunks of 2**22 logits and more, where torch.compile works; True and
-                  False insist. With no chunk_tokens either, chunks of 256 rows decide
-    returns       loss_N, and stats without gradient:
+    compile       True or False. None compiles where torch.compile works and a chunk has 2**22
+                  logits or more, counted with 256 rows where chunk_tokens is None
+    returns       loss_N in fp32, fp64 where the head has it, and stats without gradient:
                   kl_N          the divergence of the same kind, unclipped
                   teacher_entropy_N and student_entropy_N, at `temperature`: how undecided the
                                 model is, 0 nats when it is sure, log V when all tokens are alike
@@ -132,8 +133,8 @@ def chunked_divergence(
                                 least one clipped entry, or clipped as a whole
 
     The gradient, Eq. (3), is taken together with the loss: three matrix products a chunk, and
-    [N, D] is all that is kept for the backward pass. Equal hidden states give a loss and a
-    gradient of exactly zero. Raises ValueError as `divergence` does.
+    [N, D], in the head's dtype, is all that is kept for the backward pass. Equal hidden states give
+    a loss and a gradient of exactly zero. Raises ValueError as `divergence` does.
     """
     _check_options(kind, beta, temperature, clip_mode, clip)
     _check_projection(head_VD, chunk_rows(chunk_tokens), student_ND, teacher_ND)
@@ -180,9 +181,9 @@ def clip_products(
     Let u be the gradient of a token's D on the student's logits, [V], without the clip, and c with
     it, both by Eq. (3). The rows are c.u, c.c and u.u at each token, in fp32 or fp64. A factor of
     1 / T^2, which all three share, is left out. Arguments are as in `chunked_divergence`; nothing
-    carries a gradient, and logits of at most chunk_tokens rows exist at a time, None: 256 on every
-    device, as it runs eagerly. It costs two of that function's three matrix products, so training
-    asks for it at some steps only. Raises ValueError as `divergence` does.
+    carries a gradient. Rows of logits alive at a time are chunk_tokens, or 256 where it is None, as
+    this runs eagerly on every device. It costs two of that function's three matrix products, so
+    training asks for it at some steps only. Raises ValueError as `divergence` does.
     """
     rows = chunk_rows(chunk_tokens)
     _check_options(kind, beta, temperature, clip_mode, clip)
@@ -374,7 +375,7 @@ def _walk_chunks(
     # single shape.
     student_CV = head_VD.new_zeros(chunk_tokens, len(head_VD))
     teacher_CV = head_VD.new_zeros(chunk_tokens, len(head_VD))
-    # Compiled code is made anew for each mode, and no more than eight times: here there is one.
+    # torch.compile makes its code anew with and without gradients. Here it is always without.
     with torch.no_grad():
         for start in range(0, len(student_ND), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -437,9 +438,9 @@ def _terms(
 ) -> tuple[Tensor, ...]:
     """Return log p, log q, the summands of D, and g of Eq. (3), called the slope.
 
-    g_v is q_v dsummand_v/dq_v for an unclipped entry and 0 for a clipped one. Clipped or not,
-    forward_kl adds one q_v to it and reverse_kl takes one away. That q_v cancels in Eq. (3), as q
-    sums to one, and with it g is exactly 0 where p = q.
+    g_v is q_v dsummand_v/dq_v for an unclipped entry and 0 for a clipped one. Any multiple of q_v
+    may be added to all of g: as q sums to one, it cancels in Eq. (3). forward_kl adds q_v and
+    reverse_kl takes it away, so that g is exactly 0 where p = q.
     """
     kind, temperature, beta, clip = options
     (student_max_C1, student_log_sum_C1), (teacher_max_C1, teacher_log_sum_C1) = normalisers
@@ -453,10 +454,12 @@ def _terms(
     elif kind == "reverse_kl":
         slope_CV = summand_CV
         clipped_slope_CV = -q_CV
-    else:
+    elif kind == "jsd":
         q_to_mixture_CV, _ = _ratios_to_mixture(log_q_CV - log_p_CV, beta)
         slope_CV = (1 - beta) * q_CV * q_to_mixture_CV
         clipped_slope_CV = torch.zeros_like(q_CV)
+    else:
+        raise NotImplementedError(f"{kind} has no slope")
     if clip is not None:
         slope_CV = torch.where(summand_CV > clip, clipped_slope_CV, slope_CV)
     return log_p_CV, log_q_CV, summand_CV, slope_CV
@@ -473,8 +476,11 @@ def _summand(kind: str, log_p_NV: Tensor, log_q_NV: Tensor, beta: float | Tensor
         return log_p_NV.exp() * (log_p_NV - log_q_NV)
     if kind == "reverse_kl":
         return log_q_NV.exp() * (log_q_NV - log_p_NV)
-    q_to_mixture_NV, p_to_mixture_NV = _ratios_to_mixture(log_q_NV - log_p_NV, beta)
-    return beta * log_p_NV.exp() * p_to_mixture_NV + (1 - beta) * log_q_NV.exp() * q_to_mixture_NV
+    if kind == "jsd":
+        q_to_mixture_NV, p_to_mixture_NV = _ratios_to_mixture(log_q_NV - log_p_NV, beta)
+        of_teacher_NV = beta * log_p_NV.exp() * p_to_mixture_NV
+        return of_teacher_NV + (1 - beta) * log_q_NV.exp() * q_to_mixture_NV
+    raise NotImplementedError(f"{kind} has no summand")
 
 
 def _ratios_to_mixture(ratio_NV: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:

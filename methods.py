@@ -1,14 +1,13 @@
-"""The family on one bench: COPSD, GRPO, and four published neighbours as variants of their loops.
+"""The family on one bench: four published neighbours as variants of the loops of COPSD and GRPO.
 
-Four seams carry them all. Two are settings and no more: which divergence, and when the teacher's
-weights are renewed. What the teacher reads, and how a token is weighted, are settings where COPSD's
-loop suffices; where it does not, a member's own lines are here, and one of the two loops in
-copsd.py takes them as an argument.
+They differ in four places: what the teacher reads, how a token is weighted, which divergence, and
+when the teacher's weights are renewed. Mostly these are settings. Where COPSD's loop is not enough,
+a method's own code is below, and one of the two loops in copsd.py takes it as an argument.
 
     python copsd.py train --method opsdc     shorter solutions: the teacher was asked to be brief
     python copsd.py show --method ssopd      what its teacher reads, and what each token weighs
 
-    member  the teacher reads              token weight            divergence        teacher
+    method  the teacher reads              token weight            divergence        teacher
     copsd   English problem and solution   1                       forward KL, clip  fixed
     opsdc   a request to be brief          1                       reverse KL        copy of the
                                                                                      student
@@ -18,11 +17,12 @@ copsd.py takes them as an argument.
     ssopd   a right completion             first tokens of the     forward KL, clip  fixed
                                            longest wrong one
 
-EGRSD's light form has no rewards. It is COPSD with its weights: --token-weight confidence, and its
-control is --token-weight position. The formula of that confidence is ours (parts/weights.py).
+EGRSD can also be had without rewards, which is COPSD with EGRSD's weights: --token-weight
+confidence. Its control is --token-weight position. The formula of that confidence is ours
+(parts/weights.py).
 
 How sure we are of each stands in EVIDENCE (parts/experiments.py): "code", read in the authors'
-code; "second-hand", from notes on the paper. No member is claimed to be an exact reproduction.
+code; "second-hand", from notes on the paper. None is claimed to be an exact reproduction.
 """
 
 from collections import Counter
@@ -41,21 +41,20 @@ from copsd import (
     train_grpo,
 )
 from kernels import reduce_loss
-from parts import ranks
 from parts.chat import CLOSE, OPEN, completion_text, prompt_opens_think
 from parts.family import context_length
 from parts.grading import extract_answer, is_correct, is_gradable, normalise
 from parts.lora import teacher_view
 from parts.microbatch import Limit, micro_batches
-from parts.model import eos_ids, valid_ids
+from parts.model import eos_ids
 from parts.prompts import Problem, encode_prompt, pose_in_english, spelled_control
 from parts.readings import note_request, render_witness
 from parts.recipe import LABELS, Config
 from parts.runs import Run
-from parts.sampler import Rollout, SamplingParams, sample
+from parts.sampler import Rollout
 from parts.setup import Reader, Reading, Setup, read_solutions
 from parts.steplog import CLIP_PRODUCTS, Metrics, Tally, count_tokens
-from parts.steps import rollout_seed
+from parts.steps import rollout_seed, write_completions
 from parts.view import Watcher
 from parts.weights import credit, token_weights
 
@@ -70,17 +69,16 @@ def read_notes(setup: Setup, problems: list[Problem], step: int) -> Reading:
     """Return what the teacher reads where a note is written for each problem: a plan by the student
     as it is now, or an explanation of the solution by the teacher itself (reason_first).
 
-    A note that is empty, spells a control token, or would not fit the context leaves the plain
-    prompt, the student's own, in its place; the log counts them. One that reaches --note-tokens
-    is used as far as it goes.
+    Where a note cannot be shown, the plain prompt, the student's own, is in its place; the log
+    counts them. One that reaches --note-tokens is used as far as it goes.
     """
     config = setup.config
     requests = [note_request(config, problem, setup.tokenizer) or [] for problem in problems]
     if config.teacher_reads == "explained":
         with teacher_view(setup.lora, config.teacher):
-            written = ask(setup, requests, step=step, limit=config.note_tokens)
+            written = write_apart(setup, requests, step=step, limit=config.note_tokens)
     else:
-        written = ask(setup, requests, step=step, limit=config.note_tokens)
+        written = write_apart(setup, requests, step=step, limit=config.note_tokens)
     notes = [usable_text(setup, rollout) for (rollout,) in written]
     prompts, noted = _prompts_with_notes(setup, problems, notes)
     sampled = count_tokens([rollout for (rollout,) in written])
@@ -118,7 +116,7 @@ def read_votes(setup: Setup, problems: list[Problem], step: int) -> Reading:
     """
     config = setup.config
     prompts = [setup.student_prompt(problem) for problem in pose_in_english(problems, 1.0)]
-    attempts = ask(
+    attempts = write_apart(
         setup, prompts, step=step, limit=config.max_new_tokens, samples=config.vote_samples
     )
     winners = []
@@ -152,29 +150,15 @@ def voted_answer(text: str) -> str | None:
     return None if answer is None else normalise(answer) or normalise(answer, as_text=True)
 
 
-def ask(
+def write_apart(
     setup: Setup, prompts: list[list[int]], *, step: int, limit: int, samples: int = 1
 ) -> list[list[Rollout]]:
     """Sample from prompts other than the student's, with a random stream apart from the rollouts'.
 
     limit  new tokens at most
-    Each rank samples from some of the prompts, all receive all.
     """
-    config = setup.config
-    mine = ranks.share(len(prompts))
-    seed = NOTE_SEEDS + rollout_seed(config, step)
-    params = SamplingParams(limit, config.temperature, config.top_p, config.top_k, seed)
-    groups = sample(
-        setup.model,
-        prompts[mine],
-        params,
-        samples_per_prompt=samples,
-        first_index=mine.start,
-        max_rows=config.sample_rows,
-        eos_ids=eos_ids(setup.model, setup.tokenizer),
-        valid_ids=valid_ids(setup.tokenizer),
-    )
-    return ranks.gather(groups)
+    seed = NOTE_SEEDS + rollout_seed(setup.config, step)
+    return write_completions(setup, prompts, seed=seed, samples=samples, limit=limit)
 
 
 def usable_text(setup: Setup, rollout: Rollout) -> str:
@@ -208,7 +192,7 @@ def egrsd_credit(
     prompts        what the teacher reads before each rollout: English problem and solution, too
     tally          counts the tokens that the teacher reads
     old_logprob_N  the student's log q of the tokens when they were sampled
-    Neither factor is below 0, so that no reward flips its sign.
+    Neither factor is below 0, so that no advantage changes its sign.
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]

@@ -6,8 +6,8 @@
 
 The method on one screen. The student writes; at each of its tokens the teacher, which is the same
 model with more to read, has its own opinion; the distance between the two, averaged over the
-tokens, is COPSD's loss. GRPO hears one number of the same rollout: 0 or 1. Of another method it is
-its own teacher that is shown, and how much each token weighs.
+tokens, is COPSD's loss. GRPO hears one number of the same rollout: 0 or 1. Another method is shown
+with its own teacher and with each token's weight.
 """
 
 import math
@@ -49,13 +49,15 @@ from parts.sampler import Rollout
 from parts.selfcheck import check_model
 from parts.settings import check_value, fill
 from parts.setup import Setup, longest_prompt, needs_answers, needs_teacher
+from parts.steps import write_completions
 from parts.tokens import TokenRow, explain_tokens, tokens_table, write_tokens_page
 from parts.view import NO_NOTE, lacks_notes, say
 from parts.weights import credit, token_weights
 
-# Where there is no group: the one is shown, of so many, that the teacher disagrees with most.
+# Where there is no group, so many are sampled. The one furthest from the teacher is shown.
 DRAWN = 8
-# What a walk takes of a run's record beside what can be typed; the batch must go with the group.
+# Settings that a walk takes from a run's record, beside those that can be typed. The batch must be
+# a multiple of the group.
 RECORDED = ("completion", "loss_over", "loss_top_k", "group_size", "batch_size", "scale_rewards")
 HERE = ("device",)  # a setting of the machine at hand, whatever the run had
 ANY_METHOD = ("model", "lang", "data", "seed", "thinking", "dtype")  # not of the method's recipe
@@ -92,12 +94,12 @@ class Lesson:
 def as_in_run(
     given: dict[str, Any], adapter: Path, shown: Sequence[str]
 ) -> tuple[dict[str, Any], str]:
-    """Return the settings of a walk beside a run's student, and a line that says where they are of.
+    """Return the settings of a walk beside a run's student, and a line that says their source.
 
     given  what was typed: it goes before what the run's record says
     shown  the settings that can be typed
     Where `adapter` is no run's folder they are `given`, and there is no line. Where another method
-    is typed than the record's, its recipe is left, and where another language is, its data are.
+    is typed than the record's, the record's recipe is ignored; where another language is, its data.
     Raises ValueError for a record that is damaged, and OSError for data that are not there.
     """
     file = runs.Run(adapter).record_file
@@ -175,7 +177,8 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
     samples = setup.config.group_size if setup.config.method in GROUPED else DRAWN
     # With the adapter off the student is the base model, as it is before the first step.
     with teacher_view(setup.lora, "fixed"):
-        rollouts = roll_out(setup, [problem], seed=setup.config.seed, samples=samples)
+        prompts = [setup.student_prompt(problem)]
+        (rollouts,) = write_completions(setup, prompts, seed=setup.config.seed, samples=samples)
         lessons = _lessons(setup, problem, rollouts)
         explained = [_explain(setup, lesson) for lesson in lessons]
     distances = [fmean(row.kl for row in rows) for rows in explained]
@@ -261,7 +264,7 @@ def _hidden(setup: Setup, lesson: Lesson) -> tuple[Tensor, Tensor]:
 
 
 def _control_notes(config: Config) -> list[str]:
-    """Say where a run's loss is of other completions, or over less, than what is shown."""
+    """Say where a run's loss differs from what is shown."""
     notes = []
     if config.completion != "student":
         said = "trained on other completions than the student's"

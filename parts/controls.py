@@ -18,13 +18,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from parts import ranks
 from parts.chat import turn_end_ids
 from parts.lora import teacher_view
-from parts.model import eos_ids, valid_ids
+from parts.model import eos_ids
 from parts.prompts import Problem
-from parts.sampler import Rollout, SamplingParams, sample
+from parts.sampler import Rollout
 from parts.setup import Setup
+from parts.steps import write_completions
 
 Scorer = Callable[[Setup, list[list[int]], list[list[int]]], tuple[Tensor, Tensor]]
 
@@ -33,29 +33,15 @@ def teacher_writes(setup: Setup, problems: list[Problem], *, seed: int) -> list[
     """Sample a completion of each problem from the teacher, y ~ p(. | x, x_en, s_en).
 
     The rollouts have the student's prompt, for the student learns them there; their log-probs are
-    the teacher's. Each rank samples some problems, all receive all.
+    the teacher's.
     """
-    config = setup.config
-    mine = ranks.share(len(problems))
-    params = SamplingParams(
-        config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed
-    )
-    with teacher_view(setup.lora, config.teacher):
-        groups = sample(
-            setup.model,
-            [setup.teacher_prompt(problem) for problem in problems[mine]],
-            params,
-            first_index=mine.start,
-            max_rows=config.sample_rows,
-            eos_ids=eos_ids(setup.model, setup.tokenizer),
-            valid_ids=valid_ids(setup.tokenizer),
-        )
-    return ranks.gather(
-        [
-            replace(rollout, prompt_ids=setup.student_prompt(problem))
-            for problem, (rollout,) in zip(problems[mine], groups, strict=True)
-        ]
-    )
+    prompts = [setup.teacher_prompt(problem) for problem in problems]
+    with teacher_view(setup.lora, setup.config.teacher):
+        written = write_completions(setup, prompts, seed=seed)
+    return [
+        replace(rollout, prompt_ids=setup.student_prompt(problem))
+        for problem, (rollout,) in zip(problems, written, strict=True)
+    ]
 
 
 def reference_label(setup: Setup, problems: list[Problem], *, seed: int) -> list[Rollout]:

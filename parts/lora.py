@@ -4,10 +4,11 @@ LoRA trains, instead of a layer's weight matrix W, two thin matrices whose produ
 it: a few percent of the parameters. The two of all layers together are the adapter.
 
 Student and teacher are one model. The teacher's view of it is the model without dropout or
-gradient, and with the adapter off, as it is now, averaged over steps, or as it was at the last
-refresh: see teacher_view.
+gradient. There are four kinds: the adapter is off, as it is now, averaged over steps, or as it was
+at the last refresh (teacher_view).
 
-The base weights never change: they are frozen, and no adapter is ever merged into them. So the
+The base weights never change: they are frozen, and an adapter is merged into copies of them only
+(parts/copies.py). So the
 "fixed" teacher is the base model with the adapter switched off, bit for bit, at any step and in any
 dtype.
 """
@@ -92,7 +93,7 @@ class Lora:
     def update_ema(self, decay: float) -> None:
         """After an optimiser step: ema <- decay ema + (1 - decay) current.
 
-        A and B are averaged apart, not their product.
+        A and B are averaged separately, not their product.
         """
         for name, average in self.sets["ema"].items():
             average.lerp_(self.sets["current"][name].detach(), 1 - decay)

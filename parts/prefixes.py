@@ -70,7 +70,7 @@ class KeptPrompts:
         end_C1 = torch.arange(columns, columns + width)[:, None]
         column_T = torch.arange(columns + width)
         start_B11 = columns - torch.tensor(lengths)[:, None, None]
-        hidden_BCT = (column_T < start_B11) | (column_T > end_C1)
+        unseen_BCT = (column_T < start_B11) | (column_T > end_C1)
         written_C = torch.arange(columns, columns + width, device=model.device)
         cursor = Cursor(written_C, filled=columns, shown=columns + width)
         cache = Cache(
@@ -89,7 +89,7 @@ class KeptPrompts:
         output = model.base_model(
             input_ids=ids_BC.to(model.device),
             position_ids=position_BC.to(model.device),
-            attention_mask=additive_mask(hidden_BCT[:, None].to(model.device), model.dtype),
+            attention_mask=additive_mask(unseen_BCT[:, None].to(model.device), model.dtype),
             past_key_values=cache,
             use_cache=True,
         )

@@ -1,8 +1,8 @@
-"""What the student reads and what the teacher reads: the paper's idea, in one room.
+"""What the student reads and what the teacher reads: the paper's idea, in one file.
 
-Both are the same model. The student reads a problem in the target language; the teacher also reads
-its English translation and an English solution. The two prompts end alike, so that the same
-completion can follow either:
+Both are the same model. The student reads a problem in the target language. The teacher also reads
+its English translation and an English solution, each under a label. The two prompts end alike, so
+that the same completion can follow either:
 
     student   [ problem            | instruction ]                                        opening
     teacher   [ problem | English problem | English solution | transition | instruction ] opening
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ROLES = ("student", "teacher")
-# What the fields of a problem are called in errors. A data file has the English ones in columns of
-# the last word, beside problem_translated (parts/data.py).
+# What the fields of a problem are called in errors. In a data file the English ones are the columns
+# `problem` and `solution`, beside problem_translated (parts/data.py).
 CALLED = {
     "problem": "problem",
     "problem_en": "English problem",
@@ -189,9 +189,9 @@ def render_prompt(
               block out of the teacher's prompt; the transition stays (for ablations)
     thinking  a think block is where a reasoning model writes before it answers. "auto" opens one
               where the model would unasked, "on" insists on it, "off" keeps it closed
-    Adds no system turn and never truncates. ValueError: an unknown value, no chat template or one
-    that fails or loses the problem, a problem that lacks a field to be shown or that holds a
-    control token. Both roles end in the same text:
+    Adds no system turn and never truncates. Raises ValueError for an unknown value; without a chat
+    template, or for one that fails or loses the problem; for a problem that lacks a field to be
+    shown or holds a control token. Both roles end in the same text:
 
     >>> from tokenizers import Tokenizer, models
     >>> from transformers import PreTrainedTokenizerFast
@@ -250,8 +250,8 @@ def encode_prompt(text: str, tokenizer: "Tokenizer") -> list[int]:
 def template_hash(tokenizer: "Tokenizer", language: str | Language, thinking: str = "auto") -> str:
     """Return 12 hex digits that change with the prompt of COPSD's student or teacher.
 
-    So with the chat template, their wordings, the thinking mode, and a date that a template writes.
-    What other teachers read is in parts.readings.wordings.
+    That is with the chat template, the wordings, the thinking mode, and a date that a template
+    writes. What other teachers read is in parts.readings.wordings.
     """
     placeholder = Problem("placeholder", "PROBLEM", "ENGLISH PROBLEM", "SOLUTION", None, "eng")
     texts = [

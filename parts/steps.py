@@ -1,4 +1,4 @@
-"""What a step of either method has around its method: drawing, updating, logging, saving."""
+"""What stands around the method in a step: drawing, sampling, updating, logging, saving."""
 
 import math
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from parts.checkpoints import optimizer_tensors, restore_optimizer
 from parts.data import pick_order
 from parts.lossscale import LossScale
 from parts.machine import stop_unless_finite
-from parts.model import published_name
+from parts.model import eos_ids, published_name, valid_ids
 from parts.prompts import Problem, pose_in_english
 from parts.recipe import Config
-from parts.sampler import Rollout
+from parts.sampler import Rollout, SamplingParams, sample
 from parts.setup import Setup
 from parts.steplog import completion_rows
 from parts.view import Watcher
@@ -53,6 +53,32 @@ def draw_others(
 def rollout_seed(config: Config, step: int) -> int:
     """Return the seed of a step's rollouts, another one at every step of every run."""
     return config.seed * 1_000_003 + step
+
+
+def write_completions(
+    setup: Setup, prompts: list[list[int]], *, seed: int, samples: int = 1, limit: int | None = None
+) -> list[list[Rollout]]:
+    """Sample completions of each prompt, `samples` of them, from the model as it is now.
+
+    limit  new tokens at most; None: --max-new-tokens
+    Each process samples its share of the prompts; all get every completion.
+    """
+    config = setup.config
+    mine = ranks.share(len(prompts))
+    params = SamplingParams(
+        limit or config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed
+    )
+    groups = sample(
+        setup.model,
+        prompts[mine],
+        params,
+        samples_per_prompt=samples,
+        first_index=mine.start,
+        max_rows=config.sample_rows,
+        eos_ids=eos_ids(setup.model, setup.tokenizer),
+        valid_ids=valid_ids(setup.tokenizer),
+    )
+    return ranks.gather(groups)
 
 
 def share_done(config: Config, step: int, sampled_tokens: int) -> float:

@@ -13,7 +13,7 @@ from test_grpo import train as train_grpo
 from typer.testing import CliRunner
 
 import copsd
-from parts import commands, fitting, machine
+from parts import commands, fitting, machine, steps
 from parts.fitting import GIB, changes_that_fit, flags_text
 from parts.footprint import read_shape
 from parts.microbatch import Limit, halve_until_it_fits
@@ -185,7 +185,7 @@ def test_a_step_out_of_memory_goes_on_with_half_the_rows(
     calls = []
     sampled = []
     real_loss = getattr(copsd, loss)
-    real_sample = copsd.sample
+    real_sample = steps.sample
 
     def _fail_once(setup, *arguments, **options):
         calls.append(1)
@@ -196,7 +196,7 @@ def test_a_step_out_of_memory_goes_on_with_half_the_rows(
 
     monkeypatch.setattr(copsd, loss, _fail_once)
     monkeypatch.setitem(copsd.SOURCES, "student", (copsd.roll_out, copsd.copsd_loss))
-    monkeypatch.setattr(copsd, "sample", lambda *a, **k: sampled.append(1) or real_sample(*a, **k))
+    monkeypatch.setattr(steps, "sample", lambda *a, **k: sampled.append(1) or real_sample(*a, **k))
     halved = train(tmp_path / "b", **given)
     assert "out of memory: micro-batches of 2 rows" in capsys.readouterr().err
     assert len(sampled) == 2, "one rollout a step, none again"
@@ -211,7 +211,7 @@ def test_a_step_out_of_memory_goes_on_with_half_the_rows(
 @pytest.mark.parametrize(
     ("place", "flag", "saved"),
     [
-        ("copsd.sample", "--sample-rows", "keeps nothing but its settings"),
+        ("parts.steps.sample", "--sample-rows", "keeps nothing but its settings"),
         ("copsd.copsd_gradient", "--gradient-checkpointing", "keeps the evaluation before"),
         ("parts.measure.sample", "--batch-rows", "keeps nothing but its settings"),
         ("parts.setup.load_model", "--dtype bfloat16", "what is saved is kept"),

@@ -14,7 +14,7 @@ from test_grpo import QUIET, jsonl, make_setup, nudge, step_gradient
 
 import copsd
 import show
-from copsd import Group, roll_out_groups
+from copsd import Group, roll_out, roll_out_groups
 from parts import measure, steps
 from parts.grading import is_correct
 from parts.sampler import Rollout, SamplingParams
@@ -26,7 +26,7 @@ def test_a_group_from_one_prefill_is_the_rows_sampled_one_by_one(tmp_path):
         tmp_path, top_k=1
     )  # no chance: a row's random stream depends on its place
     group = roll_out_groups(setup, setup.train[:1], seed=0)[0].rollouts
-    rows = copsd.roll_out(setup, [setup.train[0]] * 4, seed=0)
+    rows = roll_out(setup, [setup.train[0]] * 4, seed=0)
     assert [r.completion_ids for r in group] == [r.completion_ids for r in rows]
     for one, other in zip(group, rows, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
@@ -71,7 +71,7 @@ def test_a_reward_counts_the_answer_after_the_token_that_ends_a_thought(tmp_path
         (*wrong, *spelled, *right, end): 0.0,  # nor is it by words that look like the token
     }
     rollouts = [Rollout([5], list(ids), [0.0] * len(ids), "stop") for ids in completions]
-    monkeypatch.setattr(copsd, "roll_out", lambda *_, **__: rollouts)
+    monkeypatch.setattr(steps, "write_completions", lambda *_, **__: [rollouts])
     (group,) = roll_out_groups(setup, [problem], seed=0)
     assert group.rewards == list(completions.values())
     monkeypatch.setattr(measure, "sample", lambda *_, **__: [rollouts])

@@ -48,13 +48,13 @@ def test_each_rank_asks_for_its_share_of_the_texts(tmp_path, monkeypatch):
     """Every rank wrote all of them, as slowly as one process does."""
     setup, _ = make_setup(tmp_path)
     prompts = [setup.student_prompt(problem) for problem in setup.train[:3]]
-    whole = methods.ask(setup, prompts, step=1, limit=8, samples=2)
+    whole = methods.write_apart(setup, prompts, step=1, limit=8, samples=2)
     monkeypatch.setattr(ranks, "count", lambda: 2)
     monkeypatch.setattr(ranks, "gather", lambda items: items)
     shares = []
     for number in range(2):
         monkeypatch.setattr(ranks, "number", lambda number=number: number)
-        shares.append(methods.ask(setup, prompts, step=1, limit=8, samples=2))
+        shares.append(methods.write_apart(setup, prompts, step=1, limit=8, samples=2))
     assert [len(share) for share in shares] == [1, 2]
     texts = [
         [rollout.completion_ids for group in groups for rollout in group]
@@ -75,7 +75,7 @@ def test_a_plan_that_cannot_be_read_leaves_the_plain_prompt_and_is_counted(
         [Rollout([5], ids or sorted(eos_ids(setup.model, setup.tokenizer))[:1], [0.0], "stop")]
         for ids in (good, spelled)
     ]
-    monkeypatch.setattr(methods, "ask", lambda *a, **k: written)
+    monkeypatch.setattr(methods, "write_apart", lambda *a, **k: written)
     monkeypatch.setattr(
         methods,
         "completion_text",
@@ -185,7 +185,7 @@ def test_the_answer_that_most_attempts_agree_on_takes_the_solutions_place(tmp_pa
     said = [[r"\boxed{7}", r"\boxed{41}", r"so \boxed{41.0}"], ["none", "none", "none"]]
     written = [[Rollout([5], [index], [0.0], "stop") for index in (0, 1, 2)] for _ in said]
     texts = iter(text for row in said for text in row)
-    monkeypatch.setattr(methods, "ask", lambda *a, **k: written)
+    monkeypatch.setattr(methods, "write_apart", lambda *a, **k: written)
     monkeypatch.setattr(methods, "usable_text", lambda *_: next(texts))
     found = methods.read_votes(setup, [replace(first, answer="41"), second], 1)
     text = str(setup.tokenizer.decode(found.prompts[0]))
@@ -222,7 +222,9 @@ def test_a_vote_is_graded_and_shown_only_where_it_can_be_read(
 ):
     """A control token that the normal form spelled ended the run; "1, 2" was never right."""
     setup, _ = make_setup(tmp_path, teacher_reads="voted")
-    monkeypatch.setattr(methods, "ask", lambda *a, **k: [[Rollout([5], [6], [0.0], "stop")]])
+    monkeypatch.setattr(
+        methods, "write_apart", lambda *a, **k: [[Rollout([5], [6], [0.0], "stop")]]
+    )
     monkeypatch.setattr(methods, "usable_text", lambda *_: said)
     long = setup.teacher_prompt(setup.train[0], LONG)
     monkeypatch.setattr(
