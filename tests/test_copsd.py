@@ -271,6 +271,21 @@ def test_training_brings_the_student_closer_and_leaves_base_and_teacher_alone(tm
     )
 
 
+def test_a_step_says_how_many_tokens_went_forward_and_backward(tmp_path):
+    """Student and teacher go forward, each with its prompt; the student goes backward."""
+    folder = train(tmp_path, steps=1, batch_size=4)
+    (row,) = jsonl(folder / "metrics.jsonl")
+    setup, _ = make_setup(tmp_path / "again", steps=1, batch_size=4)
+    problems = steps.draw_problems(setup, 4, step=1)
+    rollouts = roll_out(setup, problems, seed=steps.rollout_seed(setup.config, 1))
+    written = sum(len(rollout.completion_ids) for rollout in rollouts)
+    student = sum(len(rollout.prompt_ids) for rollout in rollouts)
+    teacher = sum(map(len, read_by_teacher(setup, problems)))
+    assert row["rollout/tokens"] == row["sampled_tokens"] == written
+    assert row["update/tokens"] == student + written
+    assert row["score/tokens"] == student + teacher + 2 * written
+
+
 def test_a_step_logs_what_it_did(tmp_path):
     folder = train(tmp_path, batch_size=16)
     rows = jsonl(folder / "metrics.jsonl")

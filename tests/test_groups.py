@@ -128,8 +128,11 @@ def test_a_dead_group_is_not_replaced_by_a_problem_that_is_in_the_step(tmp_path,
     given = {"resample_dead_groups": True, "data": str(data), "english_share": 0.5}
     setup, _ = make_setup(tmp_path, batch_size=4, **given)
 
+    seeds = []
+
     def all_dead(setup, problems, *, seed):
         assert problems
+        seeds.append(seed)
         return [Group(problem, [], [0.0]) for problem in problems]
 
     monkeypatch.setattr(copsd, "roll_out_groups", all_dead)
@@ -138,6 +141,8 @@ def test_a_dead_group_is_not_replaced_by_a_problem_that_is_in_the_step(tmp_path,
         drawn = copsd.replace_dead(setup, first, step=step, seed=0)
         ids = [group.problem.id for group in drawn]
         assert len(ids) == len(set(ids)) == min(rows, 1 + copsd.MAX_DRAWS)
+    last = steps.rollout_seed(setup.config, 10**6)
+    assert all(seed == 0 or seed > last for seed in seeds), "a stream is another step's"
 
 
 def test_other_problems_replace_dead_groups_and_their_tokens_are_counted(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from copsd import (
     roll_out_groups,
 )
 from kernels import reduce_loss
-from parts import steplog
+from parts import steplog, steps
 from parts.microbatch import Limit, micro_batches
 from parts.recipe import Config
 from parts.sampler import Rollout
@@ -187,7 +187,9 @@ def test_each_side_of_the_clip_is_counted_by_its_own_bound(tmp_path):
     old_logprob_N = first["logprob_N"] - ratio_N.log()
     for advantage, low, high in ((1.0, [], [1.6]), (-1.0, [0.4, 0.8], []), (0.0, [], [])):
         advantage_N = torch.full((tokens,), advantage)
-        _, stats = grpo_loss(setup, rollouts, advantage_N, old_logprob_N)
+        loss_N, stats = grpo_loss(setup, rollouts, advantage_N, old_logprob_N)
+        least_N = torch.minimum(ratio_N * advantage, ratio_N.clamp(0.9, 1.5) * advantage)
+        assert torch.allclose(loss_N, -least_N, atol=1e-5)
         for side, wanted in (("low", low), ("high", high)):
             counted = {round(x, 3) for x in ratio_N[stats[f"clipped_{side}_N"]].tolist()}
             assert counted == set(wanted), (advantage, side)
@@ -289,6 +291,21 @@ def test_a_step_logs_what_it_did(tmp_path):
     }
     assert rows[1]["sampled_tokens"] == rows[0]["rollout/tokens"] + rows[1]["rollout/tokens"]
     assert [row["update/lr"] for row in rows] == pytest.approx([1e-3, 5e-4])
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_a_step_says_how_many_tokens_went_forward_and_backward(tmp_path, monkeypatch, kl_coef):
+    """The initial model's pass, where there is one, is a pass forward; prompts are in each."""
+    sampled = []
+    real = steps.write_completions
+    monkeypatch.setattr(
+        steps, "write_completions", lambda *a, **k: sampled.append(real(*a, **k)) or sampled[-1]
+    )
+    (row,) = jsonl(train(tmp_path, steps=1, kl_coef=kl_coef, inner_epochs=2) / "metrics.jsonl")
+    rollouts = [rollout for group in sampled[0] for rollout in group]
+    read = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
+    assert row["update/tokens"] == 2 * read
+    assert row["score/tokens"] == (4 if kl_coef else 2) * read
 
 
 def test_one_inner_epoch_takes_one_update_and_two_take_two(tmp_path, monkeypatch):

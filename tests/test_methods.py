@@ -396,8 +396,13 @@ def test_groups_that_are_not_mixed_are_skipped_and_counted_and_leave_grpo(tmp_pa
     assert (grpo / name).read_bytes() == (nothing / name).read_bytes()
     assert (grpo / name).read_bytes() != (ssopd / name).read_bytes()
     row = jsonl(ssopd / "metrics.jsonl")[0]
+    plain = jsonl(grpo / "metrics.jsonl")[0]
+    assert row["rollout/tokens"] == plain["rollout/tokens"]
+    assert row["update/tokens"] > plain["update/tokens"], "a witness's rows go backward, too"
+    assert (
+        row["score/tokens"] > plain["score/tokens"] + row["update/tokens"] - plain["update/tokens"]
+    )
     assert row["witness/skipped_group_frac"] < 1 and row["witness/kl_nats_per_token"] > 0
-    assert row["score/tokens"] > jsonl(grpo / "metrics.jsonl")[0]["score/tokens"]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
