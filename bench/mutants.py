@@ -59,6 +59,12 @@ TESTS = {
     "parts/equations.py": ["tests/test_numerals.py", "tests/test_grading.py"],
     "parts/numerals.py": ["tests/test_numerals.py", "tests/test_grading.py"],
     "parts/watch.py": ["tests/test_watch.py"],
+    "methods.py": ["tests/test_notes.py", "tests/test_methods.py"],
+    "parts/weights.py": ["tests/test_weights.py", "tests/test_methods.py"],
+    "parts/narrow.py": ["tests/test_narrow.py", "tests/test_methods.py"],
+    "parts/packing.py": ["tests/test_packing.py"],
+    "parts/prefixes.py": ["tests/test_prefixes.py"],
+    "parts/steps.py": ["tests/test_copsd.py", "tests/test_grpo.py", "tests/test_groups.py"],
 }
 # Tests that say nothing of the maths and take long.
 LEFT_OUT = "not readme and not bad_input and not every_flag and not bad_data_file"
