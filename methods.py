@@ -28,6 +28,7 @@ code; "second-hand", from notes on the paper. None is claimed to be an exact rep
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -213,6 +214,14 @@ def egrsd_credit(
 # SSOPD: beside GRPO's loss, the longest wrong completion learns from the shortest right one.
 
 
+class Witnessed(NamedTuple):
+    """A wrong completion that learns from a right one of its group."""
+
+    prompt: list[int]  # what the teacher reads, the right completion in it
+    learner: Rollout  # the start of the wrong completion
+    weight: float  # of the group
+
+
 def add_ssopd_term(
     setup: Setup,
     groups: list[Group],
@@ -232,19 +241,19 @@ def add_ssopd_term(
     cosine  as in copsd_loss
     """
     found = [pair for group in groups if (pair := witness_pair(setup, group))]
-    prompts = [prompt for prompt, _, _ in found]
-    learners = [learner for _, learner, _ in found]
+    prompts = [pair.prompt for pair in found]
+    learners = [pair.learner for pair in found]
     kl = 0.0
     for rows in micro_batches(learners, limit, teacher_prompts=prompts):
         batch = [learners[row] for row in rows]
         lengths = [len(rollout.completion_ids) for rollout in batch]
         loss_N, stats = copsd_loss(setup, [prompts[row] for row in rows], batch, cosine=cosine)
-        weight_B = torch.tensor([found[row][2] for row in rows])
+        weight_B = torch.tensor([found[row].weight for row in rows])
         loss = reduce_loss(
             loss_N,
             lengths,
             reduction="trajectory",
-            step_tokens=0,
+            step_tokens=0,  # a mean over rows does not ask
             step_rows=step_groups,
             weight_N=weight_B.repeat_interleave(torch.tensor(lengths)),
         )
@@ -260,10 +269,10 @@ def add_ssopd_term(
     tally.note("witness/kl_nats_per_token", kl, tokens)
 
 
-def witness_pair(setup: Setup, group: Group) -> tuple[list[int], Rollout, float] | None:
-    """Return what the teacher reads, the start of the wrong completion, and the group's weight.
+def witness_pair(setup: Setup, group: Group) -> Witnessed | None:
+    """Return the longest wrong completion of a group with the shortest right one as its witness.
 
-    None, where the group has no right or no wrong completion, or where the right one cannot be
+    None where the group has no right or no wrong completion, or where the right one cannot be
     read: it is empty without its thoughts, spells a control token, or does not fit the context.
     """
     config = setup.config
@@ -282,7 +291,7 @@ def witness_pair(setup: Setup, group: Group) -> tuple[list[int], Rollout, float]
     prompt = encode_prompt(text, setup.tokenizer)
     fits = len(prompt) + len(learner.completion_ids) <= context_length(setup.model.config)
     weight = group_weight(len(right) / len(judged), config.witness_weight)
-    return (prompt, learner, weight) if witness and fits else None
+    return Witnessed(prompt, learner, weight) if witness and fits else None
 
 
 def group_weight(pass_rate: float, most: float) -> float:
@@ -316,7 +325,7 @@ def example_prompts(setup: Setup, problems: list[Problem]) -> list[list[int] | N
     if config.method == "ssopd":
         groups = roll_out_groups(setup, problems, seed=config.seed)
         pairs = [witness_pair(setup, group) for group in groups]
-        return [pair[0] if pair else None for pair in pairs]
+        return [pair.prompt if pair else None for pair in pairs]
     return [*reader(config)(setup, problems, 0).prompts]
 
 

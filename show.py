@@ -351,9 +351,9 @@ def _witnessed(setup: Setup, group: Group) -> Lesson:
     """Return the rollout of a group that SSOPD's term takes; of one that it skips, the longest."""
     pair = witness_pair(setup, group)
     if pair is not None:
-        prompt, learner, weight = pair
         said = "shown: the start of the longest wrong completion; the teacher reads a right one"
-        return Lesson(learner, prompt, "SSOPD's teacher reads", weight=weight, notes=(said,))
+        who = "SSOPD's teacher reads"
+        return Lesson(pair.learner, pair.prompt, who, weight=pair.weight, notes=(said,))
     count = f"{sum(group.rewards):.0f} of {len(group.rewards)} completions are right"
     longest = max(group.rollouts, key=lambda rollout: len(rollout.completion_ids))
     who = "the base model reads; SSOPD's teacher reads nothing"
