@@ -43,6 +43,7 @@ class Shape:
 
     dtype       of the weights, and of most of what passes make
     parameters  of the base, those that two layers share counted once
+    stacked     of these, in tensors that hold many experts, which a file has one by one
     adapter     numbers in A and B of all adapted layers
     adapted     weights of these layers
     outputs     numbers that these layers make of a token
@@ -52,6 +53,7 @@ class Shape:
 
     dtype: torch.dtype
     parameters: int
+    stacked: int
     adapter: int
     adapted: int
     outputs: int
@@ -141,6 +143,7 @@ def _count_shape(
     # Before the adapter is there: it puts layers of its own into the places of these.
     linear = sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    stacked = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 3)
     with torch.device("meta"):
         lora = attach_lora(model, rank=rank, alpha=rank, targets=names, seed=0)
     text = config_file.get_text_config()
@@ -149,6 +152,7 @@ def _count_shape(
     return Shape(
         dtype=dtype,
         parameters=parameters,
+        stacked=stacked,
         adapter=sum(tensor.numel() for tensor in lora.parameters()),
         adapted=sum(layer.weight.numel() for layer in adapted),
         outputs=sum(layer.out_features for layer in adapted),
@@ -163,7 +167,8 @@ def _count_shape(
 def footprint(shape: Shape, config: Config, lengths: Lengths, *, on_cpu: bool) -> Footprint:
     """Return the bytes of a run of these settings at its most."""
     size = shape.dtype.itemsize
-    weights = shape.parameters * size
+    # A CPU's weights are the file, mapped, and what had to be put together from it.
+    weights = (shape.parameters + (shape.stacked if on_cpu else 0)) * size
     device = "cpu" if on_cpu else "cuda"
     prefill_tokens = PREFILL_TOKENS.get(device, SMALL_PREFILL)
     cached, choice = _sampling_bytes(shape, config, size, lengths, prefill_tokens)
@@ -199,8 +204,8 @@ def footprint(shape: Shape, config: Config, lengths: Lengths, *, on_cpu: bool) -
         chunk=_chunk_bytes(shape, config, size, on_cpu=on_cpu),
         cache_gaps=cache_gaps,
         gaps=gaps,
-        # A CPU's weights are the file, mapped; to hash it, it is mapped once more.
-        loading=2 * weights if on_cpu else weights,
+        # To hash the file, a CPU maps it once more.
+        loading=weights + (shape.parameters * size if on_cpu else 0),
     )
 
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_families import SIZES
+from transformers import AutoConfig
 
 from parts import commands, footprint, setup
 from parts.footprint import Footprint, Lengths, read_shape
@@ -37,6 +39,19 @@ def test_the_cache_is_of_every_row_to_its_length_limit(qwen):
     assert least <= planned(shape, config).cache < 1.3 * least
     wide = planned(shape, replace(config, sample_rows=16)).cache
     assert wide == pytest.approx(planned(shape, config).cache / 2, rel=0.01)
+
+
+def test_stacked_experts_stand_beside_the_file_that_they_come_from(tmp_path):
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    AutoConfig.for_model("mixtral", **SIZES, **experts).save_pretrained(tmp_path)
+    config = Config(lora_targets="q_proj,v_proj")
+    shape = read_shape(tmp_path, config, torch.float32)
+    assert shape.stacked == 2 * 4 * 3 * 32 * 48, "layers, experts, matrices"
+    mapped = 4 * shape.parameters
+    assert planned(shape, config).weights == planned(shape, config).loading == mapped
+    on_cpu = planned(shape, config, on_cpu=True)
+    assert on_cpu.weights == mapped + 4 * shape.stacked
+    assert on_cpu.loading == 2 * mapped + 4 * shape.stacked
 
 
 def test_what_a_setting_saves(qwen):

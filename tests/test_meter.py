@@ -1,6 +1,7 @@
 """parts/meter.py: what passes take of a token, beside what the model itself takes with weights."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,8 @@ def test_what_is_counted_is_what_autograd_and_the_cache_keep(tmp_path, family, d
     cache = DynamicCache()
     with torch.no_grad():
         model.base_model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
-    column = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    read: list[Any] = cache.layers
+    column = sum(layer.keys.nbytes + layer.values.nbytes for layer in read)
     assert counted.column == column // ids_BT.numel()
 
 
