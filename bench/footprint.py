@@ -81,8 +81,8 @@ def measure(flags: list[str]) -> tuple[int, int]:
     torch.compile(torch.neg)(torch.zeros(8))
     said = {}
 
-    def _remember(shape, config, dtype, device, lengths):
-        said["plan"] = footprint.footprint(shape, config, dtype, lengths, on_cpu=True).peak
+    def _remember(shape, config, device, lengths):
+        said["plan"] = footprint.footprint(shape, config, lengths, on_cpu=True).peak
         said["before"] = peak_bytes()
         return ""
 

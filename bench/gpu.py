@@ -404,9 +404,9 @@ def measure_step(visit: Visit, size: Size, dtype: torch.dtype) -> None:
             copsd.train_copsd(setup, run, BreaksOff(None))
         last = run.metrics()[-1]
         lengths = longest_prompts(config, setup.tokenizer, setup.train)
-        shape = footprint.read_shape(folder, config)
+        shape = footprint.read_shape(folder, config, dtype)
     on_cpu = not visit.device.startswith("cuda")
-    planned = footprint.footprint(shape, config, dtype, lengths, on_cpu=on_cpu).peak / 2**30
+    planned = footprint.footprint(shape, config, lengths, on_cpu=on_cpu).peak / 2**30
     split = {name: value for name, value in last.items() if name.endswith(("time_s", "/tokens"))}
     visit.report("step", rows=rows, new_tokens=new_tokens, **split)
     peak = last["memory/peak_gib"]  # on a CPU with all that Python and torch take

@@ -43,7 +43,6 @@ LEAST_CHUNK = 32  # rows of logits; fewer save no memory that counts
 def changes_that_fit(
     shape: Shape,
     config: Config,
-    dtype: torch.dtype,
     lengths: Lengths,
     limit: float,
     *,
@@ -56,7 +55,7 @@ def changes_that_fit(
     changes: dict[str, Any] = {}
     while True:
         changed = replace(config, **changes)
-        found = footprint(shape, changed, dtype, lengths, on_cpu=on_cpu)
+        found = footprint(shape, changed, lengths, on_cpu=on_cpu)
         if found.peak <= limit:
             return changes
         chunk = loss_rows(shape, changed, on_cpu=on_cpu)
@@ -134,9 +133,7 @@ def _free_on_the_host() -> Iterator[int]:
         yield max(0, int(text) - int(used.read_text(encoding="ascii")))
 
 
-def check_memory(
-    shape: Shape, config: Config, dtype: torch.dtype, device: str, lengths: Lengths
-) -> str:
+def check_memory(shape: Shape, config: Config, device: str, lengths: Lengths) -> str:
     """Return the line that a run prints before it loads anything; ValueError where it cannot fit.
 
     It cannot where not even micro-batches of one row would fit. On a GPU a step that runs out of
@@ -144,7 +141,7 @@ def check_memory(
     what is free, nothing is refused.
     """
     on_cpu = device == "cpu"
-    found = footprint(shape, config, dtype, lengths, on_cpu=on_cpu)
+    found = footprint(shape, config, lengths, on_cpu=on_cpu)
     line = footprint_line(found)
     free = free_bytes(device)
     if free is None:
@@ -152,9 +149,9 @@ def check_memory(
     line += f"; {free / GIB:.2f} free"
     if found.peak <= free:
         return line
-    changes = changes_that_fit(shape, config, dtype, lengths, free, on_cpu=on_cpu)
+    changes = changes_that_fit(shape, config, lengths, free, on_cpu=on_cpu)
     advice = f"fits with {flags_text(changes)}" if changes else "no setting of Machine makes it fit"
-    least = footprint(shape, replace(config, micro_batch=1), dtype, lengths, on_cpu=on_cpu)
+    least = footprint(shape, replace(config, micro_batch=1), lengths, on_cpu=on_cpu)
     if least.peak > free:
         raise ValueError(f"{line}: {advice}")
     return f"{line}: may not fit; {advice}"
@@ -188,7 +185,7 @@ def parts_table(found: Footprint) -> Table:
 
 
 def cards_table(
-    shape: Shape, config: Config, dtype: torch.dtype, lengths: Lengths, cards: Sequence[float]
+    shape: Shape, config: Config, lengths: Lengths, cards: Sequence[float]
 ) -> tuple[Table, bool]:
     """Return which cards, in GB, hold a run and with which flags, and whether all of them do."""
     table = Table(
@@ -200,13 +197,13 @@ def cards_table(
     every = True
     for card in cards:
         limit = card * 10**9 - CONTEXT
-        changes = changes_that_fit(shape, config, dtype, lengths, limit, on_cpu=False)
+        changes = changes_that_fit(shape, config, lengths, limit, on_cpu=False)
         if changes is None:
             every = False
             table.add_row(f"{card:g}", "-", "no: no setting of Machine makes it fit")
             continue
         changed = replace(config, **changes)
-        peak = footprint(shape, changed, dtype, lengths, on_cpu=False).peak
+        peak = footprint(shape, changed, lengths, on_cpu=False).peak
         said = f"with {flags_text(changes)}" if changes else "as it is"
         table.add_row(f"{card:g}", f"{peak / GIB:.2f}", said)
     return table, every
@@ -233,8 +230,8 @@ def plan(given: dict[str, Any], lengths: Lengths, cards: Sequence[float], consol
     dtype = DTYPES.get(auto if config.dtype == "auto" else config.dtype)
     if dtype is None:
         raise ValueError(f"unknown dtype {config.dtype!r}: valid are auto, {', '.join(DTYPES)}")
-    shape = read_shape(folder, config)
-    found = footprint(shape, config, dtype, lengths, on_cpu=config.device == "cpu")
+    shape = read_shape(folder, config, dtype)
+    found = footprint(shape, config, lengths, on_cpu=config.device == "cpu")
     name = str(dtype).removeprefix("torch.")
     say(
         console,
@@ -242,7 +239,7 @@ def plan(given: dict[str, Any], lengths: Lengths, cards: Sequence[float], consol
         f"tokens (the teacher's {lengths.teacher}), completions of {config.max_new_tokens}",
     )
     console.print(parts_table(found))
-    table, every = cards_table(shape, config, dtype, lengths, cards)
+    table, every = cards_table(shape, config, lengths, cards)
     console.print(table)
     say(console, footprint_line(found))
     return 0 if every else 1

@@ -8,12 +8,14 @@ of the weights. All are counted here for completions that all reach their length
     peak = weights + adapter + optimiser + max(sampling, teacher, update)
 
 On a CPU there is also what its allocator wastes. Nothing is loaded: the model is built on torch's
-meta device, where tensors have a shape and no data. bench/footprint.py measures how far a figure is
-from the truth. Not counted: Python, torch's own code, and what CUDA keeps for itself. Whether that
-fits, and what to change where it does not, is asked in parts/fitting.py.
+meta device, where tensors have a shape and no data, and what its passes take of a token is counted
+there (parts/meter.py). bench/footprint.py measures how far a figure is from the truth. Not counted:
+Python, torch's own code, and what CUDA keeps for itself. Whether that fits, and what to change
+where it does not, is asked in parts/fitting.py.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,7 +26,9 @@ from kernels import chunk_rows, compiling_pays
 from parts import ranks
 from parts.batch import PREFILL_TOKENS, SMALL_PREFILL
 from parts.copies import choose_copies
-from parts.lora import targeted_layers
+from parts.family import switch_off_dropout
+from parts.lora import attach_lora, targeted_layers
+from parts.meter import Passes, count_passes
 from parts.model import load_config, loading
 from parts.packing import is_worth_packing
 from parts.prefixes import KEPT_BYTES
@@ -37,24 +41,27 @@ FP32 = 4  # bytes of a number; the adapter, its gradient and its optimiser have 
 class Shape:
     """The sizes of a model that its memory depends on.
 
-    parameters    of the base, those that two layers share counted once
-    adapter       numbers in A and B of all adapted layers
-    adapted       weights of these layers
-    linear        weights of all linear layers, the head among them
-    intermediate  the width inside a layer's MLP
+    dtype       of the weights, and of most of what passes make
+    parameters  of the base, those that two layers share counted once
+    stacked     of these, in tensors that hold many experts, which a file has one by one
+    adapter     numbers in A and B of all adapted layers
+    adapted     weights of these layers
+    outputs     numbers that these layers make of a token
+    linear      weights of all linear layers, the head among them
+    passes      the bytes of a token in the passes through the model
     """
 
+    dtype: torch.dtype
     parameters: int
+    stacked: int
     adapter: int
     adapted: int
+    outputs: int
     linear: int
     layers: int
     hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
     vocabulary: int
+    passes: Passes
 
 
 @dataclass(frozen=True)
@@ -110,46 +117,64 @@ class Lengths:
     teacher: int
 
 
-def read_shape(folder: Path, config: Config) -> Shape:
+def read_shape(folder: Path, config: Config, dtype: torch.dtype) -> Shape:
     """Return the sizes of the model in a folder that holds at least its config.json.
 
+    dtype  what its weights are to have
     The adapter is that of config. Raises OSError or ValueError, as transformers does, and for a
     target that attach_lora would refuse.
     """
+    # The arms of a comparison, each in its turn, ask for the same model.
+    settings = (folder / "config.json").read_bytes()
+    return _count_shape(folder, settings, config.lora_targets, config.lora_rank, dtype)
+
+
+@cache
+def _count_shape(
+    folder: Path, settings: bytes, targets: str, rank: int, dtype: torch.dtype
+) -> Shape:
+    """Do the work of read_shape; settings are those in folder, so that others are counted anew."""
     config_file = load_config(folder)
+    switch_off_dropout(config_file)
+    names = tuple(targets.split(","))
     with torch.device("meta"), loading(folder, f"model {folder}"):
-        model = AutoModelForCausalLM.from_config(config_file)
+        model = AutoModelForCausalLM.from_config(config_file, dtype=dtype).eval()
+    adapted = targeted_layers(model, names).values()
+    # Before the adapter is there: it puts layers of its own into the places of these.
+    linear = sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stacked = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 3)
+    with torch.device("meta"):
+        lora = attach_lora(model, rank=rank, alpha=rank, targets=names, seed=0)
     text = config_file.get_text_config()
-    adapted = targeted_layers(model, tuple(config.lora_targets.split(","))).values()
-    ends = sum(layer.in_features + layer.out_features for layer in adapted)
-    # Families that lack one of these mean the usual value by it.
-    heads = text.num_attention_heads
+    with loading(folder, f"model {folder}"):
+        passes = count_passes(model)
     return Shape(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        adapter=config.lora_rank * ends,
+        dtype=dtype,
+        parameters=parameters,
+        stacked=stacked,
+        adapter=sum(tensor.numel() for tensor in lora.parameters()),
         adapted=sum(layer.weight.numel() for layer in adapted),
-        linear=sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear),
+        outputs=sum(layer.out_features for layer in adapted),
+        linear=linear,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocabulary=model.get_output_embeddings().weight.shape[0],
+        passes=passes,
     )
 
 
-def footprint(
-    shape: Shape, config: Config, dtype: torch.dtype, lengths: Lengths, *, on_cpu: bool
-) -> Footprint:
+def footprint(shape: Shape, config: Config, lengths: Lengths, *, on_cpu: bool) -> Footprint:
     """Return the bytes of a run of these settings at its most."""
-    size = dtype.itemsize
-    weights = shape.parameters * size
+    size = shape.dtype.itemsize
+    # A CPU's weights are the file, mapped, and what had to be put together from it.
+    weights = (shape.parameters + (shape.stacked if on_cpu else 0)) * size
     device = "cpu" if on_cpu else "cuda"
     prefill_tokens = PREFILL_TOKENS.get(device, SMALL_PREFILL)
-    cache, choice = _sampling_bytes(shape, config, size, lengths, prefill_tokens)
+    cached, choice = _sampling_bytes(shape, config, size, lengths, prefill_tokens)
     activations, layer = _update_bytes(shape, config, size, lengths)
-    kind = choose_copies(shape.linear * size, shape.adapted * size, torch.device(device), dtype)
+    linear, adapted = shape.linear * size, shape.adapted * size
+    kind = choose_copies(linear, adapted, torch.device(device), shape.dtype)
     numbers = {
         "packed": shape.linear,
         "merged": shape.adapted,
@@ -160,37 +185,36 @@ def footprint(
     packed = copied if kind == "packed" else 0
     sets = 2 if config.teacher in ("ema", "copy") else 1
     keeps = keeps_prompts(config, on_cpu=on_cpu)
+    teacher = packed + _teacher_bytes(shape, config, lengths, keeps=keeps)
+    cache_gaps = cached * 2 // 5 if on_cpu else 0  # measured, as the others
+    gaps, within = _gaps_bytes(shape, config, size, lengths) if on_cpu else (0, 0)
+    if on_cpu:  # what sampling and the teacher have freed is in pieces too small for an update's
+        gaps += max(copied + cached + cache_gaps + choice, teacher)
     return Footprint(
         weights=weights,
         adapter=sets * shape.adapter * FP32,
         optimiser=3 * shape.adapter * FP32,
-        kept=_kept_bytes(shape, config, size, lengths) if keeps else 0,
+        kept=_kept_bytes(shape, config, lengths) if keeps else 0,
         copies=copied,
-        cache=cache,
+        cache=cached,
         choice=choice,
-        teacher=packed + _teacher_bytes(shape, config, size, lengths, keeps=keeps),
+        teacher=teacher,
         activations=activations,
-        layer=layer,
+        layer=layer + within,
         chunk=_chunk_bytes(shape, config, size, on_cpu=on_cpu),
-        cache_gaps=cache * 2 // 5 if on_cpu else 0,  # measured, as the other
-        gaps=_gaps_bytes(shape, config, size, lengths) if on_cpu else 0,
-        # A CPU's weights are the file, mapped; to hash it, it is mapped once more.
-        loading=2 * weights if on_cpu else weights,
+        cache_gaps=cache_gaps,
+        gaps=gaps,
+        # To hash the file, a CPU maps it once more.
+        loading=weights + (shape.parameters * size if on_cpu else 0),
     )
 
 
-def _kept_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
+def _kept_bytes(shape: Shape, config: Config, lengths: Lengths) -> int:
     """Return the bytes of the prompts that the fixed teacher keeps, if no step repeats one."""
     if config.token_budget is not None:
         return KEPT_BYTES  # nobody knows how many steps there will be
     prompts = config.batch_size * config.steps + config.eval_problems
-    column = _column_bytes(shape, size) * shape.layers
-    return min(KEPT_BYTES, prompts * lengths.teacher * column)
-
-
-def _column_bytes(shape: Shape, size: int) -> int:
-    """Return the bytes of a layer's key and value of one token."""
-    return 2 * shape.kv_heads * shape.head_size * size
+    return min(KEPT_BYTES, prompts * lengths.teacher * shape.passes.column)
 
 
 def _sampling_bytes(
@@ -204,15 +228,12 @@ def _sampling_bytes(
     # A plan, an explanation and a control's completion are written behind more than the problem.
     writes_more = config.teacher_reads in ("plan", "explained") or config.completion == "teacher"
     prompt = lengths.teacher if writes_more else lengths.student
-    column = _column_bytes(shape, size)
-    # One layer more, while it is copied to grow. Attention under a mask repeats the keys and values
-    # of one layer for each query head.
-    groups = shape.heads // shape.kv_heads
-    layers = shape.layers + 1 + (groups if groups > 1 else 0)
-    full = rows * (prompt + config.max_new_tokens) * column * layers
+    passes = shape.passes
+    # What is decoded beside the cache is one layer of it: copied to grow, or expanded from latents.
+    full = rows * (prompt + config.max_new_tokens) * (passes.column + passes.decoded)
     # When rows enter, the keys and values of their prompts exist twice.
-    entering = 2 * rows * prompt * column * shape.layers
-    prefill = max(prefill_tokens, prompt) * _forward_bytes(shape, size)
+    entering = 2 * rows * prompt * passes.column
+    prefill = max(prefill_tokens, prompt) * passes.forward
     logits = rows * shape.vocabulary * (size + 3 * FP32)  # as they come, scaled, allowed, exp
     return max(full, entering), max(logits, prefill)
 
@@ -231,26 +252,22 @@ def _update_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> 
     rows = _micro_rows(config, lengths)
     completion = int(rows * config.max_new_tokens)
     tokens = _student_tokens(config, lengths)
-    saved = _saved_bytes(shape, size)
+    kept = tokens * shape.passes.saved
     if config.gradient_checkpointing:
         # Every layer's input is kept, and all of the one layer that is computed again.
-        kept = tokens * (shape.layers * shape.hidden * size + saved)
-    else:
-        kept = tokens * shape.layers * saved
-    # The final states of both roles and the gradient on them; the norm before them in fp32.
-    kept += 3 * completion * shape.hidden * size + 2 * tokens * shape.hidden * FP32
+        kept = kept // shape.layers + tokens * shape.layers * shape.hidden * size
+    # The final states of both roles and the gradient on them.
+    kept += 3 * completion * shape.hidden * size
     # The gradient flows back through one layer at a time.
-    passing = tokens * _forward_bytes(shape, size)
+    passing = tokens * shape.passes.forward
     if config.method in GROUPED and (config.method != "grpo" or config.kl_coef):
         # The initial model or a neighbour's teacher scores the rows while their gradient waits.
         other = lengths.student if config.method == "grpo" else lengths.teacher
-        passing = max(passing, (int(rows * other) + completion) * _forward_bytes(shape, size))
+        passing = max(passing, (int(rows * other) + completion) * shape.passes.forward)
     return kept, passing
 
 
-def _teacher_bytes(
-    shape: Shape, config: Config, size: int, lengths: Lengths, *, keeps: bool
-) -> int:
+def _teacher_bytes(shape: Shape, config: Config, lengths: Lengths, *, keeps: bool) -> int:
     """Return what COPSD's teacher needs to score a micro-batch: what passes through one layer.
 
     Where it keeps prompts, that is of the completions only, and beside it stand the keys and values
@@ -260,11 +277,10 @@ def _teacher_bytes(
         return 0
     rows = _micro_rows(config, lengths)
     if not keeps:
-        return int(rows * (lengths.teacher + config.max_new_tokens)) * _forward_bytes(shape, size)
-    column = _column_bytes(shape, size) * shape.layers
-    cached = int(rows * (2 * lengths.teacher + config.max_new_tokens)) * column
+        return int(rows * (lengths.teacher + config.max_new_tokens)) * shape.passes.forward
+    cached = int(rows * (2 * lengths.teacher + config.max_new_tokens)) * shape.passes.column
     read = max(int(rows * config.max_new_tokens), lengths.teacher)
-    return cached + read * _forward_bytes(shape, size)
+    return cached + read * shape.passes.forward
 
 
 def _micro_rows(config: Config, lengths: Lengths) -> float:
@@ -291,16 +307,21 @@ def _student_tokens(config: Config, lengths: Lengths) -> int:
     return int(rows * (lengths.student / (together if shares else 1) + config.max_new_tokens))
 
 
-def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> int:
-    """Return what is free on a CPU's heap after a forward pass, in holes that stay empty.
+def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tuple[int, int]:
+    """Return what stays empty on a CPU's heap in an update: beside what is kept, and in a layer.
 
     torch asks for aligned memory. glibc then looks for a hole a little larger than the one that a
-    tensor of that size has left, and takes new memory instead. About as much as the layers keep
-    ends so, and half of it where they keep nothing and are computed again; measured with
-    bench/footprint.py. A GPU's allocator uses its holes.
+    tensor of that size has left, and takes new memory instead. Holes between tensors that are kept
+    are about a sixth of these. Where layers are computed again, they are two thirds of one layer,
+    and three quarters of what the adapters of all layers put out; measured with bench/footprint.py.
+    A GPU's allocator uses its holes.
     """
-    saved = _student_tokens(config, lengths) * shape.layers * _saved_bytes(shape, size)
-    return saved // 2 if config.gradient_checkpointing else saved
+    tokens = _student_tokens(config, lengths)
+    saved, forward = shape.passes.saved, shape.passes.forward
+    if not config.gradient_checkpointing:
+        return tokens * saved // 6, 0
+    layer = saved // shape.layers + forward
+    return 0, tokens * (layer * 2 // 3 + shape.outputs * size * 3 // 4)
 
 
 def loss_rows(shape: Shape, config: Config, *, on_cpu: bool) -> int:
@@ -321,34 +342,17 @@ def _is_compiled(shape: Shape, config: Config) -> bool:
 
 
 def _chunk_bytes(shape: Shape, config: Config, size: int, *, on_cpu: bool) -> int:
-    """Return the bytes of the logits that exist at a time in the loss."""
+    """Return the bytes of the logits that exist at a time in the loss, on a CPU with its holes."""
     logits = loss_rows(shape, config, on_cpu=on_cpu) * shape.vocabulary
     if config.method in ("grpo", "egrsd"):
         return logits * (size + 4 * FP32)
+    # All are of one size, and on a CPU a hole that one of them leaves does not take the next.
+    halves = 3 if on_cpu else 2
     if not _is_compiled(shape, config):
-        return logits * (2 * size + 7 * FP32)
+        return logits * (2 * size + 7 * FP32) * halves // 2
     # What the clip does to the gradient is found without the compiler, in chunks of its own.
     is_asked = config.clip_mode != "none" and config.cosine_every > 0
     eager = chunk_rows(config.chunk_tokens) * shape.vocabulary
-    cosine = eager * (2 * size + 5 * FP32) if is_asked else 0
+    cosine = eager * (2 * size + 10 * FP32) * halves // 2 if is_asked else 0
     # Student's and teacher's; compiled code keeps nothing else whole.
     return max(cosine, 2 * logits * size)
-
-
-def _saved_bytes(shape: Shape, size: int) -> int:
-    """Return what a decoder layer keeps of a token for its backward pass.
-
-    What enters both norms, which compute in fp32; what enters the adapters; attention's q, k, v and
-    output, and keys and values once more where they are repeated for each query head; the MLP's
-    gate, up, activated gate and product.
-    """
-    attention = shape.heads * shape.head_size
-    keys = shape.kv_heads * shape.head_size
-    repeated = 2 * attention if shape.heads > shape.kv_heads else 0
-    computed = 2 * attention + 2 * keys + repeated + 4 * shape.intermediate
-    return size * (computed + 2 * shape.hidden) + FP32 * 2 * shape.hidden
-
-
-def _forward_bytes(shape: Shape, size: int) -> int:
-    """Return what is alive of a token in a layer whose activations are not kept."""
-    return (3 * shape.intermediate + 4 * shape.hidden) * size + 2 * shape.hidden * FP32

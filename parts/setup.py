@@ -149,8 +149,8 @@ def load_setup(
     context = context_length(load_config(folder))
     train, dev, heldout = fitting_problems(config, tokenizer, context, console)
     lengths = longest_prompts(config, tokenizer, [*train, *dev, *heldout])
-    shape = read_shape(folder, config)
-    say(aside or console, check_memory(shape, config, dtype, device, lengths))
+    shape = read_shape(folder, config, dtype)
+    say(aside or console, check_memory(shape, config, device, lengths))
     forget_peak(device)  # of an earlier run in this process, such as another arm
     model = load_model(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing

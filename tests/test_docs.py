@@ -62,6 +62,7 @@ PARTS = (
     "runs",
     "steplog",
     "microbatch",
+    "meter",
     "footprint",
     "fitting",
     "setup",

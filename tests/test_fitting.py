@@ -21,15 +21,15 @@ from parts.recipe import Config
 
 
 def test_the_changes_that_fit_do_fit_and_change_no_result(qwen):
-    shape = read_shape(qwen, Config())
+    shape = read_shape(qwen, Config(), torch.bfloat16)
     config = replace(Config(), micro_batch=32, gradient_checkpointing=False)
     for limit in (8 * GIB, 12 * GIB, 22 * GIB):
-        changes = changes_that_fit(shape, config, torch.bfloat16, LENGTHS, limit, on_cpu=False)
+        changes = changes_that_fit(shape, config, LENGTHS, limit, on_cpu=False)
         assert changes and planned(shape, replace(config, **changes)).peak <= limit
         sections = {Config.__dataclass_fields__[name].metadata["section"] for name in changes}
         assert sections == {Config.__dataclass_fields__["micro_batch"].metadata["section"]}
-    fits = changes_that_fit(shape, config, torch.bfloat16, LENGTHS, 10**12, on_cpu=False)
-    never = changes_that_fit(shape, config, torch.bfloat16, LENGTHS, 3 * GIB, on_cpu=False)
+    fits = changes_that_fit(shape, config, LENGTHS, 10**12, on_cpu=False)
+    never = changes_that_fit(shape, config, LENGTHS, 3 * GIB, on_cpu=False)
     assert (fits, never) == ({}, None)
     assert flags_text({"micro_batch": 2, "gradient_checkpointing": True}) == (
         "--micro-batch 2 --gradient-checkpointing"
@@ -37,14 +37,13 @@ def test_the_changes_that_fit_do_fit_and_change_no_result(qwen):
 
 
 def test_a_budget_of_positions_is_halved_with_the_rows(qwen):
-    shape = read_shape(qwen, Config())
+    shape = read_shape(qwen, Config(), torch.bfloat16)
     config = replace(Config(), micro_batch=8, max_new_tokens=1000)
     four, one = (planned(shape, replace(config, micro_batch=rows)) for rows in (4, 1))
     limit = (one.update + four.update) / 2
     changes = changes_that_fit(
         shape,
         replace(config, micro_tokens=4 * 2024),
-        torch.bfloat16,
         LENGTHS,
         limit,
         on_cpu=False,
@@ -68,10 +67,10 @@ def test_a_chunk_is_halved_from_the_rows_that_it_has(qwen, changes, on_cpu, halv
     small = {"micro_batch": 1, "sample_rows": 1, "max_new_tokens": 8, "cosine_every": 0}
     config = Config(**{**small, **changes})
     # So wide a vocabulary that a chunk of it outweighs all else in the update.
-    wide = replace(read_shape(qwen, config), vocabulary=10**7)
+    wide = replace(read_shape(qwen, config, torch.bfloat16), vocabulary=10**7)
     found = planned(wide, config, on_cpu=on_cpu)
     assert found.update == found.peak
-    changed = changes_that_fit(wide, config, torch.bfloat16, LENGTHS, found.peak - 1, on_cpu=on_cpu)
+    changed = changes_that_fit(wide, config, LENGTHS, found.peak - 1, on_cpu=on_cpu)
     assert changed == ({"chunk_tokens": halved} if halved else None)
 
 
