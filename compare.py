@@ -22,10 +22,13 @@ an experiment holds
     compare.json, RESULTS.md     every estimate and test; the tables (parts/outcome.py), and figures
 """
 
-from parts import commands
+from parts.stops import say_stops
 
 if __name__ == "__main__":
     # Read before torch is loaded: `--help` and a mistyped flag answer at once. See copsd.py.
+    say_stops()
+    from parts import commands
+
     commands.comparison()
 
 import gc
