@@ -264,7 +264,7 @@ def _refuse_merges_without_prefix(model: dict[str, Any], file: Path) -> None:
             )
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Return what an error of the libraries says, in one line; a KeyError says a name at most."""
     if isinstance(error, KeyError) and error.args:
         (key, *_) = error.args
