@@ -22,10 +22,13 @@ an experiment holds
     compare.json, RESULTS.md     every estimate and test; the tables (parts/outcome.py), and figures
 """
 
-from parts import commands
+from parts.stops import say_stops
 
 if __name__ == "__main__":
     # Read before torch is loaded: `--help` and a mistyped flag answer at once. See copsd.py.
+    say_stops()
+    from parts import commands
+
     commands.comparison()
 
 import gc
@@ -146,7 +149,8 @@ def finish_arms(
 
 def run_apart(plan: Plan, arm: Arm) -> int:
     """Run an arm in a process of its own, which leaves its results; return the exit code."""
-    progress = ArmsProgress(Console(quiet=True), arms=1, units=arm.size)
+    progress = ArmsProgress(Console(), arms=1, units=arm.size, is_said=False)
+    progress.start(arm.title, arm.size)
     try:
         quiet = Console(quiet=True)
         with redirect_stdout(Output(sys.stdout)), working(quiet, lambda: "finished arms are kept"):

@@ -21,19 +21,21 @@ initial model, is estimated by Schulman's k3.
     python copsd.py train                  COPSD on the embedded lab model
     python copsd.py train --method grpo    the baseline, with the same sampler, prompts and grader
 
-Read from top to bottom: COPSD whole, GRPO whole, what a step of both shares, the program. COPSD's
-neighbours are in methods.py, all else in parts/. README.md lists the departures.
+Read from top to bottom: COPSD whole, GRPO whole, what a step of both shares, the program. What they
+are made of is in parts/README.md, COPSD's neighbours in methods.py, the departures in README.md.
 
 A tensor's name ends in its axes: B rows, T positions, N the completion tokens of all rows, D hidden
 size, V vocabulary, G completions of a group, C the tokens of one completion. p is the teacher's
 distribution, q the student's.
 """
 
-from parts import commands
+from parts.stops import say_stops
 
 if __name__ == "__main__":
-    # The command line is read before torch is loaded, which takes seconds: `--help` and a mistyped
-    # flag answer at once. A command then imports this file and calls the functions at its end.
+    # Read before torch is loaded: `--help` answers at once. A command then imports this file.
+    say_stops()
+    from parts import commands
+
     commands.copsd()
 
 import time

@@ -133,9 +133,10 @@ def _read_problems(path: Path, language: str | None) -> Loaded:
         problem = _problem(row, number, where, spoken)
         if problems.setdefault((problem.language, problem.id), problem) is not problem:
             raise ValueError(f"{where}: duplicate id {problem.id!r}")
+    if not problems and not others:
+        raise ValueError("no problems: it has no rows; the first line of a table names the columns")
     if not problems:
-        wish = f" in {language}" if language else ""
-        raise ValueError(f"no problems{wish}; languages: {sorted(others)}")
+        raise ValueError(f"no problems in {language}; languages: {sorted(others)}")
     left_out = {f"in {name}, not {language}": rows for name, rows in sorted(others.items())}
     return Loaded(list(problems.values()), left_out)
 
@@ -145,7 +146,8 @@ def _problem(row: dict[str, Any], number: int, where: str, language: Language) -
     column = next((name for name in PROBLEM_COLUMNS if name in row), None)
     if not column:
         needed = f"needs a column {', '.join(PROBLEM_COLUMNS)}"
-        raise ValueError(f"{where}: {needed}; has {', '.join(row)}")
+        held = ", ".join(map(repr, row)) or "none"  # a tab within a name shows
+        raise ValueError(f"{where}: {needed}; has {held}")
     text = _text(row, column, where)
     if not text:
         raise ValueError(f"{where}: empty {column}")

@@ -1,6 +1,7 @@
 """Find a model, on disk or on the hub, load it, and check that it is what we think."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ LIBRARY_ERRORS = (
     TypeError,
     ValueError,
 )
+PROBES = ("ab cd", "2 + 3 = 5\n\tƙ አ 🙂 </think>")  # every tokenizer has to read any text
 PROJECT = Path(__file__).resolve().parent.parent
 # Prefixes of bare model names, and who publishes the family on the hub.
 FAMILIES = {
@@ -204,12 +206,20 @@ def loading(folder: Path, name: str) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except Exception as error:
-        # tokenizers, which is written in Rust, raises no kind of its own.
-        is_theirs = isinstance(error, LIBRARY_ERRORS) or type(error) is Exception
-        if is_out_of_memory(error) or not is_theirs:
+    except BaseException as error:
+        if is_out_of_memory(error) or not _is_of_a_library(error):
             raise
         raise ValueError(f"{name} cannot be loaded: {_reason(error)}") from error
+
+
+def _is_of_a_library(error: BaseException) -> bool:
+    """Say whether a broken file makes the libraries raise such an error.
+
+    tokenizers, which is written in Rust, raises no kind of its own, and where it fails unforeseen,
+    pyo3's PanicException, which has no name in Python and is no Exception.
+    """
+    is_rust = type(error) is Exception or type(error).__name__ == "PanicException"
+    return is_rust or isinstance(error, LIBRARY_ERRORS)
 
 
 def _check_settings(file: Path) -> None:
@@ -231,9 +241,30 @@ def _check_settings(file: Path) -> None:
             raise ValueError(f"{file} has model_max_length {limit!r}; valid: a number, 1 or more")
         name = "clean_up_tokenization_spaces"
         typed(held.get(name), bool | None, f"{file}: {name}")
+    if file.name == "tokenizer.json" and isinstance(held.get("model"), dict):
+        _refuse_merges_without_prefix(held["model"], file)
 
 
-def _reason(error: Exception) -> str:
+def _refuse_merges_without_prefix(model: dict[str, Any], file: Path) -> None:
+    """Raise ValueError where the second half of a merge lacks the prefix that it must begin with.
+
+    tokenizers cuts as many bytes off it unseen, and ends the process where that splits a letter.
+    """
+    prefix = model.get("continuing_subword_prefix")
+    merges = model.get("merges")
+    if not isinstance(prefix, str) or not isinstance(merges, list):
+        return
+    for merge in merges:
+        halves = merge.split(" ") if isinstance(merge, str) else merge
+        second = halves[-1] if isinstance(halves, list) and halves else None
+        if isinstance(second, str) and not second.startswith(prefix):
+            raise ValueError(
+                f"{file} has the continuing_subword_prefix {prefix!r}, with which the "
+                f"merge {merge!r} does not go on"
+            )
+
+
+def _reason(error: BaseException) -> str:
     """Return what an error of the libraries says, in one line; a KeyError says a name at most."""
     if isinstance(error, KeyError) and error.args:
         (key, *_) = error.args
@@ -256,6 +287,20 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(kept)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Lose what a library written in Rust says, past Python, of a failure that it also raises."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _refuse_other_weights(info: Mapping[str, Any], name: str) -> None:
@@ -297,8 +342,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     Raises ValueError if it has no chat template, with which prompts are built.
     """
-    with loading(folder, f"the tokenizer in {folder}"):
+    with loading(folder, f"the tokenizer in {folder}"), _unheard():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        for text in PROBES:  # some of it fails in use only
+            tokenizer.decode(tokenizer.encode(text))
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer in {folder} has no chat template: valid are chat or instruct models"

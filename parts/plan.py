@@ -153,11 +153,16 @@ def configs_of(design: Design, shared: dict[str, Any]) -> dict[str, Config]:
 
     shared  the settings of all arms
     """
-    return {
-        variant.name: configure({**shared, **variant.settings, "out": "one folder"})[0]
-        for variant in design.variants
-        if variant.is_trained
-    }
+    configs = {}
+    for variant in design.variants:
+        if not variant.is_trained:
+            continue
+        try:
+            own = {**shared, **variant.settings, "out": "one folder"}
+            configs[variant.name] = configure(own)[0]
+        except ValueError as error:  # it may name a flag that the arm has, and nobody typed
+            raise ValueError(f"the arm {variant.name!r}: {error}") from error
+    return configs
 
 
 def refuse_equal_arms(arms: dict[str, Config]) -> None:

@@ -21,11 +21,14 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from parts.stops import ctrl_c_raises
+
 UsageError: Any = typer.BadParameter.__base__  # click's, which typer carries inside
 # Looks of a waiting thread at its work, some tens of microseconds, before it sleeps. Measured: on a
 # quiet machine a lab step then takes about 7 % longer than without a bound, and where another
 # process comes to work beside it, twice as long and not ten to a hundred times.
 SPINS = "3000"
+LONGEST_ERROR = 1200  # letters
 LESS_MEMORY = (
     "fewer rows at once take less: --batch-rows of eval.py; of a run --sample-rows for sampling, "
     "--micro-batch, with --gradient-checkpointing, for updates"
@@ -79,7 +82,8 @@ class _OneLineErrors(TyperGroup):
         In `main` it is too late: typer makes a bare exit code of it.
         """
         try:
-            return super().invoke(ctx)
+            with ctrl_c_raises():
+                return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             say_error("stopped")
             raise typer.Exit(130) from stop
@@ -147,11 +151,17 @@ class Output(io.TextIOBase):
 
 
 def say_error(text: str) -> None:
-    """Print one line to standard error; what could drive a terminal is shown as what it is."""
+    """Print one line to standard error; what could drive a terminal is shown as what it is.
+
+    Of a line that repeats a long input the middle is left out: the reason and the remedy stay.
+    """
     from parts.view import shown
 
+    line = " ".join(text.split())
+    if len(line) > LONGEST_ERROR:
+        line = f"{line[: LONGEST_ERROR // 2]} [...] {line[-LONGEST_ERROR // 2 :]}"
     with suppress(OSError):  # the disk that stderr is sent to is full: the exit code says it
-        typer.echo(f"error: {shown(' '.join(text.split()))}", err=True)
+        typer.echo(f"error: {shown(line)}", err=True)
 
 
 def refuse_undecodable(words: Sequence[str]) -> None:
@@ -179,16 +189,14 @@ def start() -> Console:
         os.environ["GOMP_SPINCOUNT"] = SPINS
     else:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    from transformers.utils import logging as transformers_logging
-
     from parts import ranks
-    from parts.machine import keep_freed_memory
+    from parts.machine import keep_freed_memory, quiet_libraries
     from parts.measure import language_detector
     from parts.view import say
 
     ranks.join()
     keep_freed_memory()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     console = Console(quiet=not ranks.is_first())
     if language_detector() is None:
         say(console, 'pycld2 is not installed: no metric of the written language, which is "-"')

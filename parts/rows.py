@@ -111,6 +111,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 def _table_lines(path: Path, **options: Any) -> list[tuple[int, list[str]]]:
     """Return a table's rows, header and all: the number of the line where each ends, its fields.
 
+    Blank lines above the header are no rows.
     options  csv.reader's
     """
     reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), **options)
@@ -119,7 +120,8 @@ def _table_lines(path: Path, **options: Any) -> list[tuple[int, list[str]]]:
     rows: list[tuple[int, list[str]]] = []
     try:
         for fields in reader:
-            rows.append((reader.line_num, fields))
+            if fields or rows:
+                rows.append((reader.line_num, fields))
         return rows
     except csv.Error as error:
         first = rows[-1][0] + 1 if rows else 1  # line of the row that cannot be read

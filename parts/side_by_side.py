@@ -18,9 +18,8 @@ from multiprocessing.context import ForkServerProcess
 from typing import TypeVar
 
 import torch
-from transformers.utils import logging as transformers_logging
 
-from parts.machine import keep_freed_memory
+from parts.machine import keep_freed_memory, quiet_libraries
 from parts.stops import stop_signals
 
 LOOK_EVERY_S = 0.5  # from one look for a signal to the next
@@ -96,5 +95,5 @@ def _work_alone(work: Callable[[Piece], int], piece: Piece, threads: int) -> Non
     os.setpgrp()
     torch.set_num_threads(threads)
     keep_freed_memory()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     sys.exit(work(piece))

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Timer
 from typing import Any
 
@@ -96,6 +96,35 @@ def stops_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def say_stops() -> None:
+    """Let Ctrl-C end a program in a line where its command does not work yet, or any more.
+
+    The first half second goes into reading the command line, the last one into the end of Python,
+    which would show a traceback of what it was at.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _say)
+
+
+def _say(number: int, frame: Any) -> None:
+    with suppress(OSError):  # a shell has closed it
+        os.write(2, b"error: stopped\n")
+    os._exit(130)
+
+
+@contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt again, so that a command can clear up."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is _say:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if before is _say:
+            signal.signal(signal.SIGINT, before)
 
 
 def _is_in_destructor(frame: Any) -> bool:

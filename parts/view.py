@@ -307,15 +307,17 @@ class ArmsProgress:
     is printed every minute, and a last one for each arm. Time left is elapsed time by the share of
     the work that is done.
 
-    arms   how many there will be
-    units  the work of all of them; one unit is a run of a whole budget
+    arms     how many there will be
+    units    the work of all of them; one unit is a run of a whole budget
+    is_said  False: another process says how far it is, and here is said only what must not be lost
     """
 
     TERMINAL_EVERY_S = 0.5
     LINE_EVERY_S = 60.0
 
-    def __init__(self, console: Console, arms: int, units: float):
+    def __init__(self, console: Console, arms: int, units: float, *, is_said: bool = True):
         self.console = console
+        self.is_said = is_said
         self.arms = arms
         self.units = units
         self.arm = 0
@@ -346,7 +348,7 @@ class ArmsProgress:
             said = f"{self.title}: step {metrics['step']}: {NO_NOTE}"
             _print_progress(self.console, said, last=True)
         pause = self.TERMINAL_EVERY_S if self.console.is_terminal else self.LINE_EVERY_S
-        if time.monotonic() - self.printed > pause:
+        if self.is_said and time.monotonic() - self.printed > pause:
             said = f"step {metrics['step']}, {metrics['progress']:.0%}"
             self._print(said, min(1.0, metrics["progress"]), last=False)
 

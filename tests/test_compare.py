@@ -30,7 +30,7 @@ from parts.metrics import ratios
 from parts.model import load_model, load_tokenizer
 from parts.recipe import METHODS, Config
 from parts.sampler import SamplingParams
-from parts.view import ArmsProgress
+from parts.view import NO_NOTE, ArmsProgress
 
 SMALL = [
     *("--lang", "ha", "--seeds", "2", "--sweep", "0.5,1", "--token-budget", "640"),
@@ -513,6 +513,8 @@ def test_a_budget_is_enough_for_a_step_of_the_arm_that_samples_most(tmp_path):
         (["--family", "--teacher-every", "20"], "the arm 'opsdc' has its own --teacher-every"),
         (["--attribute", "--group-size", "4"], "--group-size is for --method grpo, egrsd, ssopd"),
         (["--attribute", "--teacher-reads", "brief"], "the arm 'answer' would not differ: --"),
+        # The line names a flag that nobody typed, so it says whose it is.
+        (["--attribute", "--answer-only"], "the arm 'english-problem': --answer-only shows"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
@@ -611,6 +613,18 @@ def test_a_run_in_its_own_process_ends_in_a_line_and_a_code(monkeypatch, capsys,
     assert compare.run_apart(plan, arm) == code
     shown = capsys.readouterr().err
     assert shown.startswith(said) and shown.count("\n") == bool(said)
+
+
+def test_what_is_wrong_with_a_step_is_said_by_a_run_in_its_own_process(monkeypatch, capsys):
+    def _run(plan: Any, arm: Arm, progress: ArmsProgress, console: Console) -> None:
+        progress.printed -= 3600  # the next line of progress is due, and is another process's
+        for step in (1, 2):
+            progress.show({"step": step, "progress": step / 2, "note/plain_frac": 1})
+
+    monkeypatch.setattr(compare, "run_arm", _run)
+    plan: Any = None
+    assert compare.run_apart(plan, Arm("ophsd", "OPHSD", Path("nowhere"), {})) == 0
+    assert capsys.readouterr().out == f"OPHSD: step 1: {NO_NOTE}\n"
 
 
 def test_two_runs_at_a_time_give_what_one_after_the_other_give(finished, tmp_path):

@@ -81,7 +81,7 @@ def test_text_becomes_nfc(tmp_path):
         (
             "a.jsonl",
             '{"title": "x", "answer": 1}\n',
-            "line 1: needs a column .*question.*; has title, answer",
+            "line 1: needs a column .*question.*; has 'title', 'answer'",
         ),
         ("a.jsonl", '{"problem": "x"}\n\n{"problem": " "}\n', "line 3: empty problem"),
         ("a.jsonl", '{"problem": ["x"]}\n', "line 1: problem must be text or a number, not a list"),
@@ -91,11 +91,14 @@ def test_text_becomes_nfc(tmp_path):
             '{"id": 1, "problem": "x"}\n{"id": "1", "problem": "y"}\n',
             "line 2: duplicate id '1'",
         ),
-        ("a.jsonl", "\n", "no problems in ha; languages: \\[\\]"),
-        ("a.json", '{"data": []}', "line 1: needs a column .* has data"),
+        ("a.jsonl", "\n", "no problems: it has no rows"),
+        ("a.json", '{"data": []}', "line 1: needs a column .* has 'data'"),
         ("a.json", "5", "line 1: must be an object, not a int"),
         ("a.tsv", "question\tanswer\n\t1\n", "line 2: empty question"),
-        ("a.csv", "", "no problems"),
+        ("a.csv", "", "no problems: it has no rows; the first line of a table names the columns"),
+        ("a.csv", "problem,answer\n\n", "no problems: it has no rows"),
+        ("a.tsv", "Nawa?\tshida\n", "no problems: it has no rows"),
+        ("a.csv", "problem\tanswer\nNawa?\t5\n", r"line 2: .*; has 'problem\\tanswer'"),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_the_file_and_the_place(tmp_path, name, text, message):
@@ -548,3 +551,11 @@ def test_a_swapped_solution_is_never_the_problems_own(tmp_path):
         alike = replace(config, data=str(jsonl(tmp_path, *few)))
         with pytest.raises(ValueError, match="two training problems of unlike solutions"):
             data.read_problem_sets(alike)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_blank_lines_above_a_tables_header_are_passed_over(tmp_path, name):
+    mark = "," if name == "a.csv" else "\t"
+    text = f"\n\nproblem{mark}answer\nNawa?{mark}5\n"
+    (problem,) = load_problems(write_file(tmp_path, name, text), language="hau")
+    assert (problem.problem, problem.answer) == ("Nawa?", "5")

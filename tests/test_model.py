@@ -388,3 +388,38 @@ def test_a_models_setting_that_is_wrong_is_one_line_and_nothing_is_printed_befor
         heard.removeHandler(caplog.handler)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert not caplog.records and not warned
+
+
+def prefixed(prefix: str, *merges: object):
+    return lambda held: held["model"].update(
+        continuing_subword_prefix=prefix, merges=[*merges, *held["model"]["merges"]]
+    )
+
+
+BROKEN_PARTS = {
+    "a prefix within a letter": prefixed("x"),  # the library would end the process
+    "a prefix of merges written as text": prefixed("x", "a n"),
+    "a prefix that is no half": prefixed("Ġt"),
+    "a table of no letters": lambda held: held.update(
+        normalizer={"type": "Precompiled", "precompiled_charsmap": ""}
+    ),
+    "nothing to replace": lambda held: held.update(
+        normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "b"}
+    ),
+    "no token for what is unknown": lambda held: held["model"].update(
+        type="WordLevel", unk_token="", vocab=held["model"]["vocab"]
+    ),
+}
+
+
+@pytest.mark.parametrize("part", BROKEN_PARTS)
+def test_a_tokenizer_that_fails_within_its_library_is_one_line(tmp_path, lab_folder, capfd, part):
+    """Some failed in Rust, with a page of its own; one ended the process."""
+    for name in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(lab_folder / name, tmp_path)
+    held = json.loads((lab_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    BROKEN_PARTS[part](held)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(held), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer"):
+        ours.load_tokenizer(tmp_path)
+    assert capfd.readouterr().err == ""

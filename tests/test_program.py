@@ -2,7 +2,9 @@
 
 import errno
 import io
+import logging.handlers
 import os
+import signal
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 from parts import commands, program
 from parts.files import CannotWrite, write_json
+from parts.model import load_tokenizer
 from parts.prompts import languages
 
 
@@ -55,6 +58,47 @@ def test_a_stop_before_there_is_anything_to_keep_is_said(monkeypatch):
     monkeypatch.setattr("parts.setup.configure", _stopped)
     result = CliRunner().invoke(commands.copsd, ["train"])
     assert (result.exit_code, result.stderr) == (130, "error: stopped\n")
+
+
+# A module that is met where Ctrl-C comes: while the command line is read, and at Python's end.
+INTERRUPTED = {
+    "typer.py": "import signal\nsignal.raise_signal(signal.SIGINT)\n",
+    "sitecustomize.py": "import atexit, signal\natexit.register(signal.raise_signal, 2)\n",
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+@pytest.mark.parametrize("command", ["copsd.py languages", "eval.py --help", "compare.py --help"])
+def test_ctrl_c_before_a_command_works_or_after_is_a_line(tmp_path, command, name):
+    (tmp_path / name).write_text(INTERRUPTED[name], encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (result.returncode, result.stderr) == (130, b"error: stopped\n")
+    assert bool(result.stdout) == (name == "sitecustomize.py")  # what was printed is there
+
+
+def test_a_long_input_is_not_repeated_whole(capsys):
+    program.say_error(f"--seeds is {'1,' * 9000}; valid: a count")
+    said = capsys.readouterr().err
+    assert len(said) < 2 * program.LONGEST_ERROR and said.count("\n") == 1
+    assert said.startswith("error: --seeds is 1,") and said.endswith("; valid: a count\n")
+
+
+def test_libraries_warn_of_nothing_while_a_command_works(lab_folder):
+    """A prompt longer than model_max_length made a line of transformers' in a run that is right."""
+    program.start()
+    heard = logging.handlers.BufferingHandler(9)
+    logging.getLogger("transformers").addHandler(heard)
+    tokenizer = load_tokenizer(lab_folder)
+    tokenizer.model_max_length = 5
+    tokenizer.encode("2 + 3 = 5" * 9)
+    logging.getLogger("transformers").removeHandler(heard)
+    assert not heard.buffer
 
 
 def test_names_cannot_drive_the_terminal(tmp_path):
