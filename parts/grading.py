@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from subprocess import DEVNULL, PIPE, Popen
 
 from parts.numerals import MAX_ANSWER_CHARS, is_number, last_number, normalise
-from parts.phrases import JOINS, leading_scale, names, without_dozens
+from parts.phrases import JOINS, ORS, leading_scale, names, without_dozens
 from parts.plaintext import MARK, plain_text
 
 # math-verify takes a tenth of a second for a usual answer, and hours for 9^(9^9).
@@ -148,7 +148,8 @@ _BOX_OPENING = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # A box without braces, and what is meant by it: up to the end of the formula, of the sentence, of
 # the line or of what an equation says. It begins with a figure, or with a command for one.
 _BARE_BOX = re.compile(
-    r"\\boxed\s*(?=[-−]?\s?\d|\\(?:[dct]?frac|text|math\w\w|sqrt)(?![a-z]))"
+    r"\\boxed\s*(?=[-−]?\s?(?:[\d፩-፼〇一二三四五六七八九十百千]"
+    r"|\\(?:[dct]?frac|text|math\w\w|sqrt)(?![a-z])))"
     r"((?:[^\n$=\\{}.。።।]|[.。።।](?!\s|$|\$)|\\[a-zA-Z]+|\\[^a-zA-Z)\]]"
     r"|\{(?:[^{}\n]|\{[^{}\n]*\})*\})+)"
 )
@@ -267,15 +268,22 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     return canonical, "right" if same else "wrong"
 
 
+def _one_of(words: set[str]) -> str:
+    """Return a pattern of any of the words."""
+    return "|".join(map(re.escape, sorted(words)))
+
+
 # What stands between the items of a list, but not the comma of thousands: 1,2 and 1; 2 and 1 na 2
 _LIST_MARK = re.compile(
-    rf" ?(?:[,;]|(?<![^\W\d_])(?:{'|'.join(map(re.escape, sorted(JOINS)))})(?![^\W\d_])) ?"
+    rf" ?(?:[,;]|(?<![^\W\d_])(?:{_one_of(JOINS)})(?![^\W\d_])) ?"
     r"(?!\d{3}(?!\d))"
 )
 _FIGURES = re.compile(r"[-+\d./]+(?:,[-+\d./]+)+")
 
 # A solution of an equation, with the words or marks behind it: the x = 1 or of "x = 1 or x = 2"
-_SOLUTION = re.compile(r"([^\W\d_])(?:_?\d)? ?= ?([-+\d./]+)(?: ?[,;] ?| [^\W\d_]+ |$)")
+_SOLUTION = re.compile(
+    rf"([^\W\d_])(?:_?\d)? ?= ?([-+\d./]+)(?: ?[,;] ?| (?:{_one_of(JOINS | ORS)}) |$)"
+)
 
 
 def _is_same_list(answer: str, gold: str) -> bool:

@@ -45,8 +45,8 @@ _CANONICAL_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
 _CLOSING_MARKS = " .,;:?"
 
 
-# What makes a number a time of day, which names no part of the day: pm, p.m. -> p
-_HALF_OF_DAY = re.compile(r"(?<![^\W\d_])([ap])\.?m(?![^\W\d_])")
+# What makes a number a time of day, and is no word: the pm of 3 pm -> p, not the am of am 3. Mai
+_HALF_OF_DAY = re.compile(r"\0\s?([ap])\.?m(?![^\W\d_])")
 
 
 # ---- From a text to its canonical string
@@ -268,7 +268,8 @@ _BRACKETS = re.compile(
 # A number in figures and in Han, one of them in parentheses, perhaps with one and the same counter:
 # 一百二十五(125), 18元(十八元)
 _SAID_IN_HAN = re.compile(
-    rf"({_HAN}+)([^\W\d]?)\((\d[\d.,]*)\2?\)|(\d[\d.,]*)([^\W\d]?)\(({_HAN}+)\5?\)"
+    rf"({_HAN}+)([^\W\d]?) ?\((\d[\d.,]*)\2?\)(?!{_HAN})"
+    rf"|(\d[\d.,]*)([^\W\d]?) ?\(({_HAN}+)\5?\)"
 )
 
 

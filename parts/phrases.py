@@ -298,6 +298,7 @@ _EFFECTS = _read_effects()
 _NAMES = {kind: _read_names(kind) for kind in ("moments", "units")}
 JOINS = _words_under("joins")
 AGAIN = _read_again()
+ORS = _words_under("ors") | _words_under("weak_ors")
 OPERATORS = _words_under("operators")
 _PREPOSITIONS = _words_under("prepositions")
 _SILENT = {_phrase(each) for language in _LANGUAGES for each in language.get("silent", [])}

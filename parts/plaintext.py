@@ -49,7 +49,7 @@ MARK = "[{}]".format(
 )
 
 # A fraction in raised and lowered figures: 3¹⁄₂ -> 3 1/2
-_RAISED_FRACTION = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹]+)[/⁄∕]([₀-₉]+)")
+_RAISED_FRACTION = re.compile(r"(?<![^\W\d_])([⁰¹²³⁴⁵⁶⁷⁸⁹]+)[/⁄∕]([₀-₉]+)")
 
 # A run of raised figures, which are an exponent: 10³ -> 10^{3}
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
@@ -216,6 +216,7 @@ _REWRITES = [
         # Figures that repeat: 0.\overline{3}, 0.\dot3 -> 0.(3)
         (r"(?<=\d)([.,]\d*)\s*\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1(\2\3)"),
         # Likewise with a line above each of them, or with dots behind: 0.3̅, 0.333... -> 0.(3)
+        (r"(?<=\d)([.,]\d*?)(\d)\u0307(\d*)(\d)\u0307", r"\1(\2\3\4)"),
         (rf"(?<=\d)([.,]\d*)((?:\d[\u0304\u0305\u0307])+)(?!{MARK})", r"\1(\2)"),
         (r"(?<=\d)([.,]\d{0,9}?)(\d{1,9}?)\2{2,}\s?\.{3}", r"\1(\2)"),
         (r"(?<=\d)[\u0304\u0305\u0307](?=[\d\u0304\u0305\u0307]*\))", ""),
