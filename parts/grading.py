@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from subprocess import DEVNULL, PIPE, Popen
 
 from parts.numerals import MAX_ANSWER_CHARS, is_number, last_number, normalise
-from parts.phrases import leading_scale, without_dozens
+from parts.phrases import JOINS, ORS, leading_scale, names, without_dozens
 from parts.plaintext import MARK, plain_text
 
 # math-verify takes a tenth of a second for a usual answer, and hours for 9^(9^9).
@@ -143,7 +143,16 @@ def _after_thinking(completion: str, think_open: bool) -> str | None:
 
 
 # Where a box begins: the \boxed{ of "\boxed{18}" or of "\boxed {18}".
-_BOX_OPENING = re.compile(r"\\boxed\s*\{")
+_BOX_OPENING = re.compile(r"\\(?:boxed|fbox)\s*\{")
+
+# A box without braces, and what is meant by it: up to the end of the formula, of the sentence, of
+# the line or of what an equation says. It begins with a figure, or with a command for one.
+_BARE_BOX = re.compile(
+    r"\\boxed\s*(?=[-−]?\s?(?:[\d፩-፼〇一二三四五六七八九十百千]"
+    r"|\\(?:[dct]?frac|text|math\w\w|sqrt)(?![a-z])))"
+    r"((?:[^\n$=\\{}.。።।]|[.。።।](?!\s|$|\$)|\\[a-zA-Z]+|\\[^a-zA-Z)\]]"
+    r"|\{(?:[^{}\n]|\{[^{}\n]*\})*\})+)"
+)
 
 # What counts for nesting. An escaped brace, \{, is matched so that it is skipped, and so is \\, the
 # end of a line, which escapes no brace behind it.
@@ -153,12 +162,17 @@ _BRACES = re.compile(r"\\[\\{}]|[{}]")
 def _last_box(text: str) -> str | None:
     r"""Return the content of the complete box that starts last; None: there is none, or it's empty.
 
+    \fbox counts where there is no \boxed, and one without braces where no other begins behind it.
     The boxes are tried from the last one to the first. Where one is not closed, an earlier one can
     only be closed before it, so no part of the text is looked at twice and the time grows linearly.
     """
+    command = r"\boxed" if r"\boxed" in text else r"\fbox"
+    last = max(text.rfind(command), 0)
+    if bare := _BARE_BOX.match(text, last, last + 2 * MAX_ANSWER_CHARS):
+        return _with_surroundings(text, last, bare[1].strip(), bare.end())
     # Boxes that begin behind the last closing brace are not complete.
     end = text.rfind("}") + 1
-    while (place := text.rfind(r"\boxed", 0, end)) >= 0:
+    while (place := text.rfind(command, 0, end)) >= 0:
         opening = _BOX_OPENING.match(text, place, end)
         closing = _closing_brace(text, opening.end(), end) if opening else None
         if opening and closing is not None:
@@ -218,8 +232,8 @@ _LONE_LETTER = (
 # A letter of a list of choices, with a label, its mark or what it stands for: Jibu: C, (C), C) 18.
 # Not one of two: C) or D), C. and D, C) D
 _CHOICE = re.compile(
-    r"(?:(?:answer|choice|option) |选|[^\s:()\d]{2,}: ?)?\(?([a-z])"
-    r"(?:[).:](?: (?!.*\b[a-z][).:])(?!(?:.*\b(?:or|and) )?\W*[a-z]\W*$)"
+    r"(?:(?:answer|choice|option) |选项?|[^\s:()\d]{2,}: ?)?[(\[]?([a-z])"
+    r"(?:[)\].:](?: (?!.*\b[a-z][).:])(?!(?:.*\b(?:or|and) )?\W*[a-z]\W*$)"
     rf"(?!.*{_LONE_LETTER}).*)?)?"
 )
 
@@ -239,6 +253,8 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     canonical = normalise(answer, as_text=not only_number)
     if canonical is None:
         return None, "no single answer"
+    if canonical == expected and _have_other_units(answer, gold):
+        return canonical, "wrong"
     if canonical == expected and _have_equal_letters(answer, gold, expected):
         return canonical, "right"
     if only_number:
@@ -252,21 +268,59 @@ def _judge(answer: str, gold: str, expected: str, limit_s: float) -> tuple[str |
     return canonical, "right" if same else "wrong"
 
 
-# The marks of a list of figures, but not the comma of thousands: 1,2 and 1, 2 and 1; 2 and 1 and 2
-_LIST_MARK = re.compile(r" ?(?:[,;]|\band\b) ?(?!\d{3}(?!\d))")
+def _one_of(words: set[str]) -> str:
+    """Return a pattern of any of the words."""
+    return "|".join(map(re.escape, sorted(words)))
+
+
+# What stands between the items of a list, but not the comma of thousands: 1,2 and 1; 2 and 1 na 2
+_LIST_MARK = re.compile(
+    rf" ?(?:[,;]|(?<![^\W\d_])(?:{_one_of(JOINS)})(?![^\W\d_])) ?"
+    r"(?!\d{3}(?!\d))"
+)
 _FIGURES = re.compile(r"[-+\d./]+(?:,[-+\d./]+)+")
+
+# A solution of an equation, with the words or marks behind it: the x = 1 or of "x = 1 or x = 2"
+_SOLUTION = re.compile(
+    rf"([^\W\d_])(?:_?\d)? ?= ?([-+\d./]+)(?: ?[,;] ?| (?:{_one_of(JOINS | ORS)}) |$)"
+)
 
 
 def _is_same_list(answer: str, gold: str) -> bool:
     """Return whether two texts are the same list of figures, whatever its marks and spaces.
 
     "1,2" may be a list or a decimal, and beside such a gold both readings are honoured: 1.2 is
-    right, which `normalise` finds, and so is 1, 2.
+    right, which `normalise` finds, and so is 1, 2. Solutions of one unknown have no order:
+    x = 2, x = 1.
     """
-    figures = _LIST_MARK.sub(",", plain_text(gold[:MAX_ANSWER_CHARS]))
+    figures = _list_of_figures(gold[:MAX_ANSWER_CHARS])
     if len(answer) > MAX_ANSWER_CHARS or not _FIGURES.fullmatch(figures):
         return False
-    return _LIST_MARK.sub(",", plain_text(answer)) == figures
+    text = plain_text(answer)
+    solutions = _SOLUTION.findall(text)
+    if len({name for name, _ in solutions}) == 1 and not _SOLUTION.sub("", text):
+        return sorted(value for _, value in solutions) == sorted(figures.split(","))
+    return _list_of_figures(answer) == figures
+
+
+def _list_of_figures(text: str) -> str:
+    """Return the text with a comma in the place of each mark of a list: 1 et 2 -> 1,2
+
+    Where semicolons divide, a comma within a figure is its decimal mark: 1,5; 2,5 -> 1.5,2.5
+    """
+    plain = plain_text(text)
+    if ";" in plain:
+        plain = re.sub(r"(?<=\d),(?=\d)", ".", plain)
+    return _LIST_MARK.sub(",", plain)
+
+
+def _have_other_units(answer: str, gold: str) -> bool:
+    """Return whether both texts name units, and no common one: 5 m and 5 km.
+
+    A text without units is of any, and so is one whose unit the table lacks.
+    """
+    units = names(plain_text(gold), "units")
+    return bool(units) and units.isdisjoint(names(plain_text(answer), "units") or units)
 
 
 # What makes a text a formula, which a figure alone does not, as in 3:30pm; and what makes it prose.

@@ -28,8 +28,8 @@ from math_verify import LatexExtractionConfig, parse, verify
 # A run of raised figures, which are an exponent: x² -> x^{2}
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 
-# A root as a character, with a number or one letter behind it: √12 -> \sqrt{12}
-_ROOT = re.compile(r"√\s?(\d+|\w)")
+# A root as a character, with a number or one letter behind it: √12, √(12) -> \sqrt{12}
+_ROOT = re.compile(r"√\s?(?:[({]\s?(\w+)\s?[)}]|(\d+|\w))")
 
 # What puts a text into mathematics mode and is not mathematics: $x$, \(x\), \[x\]
 _DELIMITER = re.compile(r"\$|(?<!\\)\\[()\[\]]")
@@ -46,6 +46,13 @@ _SIGNS = {
     **dict.fromkeys("。።٫", "."),
 }
 
+# Other spellings of what it knows
+_SPELLINGS = {"**": "^", r"\varnothing": r"\emptyset"}
+
+# The number π in letters, and an area or a volume, of which it would drop the cm and keep the ^2.
+_PI = re.compile(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])")
+_UNIT_POWER = re.compile(r"(?<![a-zA-Z\\])([cdkm]m|ft)\s?\^\s?\{?[23]\}?(?=\W*$)")
+
 # math-verify takes the whole box and looks for no formula in it.
 _WHOLE_BOX = (LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False),)
 
@@ -57,9 +64,12 @@ _LOOSE_SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")
 # Words that belong to mathematics: \begin{matrix}, \sqrt, "1 and 2"
 _COMMAND = re.compile(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+|\b(?:and|or)\b")
 
-# What stays of a gold in words, or is a ratio or a time, once the commands are gone: "Monday", 1:2,
-# 3 pm. math-verify drops a unit at the end, and would find 3 am equal to 3 pm.
-_WORD_OR_RATIO = re.compile(r"[^\W\d_]{3}|\d\s*:\s*\d|\d\s*[APap]\.?\s?[Mm]\b")
+# What stays of a gold in words, or is a ratio, a time or a date, once the commands are gone:
+# "Monday", 1:2, 3 pm, 2024-05-03. math-verify drops a unit at the end, and would find 3 am equal to
+# 3 pm, and it takes a date for a difference, equal to that of another date.
+_WORD_OR_RATIO = re.compile(
+    r"[^\W\d_]{3}|\d\s*:\s*\d|\d\s*[APap]\.?\s?[Mm]\b|^\s*\d+([-/.])\d+\1\d+\s*$"
+)
 
 # A gold that is a word or a name, with or without \text around it: no, \text{B}, AB
 _ONLY_LETTERS = re.compile(r"(?:\\text\w*|[^\W\d_]|[\s{}])*")
@@ -135,7 +145,10 @@ def _latex(text: str) -> str:
     """Return the text as math-verify reads it: ASCII digits and commands, nothing around them."""
     text = _SUPERSCRIPTS.sub(lambda run: "^{" + unicodedata.normalize("NFKC", run[0]) + "}", text)
     text = "".join(_plain_character(character) for character in text)
-    text = _ROOT.sub(r"\\sqrt{\1}", text)
+    text = _ROOT.sub(r"\\sqrt{\1\2}", text)
+    for written, command in _SPELLINGS.items():
+        text = text.replace(written, command)
+    text = _UNIT_POWER.sub(r"\1", _PI.sub(r"\\pi ", text))
     return _DELIMITER.sub(" ", text).strip(_CLOSING_MARKS)
 
 

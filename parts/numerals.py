@@ -29,7 +29,7 @@ import unicodedata
 from fractions import Fraction
 
 from parts.equations import right_side
-from parts.phrases import NUMBER
+from parts.phrases import NUMBER, names
 from parts.plaintext import MARK, plain_text
 from parts.scales import one_number
 
@@ -45,12 +45,8 @@ _CANONICAL_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
 _CLOSING_MARKS = " .,;:?"
 
 
-# What makes a number a time of day or a date, which have no other word: pm, June, Monday -> p,
-# jun, mon. In other languages than English it is a word like any other.
-_TIME = re.compile(
-    r"(?<![^\W\d_])(?:([ap])\.?m|(jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)"
-    r"(?:r?uary|ch|il|ust|(?:em|o)?ber)?|(mon|tues|wednes|thurs|fri|satur|sun)day)(?![^\W\d_])"
-)
+# What makes a number a time of day, and is no word: the pm of 3 pm -> p, not the am of am 3. Mai
+_HALF_OF_DAY = re.compile(r"\0\s?([ap])\.?m(?![^\W\d_])")
 
 
 # ---- From a text to its canonical string
@@ -111,8 +107,8 @@ def normalise(answer: str, *, as_text: bool = False) -> str | None:
     if numbers and _is_only_words(skeleton):
         scaled = one_number(numbers, skeleton)
         if scaled is not None:
-            times = ("".join(found.groups(""))[:3] for found in _TIME.finditer(skeleton))
-            return " ".join([str(scaled), *(sorted(times) if as_text else ())])
+            moments = {*names(skeleton, "moments"), *_HALF_OF_DAY.findall(skeleton)}
+            return " ".join([str(scaled), *(sorted(moments) if as_text else ())])
         said = ""  # it is about numbers, but not clearly about one
     canonical = said or (whole if as_text else "")
     return canonical.strip().rstrip(_CLOSING_MARKS) or None
@@ -159,7 +155,7 @@ def _may_be_of_number(character: str) -> bool:
 # What isiZulu and isiXhosa join to a figure with a hyphen, which is no minus: angu-18 -> angu 18
 _CONCORD = re.compile(
     rf"(?<![^\W_])(?<!{MARK})(?<![\\'])"
-    r"([ui]|(?:[ae]|abe)?ngu|[aei](?:ba|zi|yi|li|ma|mi|lu|bu|ku)(?:ngu|ngama|li|yi)?|[aei]?ngama"
+    r"([ui]|(?:[ae]|abe)?ngu|(?:ba|zi|yi|li|lu|bu|ku)(?:ngu|li|yi)|[aei](?:ba|zi|yi|li|ma|mi|lu|bu|ku)(?:ngu|ngama|li|yi)?|[aei]?ngama"
     r"|kwe|kwi|kuka|nge|kune|ku|yi|kuyi|uma|ndi)-(?=\d)"
 )
 
@@ -231,14 +227,14 @@ _NUMBER = re.compile(
         # Figures that repeat: 0.1(6)
         (?P<repeating>\d+[.,]\d*\(\d+\))
         # A power of ten: 1.2×10^3, 1.2e3, 10^3
-        | (?:(?P<factor>{_FIGURE})(?:\s?[×x*·]\s?10\^|e)|10\^)(?P<exponent>[-+]?\d+)
+        | (?:(?P<factor>{_FIGURE})(?:\s?[×xх*·]\s?10\^|e)|10\^)(?P<exponent>[-+]?\d+)
         # A mixed number: 3 1/2
         | (?P<whole>\d+)\ (?P<part>[1-9]\d*/\d+)
         # A fraction: 7/2, 3/-4
         | (?P<fraction>{_FIGURE}\s?/\s?-?{_FIGURE})
         # A numeral without place values or with units: 1.5万, 三千五百, ፲፰. With a half behind it
         # (半) it has no clear value: 一半 is a half, and 18万半 is either of two.
-        | (?P<numeral>(?:\d[\d.,]*\ ?{_HAN_UNIT}(?:\d|{_HAN})*|{_HAN}+)半?|[፩-፼]+)
+        | (?P<numeral>(?:\d[\d.,]*\ ?{_HAN_UNIT}(?:\d|,(?=\d{{3}})|{_HAN})*|{_HAN}+)半?|[፩-፼]+)
         # Plain figures: 18
         | (?P<figure>{_FIGURE})
     )
@@ -254,7 +250,7 @@ _NUMBER = re.compile(
 _UNIT_POWER = re.compile(
     r"(?<![^\W\d_])(?<![\u0900-\u0eff])(?:"
     r"([cdkm]?m|[сдкм]?м|ft|in)(?:\s?\^)?[23]"
-    r"|((?<!\d)(?:[mgs]|(?![abcxyzасху]+\b)[^\W\d_]{2,})|(?:(?<=/)|(?<=/ ))[сч]"
+    r"|((?<!\d)(?:[mgsh]|(?![abcxyzасху]+\b)[^\W\d_]{2,})|(?:(?<=/)|(?<=/ ))[сч]"
     r"|[\u4e00-\u9fff]*[米尺寸]|[ሜมم]|[ァ-ヿ]{2,}"
     r"|(?=[\u0900-\u0eff]*(?:(?!\w)[\u0900-\u0eff]|[เแโใไ]))[\u0900-\u0eff]{2,})"
     rf"(?<!{_HAN})(?<![፩-፼])\s?\^-?[1-4]"
@@ -269,6 +265,21 @@ _BRACKETS = re.compile(
 )
 
 
+# A number in figures and in Han, one of them in parentheses, perhaps with one and the same counter:
+# 一百二十五(125), 18元(十八元)
+_SAID_IN_HAN = re.compile(
+    rf"({_HAN}+)([^\W\d]?) ?\((\d[\d.,]*)\2?\)(?!{_HAN})"
+    rf"|(\d[\d.,]*)([^\W\d]?) ?\(({_HAN}+)\5?\)"
+)
+
+
+def _say_once(match: re.Match[str]) -> str:
+    """Return the number in figures; where the two are not equal, what is no number."""
+    han, counter, figure = match.group(1, 2, 3) if match[1] else match.group(6, 5, 4)
+    is_same = _read_numeral(han) == _read_figure(figure)
+    return f"{figure} {counter}" if is_same else "1/0"
+
+
 def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
     r"""Return a plain text's numbers, None for one that cannot be read, and its skeleton.
 
@@ -276,6 +287,7 @@ def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
     only one.
     """
     numbers: list[Fraction | None] = []
+    text = _SAID_IN_HAN.sub(_say_once, text)
     text = _UNIT_POWER.sub(r"\1\2", text)
     has_figures = re.search(r"\d", text)
 
@@ -297,19 +309,23 @@ def _find_numbers(text: str) -> tuple[list[Fraction | None], str]:
 
 def _read_number(match: re.Match[str]) -> Fraction | None:
     """Read what _NUMBER has found; None where it has no single clear value."""
-    if match["repeating"]:
-        value = _read_repeating(match["repeating"])
-    elif match["exponent"]:
-        value = _read_power_of_ten(match["factor"] or "1", int(match["exponent"]))
-    elif match["part"]:
-        value = _read_mixed_number(int(match["whole"]), match["part"])
-    elif match["fraction"]:
-        value = _read_fraction(match["fraction"])
-    elif match["numeral"]:
-        value = _read_numeral(match["numeral"])
-    else:
-        value = _read_figure(match["figure"])
+    value = _read_without_sign(match)
     return -value if value and match["sign"] == "-" else value
+
+
+def _read_without_sign(match: re.Match[str]) -> Fraction | None:
+    """Read the one kind of number that _NUMBER has found."""
+    if match["repeating"]:
+        return _read_repeating(match["repeating"])
+    if match["exponent"]:
+        return _read_power_of_ten(match["factor"] or "1", int(match["exponent"]))
+    if match["part"]:
+        return _read_mixed_number(int(match["whole"]), match["part"])
+    if match["fraction"]:
+        return _read_fraction(match["fraction"])
+    if match["numeral"]:
+        return _read_numeral(match["numeral"])
+    return _read_figure(match["figure"])
 
 
 def _read_repeating(figure: str) -> Fraction:
@@ -381,6 +397,10 @@ _COUNT_LIMITS = {
     "፻": 100,
 }
 
+# A last figure right behind a unit from a hundred on counts ones or a tenth of the unit: 一千五 is
+# 1005 in Japanese, and 1500 in Chinese.
+_DOUBTFUL_END = re.compile(r".*[百千万億][1-9一二三四五六七八九]")
+
 # Tens and ones, which add up: ፲፰. Ethiopic has no positions, so that ፩፰ is no number.
 _ETHIOPIC_BELOW_100 = re.compile("[፲-፺]?[፩-፱]?")
 
@@ -391,7 +411,7 @@ def _read_numeral(numeral: str) -> Fraction | None:
     By units a numeral is a count, its largest unit and a rest; a missing count is one: ፻ is 100.
     """
     numeral = numeral.replace(" ", "")  # 18 万
-    if numeral.endswith("半"):
+    if numeral.endswith("半") or _DOUBTFUL_END.fullmatch(numeral):
         return None
     for unit, count_limit in _COUNT_LIMITS.items():
         # ፼ repeats, and then the last one is the one that the others are counts of.

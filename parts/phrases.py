@@ -13,9 +13,13 @@ import itertools
 import json
 import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
+
+from parts.plaintext import NOT_INSIDE_A_WORD, WORD_ENDS
 
 # The place of the number among the words.
 NUMBER = "\0"
@@ -108,6 +112,16 @@ def without_dozens(text: str) -> str:
     return _DOZENS.sub(" ", text)
 
 
+def names(text: str, kind: str) -> set[str]:
+    """Return what a folded text names of a kind of the table, "moments" or "units".
+
+    >>> names("le 3 mai", "moments"), names("5 kilomita", "units")
+    ({'may'}, {'km'})
+    """
+    pattern, name_of = _NAMES[kind]
+    return {name_of[found] for found in pattern.findall(_without_accents(text))}
+
+
 # Accents and tone marks, which many leave out: millón, ẹgbẹ̀rún. Vowel signs of other scripts are
 # letters, and are no part of this block.
 _ACCENTS = re.compile("[\u0300-\u036f]")
@@ -116,9 +130,14 @@ _ACCENTS = re.compile("[\u0300-\u036f]")
 _JOINTS = re.compile("['·-]")
 
 
+def _without_accents(text: str) -> str:
+    """Return the text, its letters decomposed, without their accents and tone marks."""
+    return _ACCENTS.sub("", unicodedata.normalize("NFKD", text))
+
+
 def _words(text: str) -> tuple[str, ...]:
     """Return the words of a text without their accents, and each other mark as a word."""
-    text = _JOINTS.sub(" ", _ACCENTS.sub("", unicodedata.normalize("NFKD", text)))
+    text = _JOINTS.sub(" ", _without_accents(text))
     spaced = "".join(
         character if unicodedata.category(character)[0] in "LM" else f" {character} "
         for character in text
@@ -128,9 +147,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 # ---- The table
 
-_LANGUAGES = json.loads(Path(__file__).with_name("scales.json").read_text(encoding="utf-8"))[
-    "languages"
-].values()
+_TABLE = json.loads(Path(__file__).with_name("scales.json").read_text(encoding="utf-8"))
+_LANGUAGES = _TABLE["languages"].values()
 
 
 def _phrases_without_spaces() -> list[str]:
@@ -171,6 +189,25 @@ _UNSPACED = re.compile("|".join(_phrases_without_spaces()))
 _CHANGE_IN_PLACE = re.compile("|".join(_changes_in_place()))
 
 
+def _read_names(kind: str) -> tuple[re.Pattern[str], dict[str, str]]:
+    """Return the pattern of a kind's words, and what each of them names.
+
+    A Latin symbol of one letter is one behind a figure only: the m of 5 m.
+    """
+    name_of = {
+        _without_accents(word.casefold()): name
+        for name, words in _TABLE[kind].items()
+        for word in words
+    }
+    words = sorted(map(re.escape, name_of), key=len, reverse=True)
+    symbols = "|".join(word for word in words if len(word) == 1 and word.isascii())
+    spaced = "|".join(word for word in words if len(word) > 1 or not word.isascii())
+    unspaced = "|".join(filter(_THAI_KANA_OR_HAN.match, words))
+    behind = rf"|(?:(?<=\d)|(?<=\d ))(?:{symbols}){WORD_ENDS}" if symbols else ""
+    pattern = rf"{unspaced}|{NOT_INSIDE_A_WORD}(?:{spaced}){WORD_ENDS}{behind}"
+    return re.compile(pattern), name_of
+
+
 def _read_effects() -> dict[tuple[str, ...], Effect]:
     """Return the effect of each phrase; "changes" where languages differ."""
     found: dict[tuple[str, ...], set[Effect]] = {}
@@ -189,6 +226,8 @@ def _read_effects() -> dict[tuple[str, ...], Effect]:
         for amount, phrases in language.get("numerals", {}).items():
             for phrase in phrases:
                 found.setdefault(_phrase(phrase), set()).add(Effect("says", Fraction(amount)))
+        for amount, word in _compounds(language):
+            found.setdefault(_phrase(word), set()).add(Effect("says", amount))
         for word in language.get("ors", []) + language.get("weak_ors", []):
             found.setdefault(_phrase(word), set()).add(OR)
         beside_a_number = [(f"0 {word}", f"{word} 0") for word in language.get("ors", [])]
@@ -204,6 +243,21 @@ def _read_effects() -> dict[tuple[str, ...], Effect]:
     return effects
 
 
+def _compounds(language: dict[str, Any]) -> Iterator[tuple[Fraction, str]]:
+    """Yield the numerals of a language that are tens and ones in one word: 21, einundzwanzig."""
+    if "compound" not in language:
+        return
+    numerals = [
+        (Fraction(amount), word)
+        for key in ("again", "numerals")
+        for amount, words in language[key].items()
+        for word in words
+    ]
+    for (ones, first), (tens, last) in itertools.product(numerals, numerals):
+        if ones < 10 and 20 <= tens < 100:
+            yield ones + tens, first + language["compound"] + last
+
+
 def _phrase(written: str) -> tuple[str, ...]:
     """Return the words of a phrase of the table, in which a 0 is the number's place."""
     return _words(written.casefold().replace("0", NUMBER))
@@ -216,6 +270,17 @@ def _words_under(key: str) -> set[str]:
     }
 
 
+def _read_again() -> dict[str, Fraction]:
+    """Return the amounts of the words that count only in what says a number again."""
+    return {
+        word: Fraction(amount)
+        for language in _LANGUAGES
+        for amount, words in language.get("again", {}).items()
+        for each in words
+        for word in _phrase(each)
+    }
+
+
 def is_noun(part: str | Effect) -> bool:
     """Return whether a part may be what a number counts: a word, and not one that ties a numeral.
 
@@ -224,14 +289,16 @@ def is_noun(part: str | Effect) -> bool:
     return (
         isinstance(part, str)
         and part[0].isalpha()
-        and part not in JOINS | ONES | OPERATORS | _PREPOSITIONS
+        and part not in JOINS | AGAIN.keys() | OPERATORS | _PREPOSITIONS
         and not _THAI_KANA_OR_HAN.match(part)
     )
 
 
 _EFFECTS = _read_effects()
+_NAMES = {kind: _read_names(kind) for kind in ("moments", "units")}
 JOINS = _words_under("joins")
-ONES = _words_under("ones")
+AGAIN = _read_again()
+ORS = _words_under("ors") | _words_under("weak_ors")
 OPERATORS = _words_under("operators")
 _PREPOSITIONS = _words_under("prepositions")
 _SILENT = {_phrase(each) for language in _LANGUAGES for each in language.get("silent", [])}

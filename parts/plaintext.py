@@ -20,11 +20,15 @@ _LOOKALIKES = {
     "/": "⁄∕",
     ",": "،",
     ";": "፣፤、؛",  # Ethiopic, Chinese and Arabic marks that join the items of a list
-    ".": "。።।۔٫！",  # full stops, the Arabic decimal separator, and a mark that is no factorial
+    ".": "。።।॥꘎۔٫！",  # full stops, the Arabic decimal separator, and a mark that is no factorial
+    ":": "∶",
+    "#": "№",
+    "(": "【《",
+    ")": "】》",
     "?": "؟",
     "%": "٪",
     "°": "º",
-    " ": "፡",  # the Ethiopic word space
+    " ": "፡•‣◦✓✔✅☑",  # the Ethiopic word space, and marks of a list or of what is right
     "万": "萬",  # Han numerals in one spelling
     "億": "亿",
     "二": "两兩",
@@ -44,6 +48,9 @@ MARK = "[{}]".format(
     )
 )
 
+# A fraction in raised and lowered figures: 3¹⁄₂ -> 3 1/2
+_RAISED_FRACTION = re.compile(r"(?<![^\W\d_])([⁰¹²³⁴⁵⁶⁷⁸⁹]+)[/⁄∕]([₀-₉]+)")
+
 # A run of raised figures, which are an exponent: 10³ -> 10^{3}
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 
@@ -59,6 +66,13 @@ _SHORT_FORMS = (
     (re.compile(r"(?<=\d)B(?!\w)"), " billion "),
 )
 
+# Currencies of one capital letter that are written against their number, and in which a small
+# letter would be a variable or an exponent: E18, P18, D18 -> 18
+_CAPITAL_CURRENCY = (re.compile(rf"(?<![^\W_])(?<!{MARK})[EPD](?=\d)"), "")
+
+# The ohm, which is a variable as a small letter: 18 Ω -> 18 ohm
+_OHM = (re.compile(r"(?<=\d)\s?Ω(?!\w)"), " ohm ")
+
 # Behind a space or in a font, M may be an ill-spelt metre, and G a gram, so these are two words of
 # doubt. They are looked for before letters become lower case: 18 M -> 18 mega
 _GAP = r"(?<=\d)((?:\s|~|\\[ ,;:]|\\(?:text|math)\w*\s*\{|\{)*)"
@@ -71,7 +85,8 @@ _DOUBTFUL_CAPITALS = (
 # as ₦, which Unicode knows, nor "naira" or "元" after a number, which are words like any other.
 _CURRENCY_PREFIX = (
     "(?:[rnkm]|br|rs|tk|k?shs?|[tu]shs?|le|mk|fc?|f?cfa|frw|gh[cs]|"  # what people write
-    "usd?|eur|gbp|ngn|etb|kes|tzs|ugx|rwf|zar|zmw|lsl|xaf|xof|jpy|cny|rmb|thb|inr|bdt|"  # ISO 4217
+    # ISO 4217, and zk
+    "usd?|eur|gbp|ngn|etb|kes|tzs|ugx|rwf|zar|zmw|zk|lsl|xaf|xof|jpy|cny|rmb|thb|inr|bdt|chf|"
     "birr|naira|cedis?|rand)"
 )
 
@@ -83,8 +98,21 @@ _UNIT = r"\s*\{\s*([^\W\d_]{1,9}(?:\s?\^\d)?)\s*\}"
 
 # A letter, or a mark of one.
 _PART_OF_WORD = rf"(?:[^\W\d]|{MARK})"
-_NOT_INSIDE_A_WORD = f"(?<!{_PART_OF_WORD})"
-_WORD_ENDS = f"(?!{_PART_OF_WORD})"
+NOT_INSIDE_A_WORD = f"(?<!{_PART_OF_WORD})"
+WORD_ENDS = f"(?!{_PART_OF_WORD})"
+
+# A figure of Chinese and Japanese that stands alone, as a part of a fraction: the 三 of 三分之一
+_HAN_FIGURES = "[一二三四五六七八九十]"
+_PART_IN_HAN = rf"(\d+|(?<!{_HAN_FIGURES}){_HAN_FIGURES}(?!{_HAN_FIGURES}))"
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    """Return 1/3 for the groups 三 and 一 of 三分之一."""
+    bottom, top = (
+        str(int(unicodedata.numeric(part))) if len(part) == 1 else part for part in match.groups()
+    )
+    return f" {top}/{bottom} "
+
 
 # What makes a bound of a French or Spanish minus, "au moins 18" and "al menos 18", or an "about":
 # plus ou moins 18, más o menos 18.
@@ -129,6 +157,16 @@ _REWRITES = [
         (r"\\+\s*$", ""),
         # LaTeX that is not seen: 1,\!000 -> 1,000
         (r"\\!|\\(?:left|right)(?![a-z])|\\bigg?[lrm]?(?![a-z])", ""),
+        # Spaces with a name or a width: 18\hspace{2mm}birr, 18\thinspace birr -> 18 birr
+        (
+            r"\\[hm]space\*?\s*\{[^{}]*\}"
+            r"|\\(?:(?:thin|med|thick|en)space|enskip|hfill?)(?![a-z])",
+            " ",
+        ),
+        # What lines up equations: \begin{aligned}18\end{aligned} -> 18
+        (r"\\(?:begin|end)\s*\{(?:aligned|gathered|split)\}|^\s*&|&\s*(?==|$)", " "),
+        # What is struck out is no answer, and what makes a "…" of it is no number: ~~18~~ -> …
+        (r"~~(?=\S)[^~]+~~", " … "),
         # LaTeX spaces, and the brackets of a formula: 1\,000 -> 1 000, \(18\) -> 18
         (r"\\[,;: ()\[\]]|\\q?quad(?![a-z])|~", " "),
         # Sizes and fonts that hold until the next brace: \displaystyle 18 -> 18
@@ -142,20 +180,33 @@ _REWRITES = [
         # A number with its unit: \SI{18}{m} -> {18}{m}
         (r"\\(?:si|qty)(?=\s*\{[^{}]*\}\s*\{)", " "),
         # Markdown that sets bold or slanted type: **18** -> 18, but not 2**18**2
-        (r"(?<![\w)*])(\*\*?|__)(?=\S)([^*]+?)(?<=\S)\1(?![\w(*])", r" \2 "),
+        (r"(?<![\w)*])(\*{1,3}|__?)(?=\S)([^*]+?)(?<=\S)\1(?![\w(*{])", r" \2 "),
+        # HTML that does so: <b>18</b>, 18<br> -> 18
+        (r"<(b|i|u|em|strong)>([^<>]*)</\1>", r" \2 "),
+        (r"<br\s?/?>", " "),
         # A comma in braces, which keep TeX from spacing it: 1{,}000 -> 1,000
         (r"\{,\}", ","),
         # The two products: 1.2 \times 10 -> 1.2 × 10
         (r"\\(?:times|cdot)(?![a-z])", "×"),
         # What leads to the last side, like an "=": \approx 18, 6 × 3 \Rightarrow 18 -> 6 × 3 = 18
-        (r"\\(?:simeq|sim|(?:long)?rightarrow|implies|therefore)(?![a-z])|[≃⇒→⟹∴]", "="),
+        (r"\\(?:simeq|sim|(?:long)?rightarrow|implies|therefore)(?![a-z])|[≃⇒→⟶⟹∴]", "="),
         (r"\\approx(?![a-z])", "≈"),
+        # A power of ten: 10 ^ {3}, 10**3 -> 10^{3}, 10^3
+        (r"\{\s*10\s*\}(?=\s?\^)", "10"),
+        (r"(?<![\d.,])10\s?(?:\*\*|\^)\s?(?=[-+\d{])", "10^"),
         # An exponent or a base in braces: 10^{3} -> 10^3, 25_{8} -> 25_8. Before a figure they
         # stay, since 10^{2}5 is not 10^25.
         (r"\^\{\s*([-+]?\d+|\w)\s*\}(?!\d)", r"^\1"),
         (r"(?<=\d)\s?_\s?\{\s*(\d+)\s*\}(?!\d)", r"_\1"),
         # A fraction: \frac{1}{2} -> 1/2. Its spaces keep 1\frac12 apart from 11/2.
         (rf"\\(?:[cdt]?|s|nice)frac{_ARGUMENT}{_ARGUMENT}", r" \1\2/\3\4 "),
+        (r"(?:^|\{)\s*(-?\d+)\s*\\over(?![a-z])\s*(\d+)\s*(?:\}|$)", r" \1/\2 "),
+        # One of so many parts: 3分の1, 三分之一 -> 1/3. Not 二又三分之一, 2 1/3.
+        (
+            rf"(?<![又と\s〇百千万億点.,/]){_PART_IN_HAN}分[之の]{_PART_IN_HAN}"
+            r"(?![百千万億点.,/半])",
+            _as_fraction,
+        ),
         # A decimal that only comes near a fraction: 1/3 ≈ 0.33 -> 1/3. Any other leads to the last
         # side: x ≈ 18 -> x = 18
         (r"(\d/\d+)\s*≈\s*\d+[.,]\d+\s*$", r"\1"),
@@ -164,10 +215,21 @@ _REWRITES = [
         (rf"\\[cdt]?frac{_UNIT}{_UNIT}", r" \1/\2 "),
         # Figures that repeat: 0.\overline{3}, 0.\dot3 -> 0.(3)
         (r"(?<=\d)([.,]\d*)\s*\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1(\2\3)"),
+        # Likewise with a line above each of them, or with dots behind: 0.3̅, 0.333... -> 0.(3)
+        (r"(?<=\d)([.,]\d*?)(\d)\u0307(\d*)(\d)\u0307", r"\1(\2\3\4)"),
+        (rf"(?<=\d)([.,]\d*)((?:\d[\u0304\u0305\u0307])+)(?!{MARK})", r"\1(\2)"),
+        (r"(?<=\d)([.,]\d{0,9}?)(\d{1,9}?)\2{2,}\s?\.{3}", r"\1(\2)"),
+        (r"(?<=\d)[\u0304\u0305\u0307](?=[\d\u0304\u0305\u0307]*\))", ""),
+        # Other marks on a figure, and other figures that go on, make it no clear number.
+        (r"(?<=\d)[\u0300-\u036f]+", " … "),
+        (r"(\d[.,]\d+)\s?\.{3}", r"\1 …"),
         # The base that is meant anyway: 18_10 -> 18
         (r"(?<=\d)_10(?!\d)", ""),
         # Currencies of LaTeX: \pounds 18 -> $ 18
         (r"\\(?:pounds|euro|yen|textdollar|texteuro|textsterling)(?![a-z])", "$"),
+        # An amount in millions, whose m is no metre: $18m -> $18 mega
+        (rf"((?:\$|(?<!\w){_CURRENCY_PREFIX})\s?\d[\d.,]*)\s?m(?!\w)", r"\1 mega "),
+        (rf"(?<=\d)\s?m(?=\s?\$|\s{_CURRENCY_PREFIX}(?!\w))", " mega "),
         # Currency between a sign and its number: -$18 -> -18
         (r"(?<=[-+])\s*\\?\$\s*", ""),
         # Degrees: 18^\circ, 18°C, 18\degree, 18^{\circ} \text{C} -> 18
@@ -177,19 +239,33 @@ _REWRITES = [
             r"(?:\s*\\(?:text|mathrm)\s*\{\s*[cf]\s*\}|\s?[cf]\b)?",
             " ",
         ),
+        # The end of an ordinal: 18^{th}, 18^{\text{o}}, 18\textsuperscript{th} -> 18
+        (
+            r"(?<=\d)\s?(?:\^|\\textsuperscript)\s*(?:\{\s*(?:st|nd|rd|th|er|[eè]me)\s*\}"
+            r"|\{?\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th|er|[eè]me|[aeo])\s*\}\s*\}?)",
+            " ",
+        ),
         # Currency, percent: 18 $, 18\% -> 18
         (r"\\?[$%]", " "),
         # Percent in words that begin with a hundred, before a number: ร้อยละ 18, 百分之18 -> 18
         (rf"(?:ร้อยละ|百分之){_BEFORE_A_NUMBER}", " "),
         # A number's sign: #18 -> 18
-        (r"(?<![^\s(])#(?=\d)", ""),
+        (r"(?<![^\s(])#\s?(?=\d)", ""),
         # East African "so many shillings": 500/=, 500/- -> 500
         (r"(?<=\d)/[=-](?!\s*\d)", " "),
-        # Currency against its number: KSh500 -> 500
+        # A whole amount, where a dash stands for the cents: 18,- -> 18
+        (r"(?<=\d)[.,]\s?--?(?=\s*(?:$|[^\W\d_]))", " "),
+        # Currency against its number: KSh500 -> 500. Behind a sign it may have a space: -KSh 500
+        (
+            rf"(?<![\w)])(?<!{MARK})([-+])\s?(?![a-z]\s){_CURRENCY_PREFIX}\.?\s(?=\d)",
+            r"\1",
+        ),
         (rf"(?<!\w)(?<!{MARK}){_CURRENCY_PREFIX}(?=\d)", ""),
         # A sign in words: minus 18, 18 минус -> -18, 18 -
-        (rf"{_NOT_INSIDE_A_WORD}{_BOUND_BEFORE}(?:{_MINUS_WORDS}){_WORD_ENDS}\s*", " -"),
+        (rf"{NOT_INSIDE_A_WORD}{_BOUND_BEFORE}(?:{_MINUS_WORDS}){WORD_ENDS}\s*", " -"),
         (_MINUS_WITHOUT_SPACES, " -"),
+        # Half of the day: 3:30pm, 3:30 p.m. -> 3:30 pm
+        (r"(?<=\d)\s?([ap])\.?\s?m(?![^\W\d_])\.?", r" \1m"),
         # A space after a leading sign: - 18 -> -18. The dash of "answer - 18" is no sign.
         (r"((?:^|[:=])\s*[-+])\s+(?=[\d.])", r"\1"),
     )
@@ -219,10 +295,12 @@ def plain_text(answer: str, *, as_text: bool = False, fold: bool = True) -> str:
     fold     False keeps the case of letters, and then not all that sets type is known
     No text raises. (ours)
     """
-    text = _SUPERSCRIPTS.sub(lambda run: f"^{{{unicodedata.normalize('NFKC', run[0])}}}", answer)
+    text = _RAISED_FRACTION.sub(lambda run: f" {unicodedata.normalize('NFKC', run[0])} ", answer)
+    text = _SUPERSCRIPTS.sub(lambda run: f"^{{{unicodedata.normalize('NFKC', run[0])}}}", text)
     text = _SUBSCRIPTS.sub(lambda run: f"_{{{unicodedata.normalize('NFKC', run[0])}}}", text)
     text = "".join(_plain_character(character) for character in text)
-    for pattern, replacement in (() if as_text else _SHORT_FORMS) + _DOUBTFUL_CAPITALS:
+    capitals = () if as_text else (*_SHORT_FORMS, _CAPITAL_CURRENCY)
+    for pattern, replacement in (*capitals, *_DOUBTFUL_CAPITALS, _OHM):
         text = pattern.sub(replacement, text)
     text = unicodedata.normalize("NFC", text.casefold() if fold else text)
     while True:

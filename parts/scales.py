@@ -17,7 +17,7 @@ import re
 from fractions import Fraction
 from typing import TypeGuard
 
-from parts.phrases import CHANGES, JOINS, NUMBER, ONES, OPERATORS, OR, Effect, is_noun, split
+from parts.phrases import AGAIN, CHANGES, JOINS, NUMBER, OPERATORS, OR, Effect, is_noun, split
 
 
 def one_number(numbers: list[Fraction | None], skeleton: str) -> Fraction | None:
@@ -48,6 +48,7 @@ def apply_words(number: Fraction, skeleton: str) -> Fraction | None:
     if parts is None:
         return None
     place = parts.index(NUMBER)
+    parts = _without_counted_noun(parts, place)
     before = [part for part in parts[max(place - 1, 0) : place] if _is_scale(part)]
     scales = itertools.takewhile(_is_scale, parts[place + 1 :])
     after = [part for part in scales if _is_scale(part)]
@@ -94,6 +95,17 @@ def add_terms(numbers: list[Fraction], skeleton: str) -> Fraction | None:
         total += number * factor
         limit = factor
     return total
+
+
+def _without_counted_noun(parts: list[str | Effect], place: int) -> list[str | Effect]:
+    """Return the parts without the noun between a number and what ends them: 18 days and a half."""
+    noun, added = [*parts[place + 1 : place + 3], "", ""][:2]
+    rest = parts[place + 3 :]
+    ends = not any(isinstance(part, Effect) or part[0].isalpha() for part in rest)
+    adds = isinstance(added, Effect) and added.kind == "plus" and added.may_follow
+    if noun and is_noun(noun) and adds and ends:
+        return parts[: place + 1] + parts[place + 2 :]
+    return parts
 
 
 def _without_repetition(number: Fraction, parts: list[str | Effect]) -> list[str | Effect] | None:
@@ -180,13 +192,13 @@ def _add_from_right(said: list[str | Effect]) -> Fraction:
 
 
 def _amount(word: str | Effect) -> Fraction:
-    """Return the amount of a part; that of a join is nothing, and that of a word for one is one."""
-    return word.amount if isinstance(word, Effect) else Fraction(word in ONES)
+    """Return the amount of a part; that of a join is nothing."""
+    return word.amount if isinstance(word, Effect) else AGAIN.get(word, Fraction(0))
 
 
 def _counts(part: str | Effect) -> bool:
-    """Return whether a part is a numeral, a multiple, or a word for one that is in its place."""
-    return part in ONES or (isinstance(part, Effect) and part.kind in ("says", "times"))
+    """Return whether a part is a numeral, a multiple, or a word that may be a numeral."""
+    return part in AGAIN or (isinstance(part, Effect) and part.kind in ("says", "times"))
 
 
 def _is_scale(part: str | Effect) -> TypeGuard[Effect]:
@@ -208,11 +220,15 @@ def _says_another(number: Fraction, aside: list[str | Effect]) -> bool:
     """
     tie = next((part for part in aside[:1] if part in JOINS | OPERATORS), None)
     others = aside[1:] if tie is not None or aside[:1] == [","] else aside
-    numerals = itertools.takewhile(_is_numeral, others)
-    amounts = [part.amount for part in numerals if _is_numeral(part)]
-    beyond = others[len(amounts) : len(amounts) + 1]
+    numerals = list(
+        itertools.takewhile(
+            lambda part: _is_numeral(part) or part in JOINS or part in AGAIN, others
+        )
+    )
+    amounts = [_amount(part) for part in numerals if part not in JOINS]
+    beyond = others[len(numerals) : len(numerals) + 1]
     counts_a_word = any(isinstance(part, Effect) or part[0].isalpha() for part in beyond)
-    if not amounts or (counts_a_word and tie not in JOINS):
+    if not any(map(_is_numeral, numerals)) or (counts_a_word and tie not in JOINS):
         return False
     return tie is not None or number not in (sum(amounts), math.prod(amounts))
 
@@ -249,11 +265,11 @@ def _shape(aside: list[str | Effect]) -> str:
 def _letter(part: str | Effect) -> str:
     """Return the letter of a part: j is a join or an "or", n a numeral and N one from ten on.
 
-    o is a word for one, w a noun, a comma itself, and ? anything else.
+    o is a word that may be a numeral, w a noun, a comma itself, and ? anything else.
     """
     if part in JOINS or part == OR:
         return "j"
-    if part in ONES:
+    if part in AGAIN:
         return "o"
     if _is_numeral(part):
         return "n" if part.amount < 10 else "N"

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from parts import phrases, scales
+from parts.grading import is_correct
 from parts.numerals import is_number, normalise
 from parts.scales import apply_words
 
 FOLDER = Path(scales.__file__).parent
-LANGUAGES = json.loads((FOLDER / "scales.json").read_text(encoding="utf-8"))["languages"]
+TABLE = json.loads((FOLDER / "scales.json").read_text(encoding="utf-8"))
+LANGUAGES = TABLE["languages"]
 
 
 def test_docstring_examples():
@@ -141,3 +143,24 @@ def test_a_phrase_that_says_nothing_leaves_the_number(code):
     for phrase in LANGUAGES[code]["silent"]:
         text = phrase.replace("0", "20") if "0" in phrase else f"20 {phrase}"
         assert normalise(text) == "20", text
+
+
+def test_a_month_or_weekday_or_part_of_the_day_counts_beside_a_gold_in_any_language():
+    for name, words in TABLE["moments"].items():
+        for word in words:
+            assert normalise(f"3 {word}", as_text=True) == f"3 {name}", word
+            assert normalise(f"{word} 3") == "3", word
+
+
+def test_another_unit_than_the_golds_is_wrong_and_the_same_in_any_language_is_right():
+    units = list(TABLE["units"].values())
+    for words, others in zip(units, units[1:] + units[:1], strict=True):
+        for word in words:
+            for answer, is_right in (
+                (words[0], True),
+                (others[0], False),
+                ("", True),
+                ("birds", True),
+            ):
+                assert is_correct(rf"\boxed{{3 {answer}}}", f"3 {word}") == is_right, word
+                assert is_correct(rf"\boxed{{3 {word}}}", "3"), word
