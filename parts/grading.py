@@ -63,9 +63,10 @@ def grade(
     limit_s  how long math-verify may compute, in seconds; then its worker is killed
 
     To a gold number only a number is equal, and no arithmetic is done: \boxed{9 \times 2} may just
-    quote the problem. To any other gold an equal text is equal, and so is what math-verify finds
-    equal: \sqrt{12} to 2\sqrt{3}, "2, 1" to "1, 2". Beside the letter of a choice neither its mark
-    counts nor what it stands for: "(C)" and "C) 18" are C.
+    quote the problem. Beside a gold with a unit another unit is wrong. To any other gold an equal
+    text is equal, and so is what math-verify finds equal: \sqrt{12} to 2\sqrt{3}, "2, 1" to "1, 2".
+    Beside the letter of a choice neither its mark counts nor what it stands for: "(C)" and "C) 18"
+    are C.
     Raises ValueError for a gold without canonical form, OSError when math-verify does not run.
     (ours)
     """
@@ -125,7 +126,8 @@ def extract_answer(completion: str, *, think_open: bool = False) -> str | None:
     A minus that touches the box belongs to the answer, and so does a word of scale behind it:
     -\boxed{18}, \boxed{18} million. Only the text after the last </think> counts. A <think> opened
     there is unclosed, and then nothing counts. Never falls back to a number in the text, to an
-    earlier box, or into the think block. (ours)
+    earlier box, or into the think block. What follows a \boxed without braces is in it, up to the
+    end of its formula, sentence or line: \boxed 18. Where there is none, \fbox{18} is a box. (ours)
 
     >>> extract_answer(r"perhaps \boxed{17}?</think> So \boxed{17} + 1 = \boxed{\frac{36}{2}}.")
     '\\frac{36}{2}'
@@ -148,7 +150,7 @@ _BOX_OPENING = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # A box without braces, and what is meant by it: up to the end of the formula, of the sentence, of
 # the line or of what an equation says. It begins with a figure, or with a command for one.
 _BARE_BOX = re.compile(
-    r"\\boxed\s*(?=[-−]?\s?(?:[\d፩-፼〇一二三四五六七八九十百千]"
+    r"\\boxed\s*(?=[-−]?\s?(?:\\\$|[\d፩-፼〇一二三四五六七八九十百千]"
     r"|\\(?:[dct]?frac|text|math\w\w|sqrt)(?![a-z])))"
     r"((?:[^\n$=\\{}.。።।]|[.。።।](?!\s|$|\$)|\\[a-zA-Z]+|\\[^a-zA-Z)\]]"
     r"|\{(?:[^{}\n]|\{[^{}\n]*\})*\})+)"

@@ -155,7 +155,8 @@ def _may_be_of_number(character: str) -> bool:
 # What isiZulu and isiXhosa join to a figure with a hyphen, which is no minus: angu-18 -> angu 18
 _CONCORD = re.compile(
     rf"(?<![^\W_])(?<!{MARK})(?<![\\'])"
-    r"([ui]|(?:[ae]|abe)?ngu|(?:ba|zi|yi|li|lu|bu|ku)(?:ngu|li|yi)|[aei](?:ba|zi|yi|li|ma|mi|lu|bu|ku)(?:ngu|ngama|li|yi)?|[aei]?ngama"
+    r"([ui]|(?:[ae]|abe)?ngu|(?:ba|zi|yi|li|lu|bu|ku)(?:ngu|li|yi)"
+    r"|[aei](?:ba|zi|yi|li|ma|mi|lu|bu|ku)(?:ngu|ngama|li|yi)?|[aei]?ngama"
     r"|kwe|kwi|kuka|nge|kune|ku|yi|kuyi|uma|ndi)-(?=\d)"
 )
 
