@@ -135,11 +135,10 @@ def lab_folder() -> Path:
     return ROOT / "lab" / "tiny"
 
 
-@pytest.fixture
-def qwen(tmp_path) -> Path:
-    """Return a folder with no more of a Qwen2.5-1.5B than its config.json."""
-    folder = tmp_path / "qwen"
-    folder.mkdir()
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory) -> Path:
+    """Return a folder with no more of a Qwen2.5-1.5B than its config.json; it stays as it is."""
+    folder = tmp_path_factory.mktemp("qwen")
     (folder / "config.json").write_text(json.dumps(QWEN))
     return folder
 
