@@ -146,7 +146,7 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     days = [run.recorded_day() for run in kept.values()]
     day = ranks.decide(next(filter(None, days), date.today().isoformat()))
     tokenizer, day = freeze_date(load_tokenizer(folder), day)
-    model, weights = load_weights(settings, folder, tokenizer, config.device, config.dtype)
+    model, weights = load_weights(settings, folder, tokenizer, config, console)
     context = context_length(model.config)
     parts: list[Part] = []
     records: list[Record] = []
@@ -375,16 +375,17 @@ def load_weights(
     settings: Settings,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
-    device: str,
-    dtype: str,
+    config: EvalConfig,
+    console: Console,
 ) -> tuple[PreTrainedModel, dict[str, str | float | None]]:
     """Return the model with its adapter, and the fingerprints of both.
 
     tokenizer  the one that the model is to be used with
+    config     says on what the model runs
     An adapter that is missing or is not this model's is an error, never the model without it.
     """
-    where = ranks.own_device(pick_device(device))
-    model = load_model(folder, device=where, dtype=pick_dtype(dtype, where))
+    where = ranks.own_device(pick_device(config.device))
+    model = load_model(folder, device=where, dtype=pick_dtype(config.dtype, where))
     check_model(model, f"model {settings.model}")
     check_vocabulary(model, tokenizer, f"model {settings.model}")
     base = folder_fingerprint(folder)
@@ -392,7 +393,7 @@ def load_weights(
     scale = None
     if settings.adapter is not None:
         path = Path(settings.adapter)
-        refuse_foreign_adapter(path, base, settings.model, folder)
+        refuse_foreign_adapter(path, base, settings.model, folder, console)
         lora = load_adapter(model, runs.last_adapter_folder(path))
         adapter = weights_fingerprint(lora.state_dict())
         scale = lora.alpha / lora.rank

@@ -155,7 +155,7 @@ def prepare(config: Config, folder: Path, adapter: Path | None, console: Console
         )
     else:
         fingerprint = folder_fingerprint(folder)
-        refuse_foreign_adapter(adapter, fingerprint, config.model, folder)
+        refuse_foreign_adapter(adapter, fingerprint, config.model, folder, console)
         lora = load_adapter(model, runs.last_adapter_folder(adapter))
     # A walk shows the teacher of a first step: the base model, whenever it is renewed later.
     config = replace(config, teacher="fixed")

@@ -181,10 +181,8 @@ def load_setup(
     if config.warm_start:
         path = Path(config.warm_start)
         base = str(identity["base_weights"])
-        is_known = refuse_foreign_adapter(path, base, config.model, folder)
+        refuse_foreign_adapter(path, base, config.model, folder, console)
         identity["warm_start"] = _warm_start(lora, path)
-        if not is_known:
-            say(console, f"--warm-start {path}: nothing says on which base weights it was trained")
     given = (config, model, tokenizer, lora, train, heldout)
     return Setup(*given, dev=dev, loss_scale=LossScale.of(dtype)), identity
 

@@ -241,6 +241,15 @@ def test_an_adapter_is_evaluated_and_fingerprinted(tmp_path, adapter):
     assert lines(tmp_path / "base") != lines(tmp_path / "adapted")
 
 
+def test_an_adapter_of_an_unknown_base_is_said_to_be_one(adapter):
+    """Where its record and its base are gone, the numbers may be of another model's adapter."""
+    settings = read_json(adapter / "adapter_config.json")
+    write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": "/gone"})
+    result = run_cli(*SMALL, "--adapter", str(adapter))
+    assert result.exit_code == 0, result.output
+    assert "nothing says on which base weights it was trained" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

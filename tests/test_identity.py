@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from parts.files import read_json, write_json
 from parts.identity import (
@@ -94,7 +95,9 @@ def test_an_adapter_without_a_record_is_held_to_the_hubs_name_that_it_has(tmp_pa
         with pytest.raises(ValueError, match="trained on other base weights than those of Qwen2"):
             refuse_foreign_adapter(adapter, "abc", "Qwen2.5-1.5B", folder)
     else:
-        assert refuse_foreign_adapter(adapter, "abc", "Qwen2.5-1.5B", folder) is known
+        console = Console(record=True, width=300)
+        assert refuse_foreign_adapter(adapter, "abc", "Qwen2.5-1.5B", folder, console) is known
+        assert ("nothing says on which base" in console.export_text()) is not known
 
 
 def test_provenance_names_versions_and_commit():
