@@ -24,7 +24,7 @@ Read from top to bottom. The rest is in parts/README.md, the neighbours of COPSD
 
 A tensor's name ends in its axes: B rows, T positions, N the completion tokens of all rows, D hidden
 size, V vocabulary, G completions of a group, C the tokens of one completion. p is the teacher's
-distribution, q the student's.
+distribution, q the student's. README.md lists the departures from the paper.
 """
 
 from parts.stops import say_stops
