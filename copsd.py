@@ -21,12 +21,11 @@ initial model, is estimated by Schulman's k3.
     python copsd.py train                  COPSD on the embedded lab model
     python copsd.py train --method grpo    the baseline, with the same sampler, prompts and grader
 
-Read from top to bottom: COPSD whole, GRPO whole, what a step of both shares, the program. What they
-are made of is in parts/README.md, COPSD's neighbours in methods.py, the departures in README.md.
+Read from top to bottom. The rest is in parts/README.md, the neighbours of COPSD in methods.py.
 
 A tensor's name ends in its axes: B rows, T positions, N the completion tokens of all rows, D hidden
 size, V vocabulary, G completions of a group, C the tokens of one completion. p is the teacher's
-distribution, q the student's.
+distribution, q the student's. README.md lists the departures from the paper.
 """
 
 from parts.stops import say_stops
