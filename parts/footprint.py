@@ -37,6 +37,10 @@ from parts.recipe import DISTILLED, GROUPED, Config, keeps_prompts
 FP32 = 4  # bytes of a number; the adapter, its gradient and its optimiser have no other
 
 
+class NotCounted(ValueError):
+    """A pass through the model needs numbers that only its weights have."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a model that its memory depends on.
@@ -122,7 +126,7 @@ def read_shape(folder: Path, config: Config, dtype: torch.dtype) -> Shape:
 
     dtype  what its weights are to have
     The adapter is that of config. Raises OSError or ValueError, as transformers does, and for a
-    target that attach_lora would refuse.
+    target that attach_lora would refuse; NotCounted for a model that can be built and not counted.
     """
     # The arms of a comparison, each in its turn, ask for the same model.
     settings = (folder / "config.json").read_bytes()
@@ -147,8 +151,12 @@ def _count_shape(
     with torch.device("meta"):
         lora = attach_lora(model, rank=rank, alpha=rank, targets=names, seed=0)
     text = config_file.get_text_config()
-    with loading(folder, f"model {folder}"):
-        passes = count_passes(model)
+    try:
+        with loading(folder, f"model {folder}"):
+            passes = count_passes(model)
+    except ValueError as error:
+        what = f"the memory that {config_file.model_type} takes is not known before it runs"
+        raise NotCounted(f"{what}: {error}") from error
     return Shape(
         dtype=dtype,
         parameters=parameters,

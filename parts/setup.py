@@ -24,7 +24,7 @@ from parts.data import (
 from parts.family import context_length
 from parts.files import remedied, require_space
 from parts.fitting import check_memory
-from parts.footprint import Lengths, read_shape
+from parts.footprint import Lengths, NotCounted, read_shape
 from parts.grading import is_gradable
 from parts.identity import (
     files_fingerprints,
@@ -149,8 +149,12 @@ def load_setup(
     context = context_length(load_config(folder))
     train, dev, heldout = fitting_problems(config, tokenizer, context, console)
     lengths = longest_prompts(config, tokenizer, [*train, *dev, *heldout])
-    shape = read_shape(folder, config, dtype)
-    say(aside or console, check_memory(shape, config, device, lengths))
+    try:
+        shape = read_shape(folder, config, dtype)
+        memory = check_memory(shape, config, device, lengths)
+    except NotCounted as error:
+        memory = str(error)  # it may well fit
+    say(aside or console, memory)
     forget_peak(device)  # of an earlier run in this process, such as another arm
     model = load_model(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing

@@ -13,7 +13,7 @@ from test_grpo import train as train_grpo
 from typer.testing import CliRunner
 
 import copsd
-from parts import commands, fitting, machine, steps
+from parts import commands, fitting, footprint, machine, steps
 from parts.fitting import GIB, changes_that_fit, flags_text
 from parts.footprint import read_shape
 from parts.microbatch import Limit, halve_until_it_fits
@@ -141,6 +141,22 @@ def test_training_says_its_memory_first_and_refuses_what_cannot_fit(tmp_path, mo
     lines = result.output.splitlines()
     said = next(line for line in lines if "GiB at most" in line)
     assert lines.index(said) < lines.index(next(line for line in lines if "COPSD on" in line))
+
+
+def test_a_model_that_cannot_be_counted_is_trained_and_not_planned(tmp_path, monkeypatch):
+    """A family that asks its tensors for numbers, such as jetmoe, would have been refused."""
+
+    def _ask(model):
+        return torch.zeros(1, device="meta").item()
+
+    monkeypatch.setattr(footprint, "count_passes", _ask)
+    footprint._count_shape.cache_clear()
+    flags = ["--max-new-tokens", "4", "--eval-problems", "0"]
+    made = ["train", *flags, "--steps", "1", "--batch-size", "2", "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(commands.copsd, made)
+    assert result.exit_code == 0 and "the memory that qwen3 takes is not known" in result.output
+    result = CliRunner().invoke(commands.copsd, ["plan", *flags])
+    assert result.exit_code == 2 and "the memory that qwen3 takes is not known" in result.stderr
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
