@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -149,12 +150,7 @@ def load_setup(
     context = context_length(load_config(folder))
     train, dev, heldout = fitting_problems(config, tokenizer, context, console)
     lengths = longest_prompts(config, tokenizer, [*train, *dev, *heldout])
-    try:
-        shape = read_shape(folder, config, dtype)
-        memory = check_memory(shape, config, device, lengths)
-    except NotCounted as error:
-        memory = str(error)  # it may well fit
-    say(aside or console, memory)
+    say(aside or console, _memory_line(config, folder, dtype, device, lengths))
     forget_peak(device)  # of an earlier run in this process, such as another arm
     model = load_model(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
@@ -189,6 +185,16 @@ def load_setup(
         identity["warm_start"] = _warm_start(lora, path)
     given = (config, model, tokenizer, lora, train, heldout)
     return Setup(*given, dev=dev, loss_scale=LossScale.of(dtype)), identity
+
+
+def _memory_line(
+    config: Config, folder: Path, dtype: torch.dtype, device: str, lengths: Lengths
+) -> str:
+    """Return what is said of the memory; ValueError where the run cannot fit."""
+    try:
+        return check_memory(read_shape(folder, config, dtype), config, device, lengths)
+    except NotCounted as error:
+        return str(error)  # it may well fit
 
 
 def prepare(
