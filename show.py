@@ -311,16 +311,16 @@ def _lessons(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Le
     count = f"shown: of {len(rollouts)} completions,"
     if config.method == "egrsd":
         shown = f"{count} the one that the teacher disagrees with most"
-        prompt, who = setup.teacher_prompt(problem), "EGRSD's teacher reads"
+        prompt = setup.teacher_prompt(problem)
+        who = "EGRSD's teacher reads"
     elif setup.can_teach(problem):
         shown = f"{count} the one that COPSD's teacher disagrees with most"
-        prompt, who = (
-            setup.teacher_prompt(problem),
-            "COPSD's teacher would read; GRPO has no teacher",
-        )
+        prompt = setup.teacher_prompt(problem)
+        who = "COPSD's teacher would read; GRPO has no teacher"
     else:  # only GRPO takes such problems
         shown = f"{count} the first; the problem has no English side"
-        prompt, who = setup.student_prompt(problem), "the base model reads; GRPO has no teacher"
+        prompt = setup.student_prompt(problem)
+        who = "the base model reads; GRPO has no teacher"
     found = advantages(torch.tensor([rewards]), config.scale_rewards)[0].tolist()
     lessons = []
     for rollout, advantage in zip(rollouts, found, strict=True):

@@ -181,8 +181,9 @@ def footprint(shape: Shape, config: Config, lengths: Lengths, *, on_cpu: bool) -
     prefill_tokens = PREFILL_TOKENS.get(device, SMALL_PREFILL)
     cached, choice = _sampling_bytes(shape, config, size, lengths, prefill_tokens)
     activations, layer = _update_bytes(shape, config, size, lengths)
-    linear, adapted = shape.linear * size, shape.adapted * size
-    kind = choose_copies(linear, adapted, torch.device(device), shape.dtype)
+    kind = choose_copies(
+        shape.linear * size, shape.adapted * size, torch.device(device), shape.dtype
+    )
     numbers = {
         "packed": shape.linear,
         "merged": shape.adapted,
@@ -325,10 +326,10 @@ def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tu
     A GPU's allocator uses its holes.
     """
     tokens = _student_tokens(config, lengths)
-    saved, forward = shape.passes.saved, shape.passes.forward
+    passes = shape.passes
     if not config.gradient_checkpointing:
-        return tokens * saved // 6, 0
-    layer = saved // shape.layers + forward
+        return tokens * passes.saved // 6, 0
+    layer = passes.saved // shape.layers + passes.forward
     return 0, tokens * (layer * 2 // 3 + shape.outputs * size * 3 // 4)
 
 

@@ -8,9 +8,8 @@ gradient. There are four kinds: the adapter is off, as it is now, averaged over 
 at the last refresh (teacher_view).
 
 The base weights never change: they are frozen, and an adapter is merged into copies of them only
-(parts/copies.py). So the
-"fixed" teacher is the base model with the adapter switched off, bit for bit, at any step and in any
-dtype.
+(parts/copies.py). So the "fixed" teacher is the base model with the adapter switched off, bit for
+bit, at any step and in any dtype.
 """
 
 import math

@@ -18,7 +18,8 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 ATTENTION = "counted"
 # The passes that are counted, large enough that what does not grow with tokens hardly counts.
-ROWS, COLUMNS = 4, 256
+ROWS = 4
+COLUMNS = 256
 
 
 def counted_attention(
