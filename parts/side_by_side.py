@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from itertools import product
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -37,7 +38,7 @@ def work_through(
 
     A signal that asks this process to end is passed on, no further piece begins, and
     KeyboardInterrupt is raised once all have ended. Where the caller asks for no more, the pieces
-    at work are asked to end.
+    at work are asked to end. So they are where this process is killed.
     """
     # Each process begins as a copy of a server that has done nothing but the import.
     context = multiprocessing.get_context("forkserver")
@@ -93,7 +94,18 @@ def pass_on(signals: list[int], running: list[tuple[Piece, ForkServerProcess]]) 
 def _work_alone(work: Callable[[Piece], int], piece: Piece, threads: int) -> None:
     """Be one of the processes, apart from the terminal's Ctrl-C, which the first passes on."""
     os.setpgrp()
+    Thread(target=_end_with_the_first, daemon=True).start()
     torch.set_num_threads(threads)
     keep_freed_memory()
     quiet_libraries()
     sys.exit(work(piece))
+
+
+def _end_with_the_first() -> None:
+    """Ask this process to end once the one that it works for is gone: a kill passes nothing on.
+
+    It would else go on with its piece, and the same command, given again, would find it there.
+    """
+    if first := multiprocessing.parent_process():
+        first.join()
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -87,8 +87,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_pieces_at_work_and_no_other_begins(tmp_path, number):
+def start_two_of_three(tmp_path):
+    """Start a process with three pieces, two at a time; return it once two have begun."""
     script = tmp_path / "stoppable.py"
     script.write_text(STOPPABLE)
     root = Path(__file__).resolve().parent.parent
@@ -101,6 +101,12 @@ def test_a_signal_reaches_the_pieces_at_work_and_no_other_begins(tmp_path, numbe
     while len(found(tmp_path, "begun")) < 2:
         assert process.poll() is None
         time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_pieces_at_work_and_no_other_begins(tmp_path, number):
+    process = start_two_of_three(tmp_path)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=120)
     assert printed.splitlines()[-1] == "interrupted"
@@ -109,3 +115,14 @@ def test_a_signal_reaches_the_pieces_at_work_and_no_other_begins(tmp_path, numbe
     for piece in (60, 61):
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / f"{piece}.begun").read_text()), 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGQUIT])
+def test_no_piece_is_left_behind_by_a_process_that_is_killed(tmp_path, number):
+    """One went on for as long as its piece took, and the same command found its folder in use."""
+    process = start_two_of_three(tmp_path)
+    process.send_signal(number)
+    process.communicate(timeout=120)  # which returns once the pieces have closed what they print to
+    assert process.returncode == -number
+    assert found(tmp_path, "begun") == [60, 61]
+    assert found(tmp_path, "ended") == []
