@@ -77,6 +77,7 @@ from parts.recipe import EVAL_TOKENS, EvalConfig
 from parts.selfcheck import check_model
 from parts.settings import check_settings, flag_of, read_recipe
 from parts.tables import estimates_table, print_table
+from parts.typed import read_number
 from parts.view import SamplingProgress, say
 
 # Shown where several languages share a table, beside pass@k.
@@ -290,7 +291,7 @@ def sampling_plan(config: EvalConfig) -> tuple[list[int], int, float]:
         temperature = 0.0
     largest = max_samples()
     try:
-        ks = {int(k) for k in asked.split(",")}
+        ks = {read_number(k, int) for k in asked.split(",")}
     except ValueError as error:
         raise ValueError(f"--pass-at-k is {asked}; valid: numbers such as 8 or 1,4,8,12") from error
     if samples is None:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from parts.program import bad_input, make_program, other_ranks, start, working
 from parts.prompts import languages
 from parts.recipe import CHOSEN_BY, LONGEST, OWN_SETTINGS, CompareConfig, Config, EvalConfig
 from parts.settings import flag_of, range_text, refuse_idle
+from parts.typed import read_number
 
 Given = dict[str, Any]  # the values of the flags that were typed
 
@@ -129,6 +130,38 @@ def path_option(text: str) -> Any:
     return typer.Option(parser=named_path, metavar="PATH", help=text)
 
 
+def whole_number(given: str | int) -> int:
+    """Return the whole number that was typed."""
+    return _number(given, int, "integer")
+
+
+def real_number(given: str | float) -> float:
+    """Return the number that was typed."""
+    return _number(given, float, "float")
+
+
+def token_count(given: str | int) -> int:
+    """Return the number of tokens that was typed: of a text that a model can read."""
+    count = whole_number(given)
+    if not 1 <= count <= LONGEST:
+        raise typer.BadParameter(f"{given} is not in the range 1<=x<={LONGEST}.")
+    return count
+
+
+def _number(given: Any, kind: type, called: str) -> Any:
+    try:
+        return read_number(str(given), kind)
+    except ValueError as error:
+        raise typer.BadParameter(f"{given!r} is not a valid {called}.") from error
+
+
+# What reads a flag, by the type of its setting; typer reads the others.
+READERS: dict[Any, dict[str, Any]] = {
+    int: {"parser": whole_number, "metavar": "INTEGER"},
+    float: {"parser": real_number, "metavar": "FLOAT"},
+}
+
+
 def flags_of(
     config: type, only: Sequence[str] | None = None, hidden: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -156,6 +189,7 @@ def flags_of(
                 show_default=False,
                 rich_help_panel=f.metadata["section"],
                 hidden=f.name in hidden,
+                **next((READERS[kind] for kind in kinds_of(f) if kind in READERS), {}),
             )
             flags.append(
                 inspect.Parameter(
@@ -170,6 +204,11 @@ def flags_of(
         return _wrapper
 
     return _decorate
+
+
+def kinds_of(f: Field) -> tuple[Any, ...]:
+    """Return the types that a field may have: int and None of int | None."""
+    return get_args(f.type) or (f.type,)
 
 
 def help_text(f: Field) -> str:
@@ -269,18 +308,25 @@ def show_command(
 def plan_command(
     given: Given,
     gpu: Annotated[
-        float | None, typer.Option(help="Only a card of so many GB. Without it: 24, 40, 80, 141.")
+        float | None,
+        typer.Option(
+            help="Only a card of so many GB. Without it: 24, 40, 80, 141.", **READERS[float]
+        ),
     ] = None,
     prompt_tokens: Annotated[
         int,
         typer.Option(
-            min=1, max=LONGEST, help="Tokens of the longest prompt that the student reads."
+            parser=token_count,
+            metavar="INTEGER",
+            help="Tokens of the longest prompt that the student reads.",
         ),
     ] = 256,
     teacher_tokens: Annotated[
         int,
         typer.Option(
-            min=1, max=LONGEST, help="Tokens of the longest prompt that the teacher reads."
+            parser=token_count,
+            metavar="INTEGER",
+            help="Tokens of the longest prompt that the teacher reads.",
         ),
     ] = 1024,
 ) -> None:

@@ -332,13 +332,15 @@ def read_reported(
     """Return (train, heldout): the problems of the files, and those to report, which are no others.
 
     Of --eval-data they are the first --eval-problems, else as many of the training problems, drawn
-    by the seed. A training problem of the same text as one of them is left out.
+    by the seed. A training problem of the same text as one of them is left out; where none is to be
+    reported, as any of the file, which the evaluation that comes next is of.
     """
     source = Path(config.data) if config.data else hub_training_file(config.lang)
     train = load_aloud(source, config.lang, console)
     if config.eval_data:
-        reported = load_aloud(Path(config.eval_data), config.lang, console)[: config.eval_problems]
-        return _without(reported, train, console), reported
+        evaluated = load_aloud(Path(config.eval_data), config.lang, console)
+        reported = evaluated[: config.eval_problems]
+        return _without(reported or evaluated, train, console), reported
     if config.eval_problems:
         return split_heldout(train, config.eval_problems, seed)
     return train, []

@@ -17,6 +17,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
+from parts.typed import typed
+
 # What some families do to logits after the head, with the value that does nothing. Scoring
 # multiplies hidden states by the head's matrix and no more, and so does sampling: with any other
 # value neither would see the distribution that the model was trained to give.
@@ -25,6 +27,20 @@ PLAIN_HEAD = {
     "logit_scale": 1.0,
     "logits_scaling": 1.0,
     "lm_head_multiplier": 1.0,
+}
+# Of rotary positions. transformers checks the types of all numbers but these, and true is 1.
+ROPE_NUMBERS = {
+    "rope_theta",
+    "factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
 }
 
 
@@ -41,6 +57,9 @@ def check_family(config: PretrainedConfig, name: str) -> None:
             raise ValueError(
                 f"{called} has {field}={value}: a plain linear head is supported, {field}={plain}"
             )
+    for rope in _ropes(settings.get("rope_parameters")):
+        for field in sorted(rope.keys() & ROPE_NUMBERS):
+            typed(rope[field], float | None, f"{called}: {field}")
     if config.is_encoder_decoder or config.model_type in _encoder_decoders():
         raise ValueError(f"{called} is of an encoder-decoder family: valid are decoders only")
     # Quantised layers are not nn.Linear, and their products are not those of a weight.

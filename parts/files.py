@@ -63,6 +63,10 @@ def make_folder(folder: Path) -> None:
     """Make a folder, and those above it, unless it is there; raises CannotWrite."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        place = Path(error.filename)
+        what = "a link to what is not there" if place.is_symlink() else "no folder"
+        raise CannotWrite(f"cannot write {folder}: {place} is {what}; name another") from error
     except OSError as error:
         raise cannot_write(folder, error) from error
 

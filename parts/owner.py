@@ -72,7 +72,7 @@ def _locked(folder: Path, file: Path) -> BinaryIO:
     """Return the lock file, open and locked; ValueError where another process has it."""
     while True:
         try:
-            stream = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            stream, is_new = _opened(file)
         except OSError as error:
             raise cannot_write(file, error) from error
         try:
@@ -83,19 +83,29 @@ def _locked(folder: Path, file: Path) -> BinaryIO:
             raise ValueError(
                 f"{folder} is in use by {holder}; wait for it to end, or choose another --out"
             ) from error
-        except OSError:  # this disk has no locks
-            _refuse_living(folder, file, _owner(stream))
+        except OSError:  # this disk has no locks, but only one process makes the file
+            _refuse_living(folder, file, None if is_new else _owner_soon(stream))
         # The owner before may have removed the file between our opening and our locking of it.
         if _is_still(stream, file):
             return stream
         stream.close()
 
 
+def _opened(file: Path) -> tuple[BinaryIO, bool]:
+    """Return the lock file, open, and whether it is this process that has made it."""
+    try:
+        return os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), "r+b"), True
+    except FileExistsError:
+        return os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o644), "r+b"), False
+
+
 def _refuse_living(folder: Path, file: Path, owner: dict[str, Any] | None) -> None:
     """Raise ValueError unless the file's own words are those of a process that has ended."""
     if owner is None:
         return
-    if owner.get("host") == platform.node() and not _is_alive(owner.get("pid")):
+    # One of our own number is not us: a container counts its processes from 1 at every start.
+    pid = owner.get("pid")
+    if owner.get("host") == platform.node() and (pid == os.getpid() or not _is_alive(pid)):
         return
     raise ValueError(
         f"{folder} is in use by {_named(owner)}; if that has ended, remove {file.name} from it"

@@ -7,6 +7,7 @@ compare.py does, with what this file returns.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,7 @@ from parts.recipe import OWN_SETTINGS, CompareConfig, Config
 from parts.runs import MAKE_AGAIN, START_ANEW, Run
 from parts.settings import check_settings, doubts_of, flag_of, idle_settings
 from parts.setup import configure, fitting_problems, load_setup, needs_answers
+from parts.typed import read_number
 from parts.view import say
 
 ASKED_FIRST = 50  # problems of a part, of which an arm is asked whether it could start
@@ -335,7 +337,7 @@ def parse_list(text: str, what: str, convert: Callable[[str], Value]) -> list[Va
 
 def parse_factors(text: str) -> list[float]:
     """Return the factors of "0.5,1,2", which the learning rates of a sweep are."""
-    factors = parse_list(text, "sweep", float)
+    factors = parse_list(text, "sweep", partial(read_number, kind=float))
     if not all(0 < factor < math.inf for factor in factors):
         raise ValueError(f"--sweep is {text!r}; valid: factors above 0, such as 0.5,1,2")
     # A run of the sweep is called after its rate, in six digits.
@@ -346,7 +348,7 @@ def parse_factors(text: str) -> list[float]:
 
 def parse_seeds(text: str) -> list[int]:
     """Return the seeds of "3", which is 0, 1 and 2, or of "0,4,7"."""
-    seeds = parse_list(text, "seeds", int)
+    seeds = parse_list(text, "seeds", partial(read_number, kind=int))
     if len(seeds) == 1 and "," not in text:
         seeds = list(range(min(seeds[0], MAX_SEEDS + 1)))
     too_large = len(seeds) > MAX_SEEDS or max(seeds, default=0) > 10**9

@@ -83,17 +83,30 @@ def _json_rows(path: Path) -> Iterator[Row]:
         for number, row in enumerate(rows):
             yield f"row {number}", row
         return
-    for number, line in enumerate(text.split("\n"), start=1):
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = parse_json(line)
         except json.JSONDecodeError as error:
             place = f"line {number}, column {error.colno}"
+            if _goes_over_lines(lines[number - 1 :]):
+                said = "a piece of JSON over several lines; valid: a row a line, or in .json a list"
+                raise ValueError(f"{place}: {said}") from error
             raise ValueError(f"{place}: {error.msg}{_escape_advice(error)}") from error
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
         yield f"line {number}", row
+
+
+def _goes_over_lines(lines: list[str]) -> bool:
+    """Say whether what begins in the first of the lines is JSON that ends in a later one."""
+    try:
+        _, end = json.JSONDecoder().raw_decode("\n".join(lines).lstrip())
+    except (ValueError, RecursionError):
+        return False
+    return end > len(lines[0].strip())
 
 
 def _escape_advice(error: json.JSONDecodeError) -> str:
@@ -165,9 +178,10 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
 
 
 def _columns(header: list[str]) -> list[str]:
-    """Return the names of a table's columns; ValueError where one is there twice."""
+    """Return the names of a table's columns; ValueError where a name is there twice."""
     names = [name.strip() for name in header]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
+    # A spreadsheet leaves columns without a name behind the others, which nobody reads.
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
         raise ValueError(f"two columns are called {min(twice)!r}")
     return names
 

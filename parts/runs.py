@@ -29,6 +29,7 @@ from torch import Tensor
 from parts import checkpoints, owner
 from parts.files import (
     PARTIAL,
+    CannotWrite,
     append_rows,
     json_lines,
     make_folder,
@@ -298,7 +299,10 @@ class Run:
         """Append rows that will not change to a file of `after` rows, and keep a digest of each.
 
         Only what is new is digested: a file that grows chunk by chunk is not read for each of them.
+        Raises CannotWrite, also where the file is gone: new rows would stand for its first.
         """
+        if after and not file.is_file():
+            raise CannotWrite(f"{file} is not there any more; repeat the command to make it again")
         held = self._digests()
         name = file.relative_to(self.folder).as_posix()
         digests = held.get(name, [])

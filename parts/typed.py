@@ -50,6 +50,16 @@ def typed(value: Any, kind: Any, name: str) -> Any:
     return value
 
 
+def read_number(text: str, kind: type) -> Any:
+    """Return the int or float that a text says in ASCII; ValueError, in Python's words, where none.
+
+    Python itself reads 1_0 as 10, and the digits of every script, which no message here shows.
+    """
+    if "_" in text or not text.isascii():
+        raise ValueError(f"could not convert string to {kind.__name__}: {text!r}")
+    return kind(text)
+
+
 def _is(value: Any, kind: Any) -> bool:
     """Say whether a plain value is of a plain kind."""
     if kind is NoneType:

@@ -5,6 +5,7 @@ Last the files of a run or an evaluation, each damaged: the line says what to do
 
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -170,6 +171,11 @@ MODELS = {
     ),
     "layers below 0": json_with("config.json", num_hidden_layers=-1),
     "heads as text": json_with("config.json", num_attention_heads="four"),
+    "a rope base of true": json_with("config.json", rope_parameters={"rope_theta": True}),
+    "an infinite rope base": json_with("config.json", rope_parameters={"rope_theta": math.inf}),
+    "a rope factor of true": json_with(
+        "config.json", rope_scaling={"rope_type": "linear", "factor": True}
+    ),
     "an unknown family": json_with("config.json", model_type="abacus"),
     "a vocabulary of null": json_with("config.json", vocab_size=None),
     "a config that is broken": text_in("config.json", "{"),
@@ -299,7 +305,7 @@ TRAIN = {
 }
 EVAL = {
     **MODELS,
-    **{f"--pass-at-k {k}": typed("--pass-at-k", k) for k in ("0", "x", "", str(10**12), "8,16x")},
+    **{f"--pass-at-k {k}": typed("--pass-at-k", k) for k in ("0", "", "1_0", str(10**12), "8,16x")},
     "k above samples": typed("--pass-at-k", "8", "--samples", "4"),
     "no samples": typed("--samples", "0"),
     "samples without end": typed("--samples", str(10**12)),
@@ -340,11 +346,11 @@ COMPARE = {
     **{name: maker for name, maker in MODELS.items() if "a seed" not in name},
     **RUNS,
     **DATA,
-    **{f"--seeds {seeds}": typed("--seeds", seeds) for seeds in ("0", "", "-1", "x", str(10**9))},
+    **{f"--seeds {seeds}": typed("--seeds", seeds) for seeds in ("0", "", "-1", "1_0", str(10**9))},
     "a seed of 30 digits": typed("--seeds", f"0,{HUGE}"),
     "a seed twice": typed("--seeds", "1,1"),
     "the sweep's seed": typed("--seeds", "1000,2"),
-    **{f"--sweep {rates}": typed("--sweep", rates) for rates in ("", "0", "x", "inf", "1,1")},
+    **{f"--sweep {rates}": typed("--sweep", rates) for rates in ("", "0", "1_0", "inf", "1,1")},
     "no problems to choose by": typed("--dev-problems", "0"),
     "no problems to compare on": typed("--eval-problems", "0"),
     "results in a folder that is nowhere": typed("--results", "nowhere/RESULTS.md"),

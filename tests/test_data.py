@@ -502,6 +502,19 @@ def test_what_is_held_out_in_a_file_of_its_own_is_not_trained_on(numbered, capsy
         data.read_problem_sets(replace(config, eval_problems=6))
 
 
+def test_of_a_run_that_reports_nothing_the_evaluation_that_comes_next_is_of_new_problems(
+    numbered, tmp_path
+):
+    """It is of all of --eval-data, of which two in three were trained on here."""
+    first = "".join(numbered.read_text(encoding="utf-8").splitlines(keepends=True)[:3])
+    some = write_file(tmp_path, "some" + numbered.suffix, first)
+    config = Config(data=str(numbered), eval_data=str(some), eval_problems=0)
+    train, _, heldout = data.read_problem_sets(config)
+    assert heldout == [] and train
+    evaluated = data.load_problems(some, language=config.lang)
+    assert not {row.problem for row in train} & {row.problem for row in evaluated}
+
+
 def test_the_rows_that_the_readme_shows_are_read_and_the_columns_that_it_names_are_all(tmp_path):
     """What --data has to look like stood nowhere but in the code."""
     readme = Path("parts/README.md").read_text(encoding="utf-8")

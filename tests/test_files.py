@@ -189,6 +189,16 @@ def test_a_folder_or_a_removal_that_fails_is_the_same_error(tmp_path):
             work(path)
 
 
+def test_a_link_that_leads_nowhere_is_named_as_one(tmp_path):
+    """It said "File exists; see that it can be written"."""
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    for folder in (link, link / "below"):
+        with pytest.raises(CannotWrite, match=f"{folder}: {link} is a link to what is not there"):
+            files.make_folder(folder)
+    assert link.is_symlink() and not (tmp_path / "gone").exists()
+
+
 def test_a_tensor_file_on_a_full_disk_is_the_same_error(tmp_path):
     (tmp_path / "x.safetensors.partial").symlink_to("/dev/full")
     with pytest.raises(CannotWrite, match="free some space there"):

@@ -126,6 +126,28 @@ def test_without_locks_the_file_decides(tmp_path, monkeypatch, holder):
         claim(tmp_path)
 
 
+def test_without_locks_a_dead_process_of_our_own_number_is_not_us(tmp_path, monkeypatch):
+    """In a container that was started again, ours is the number that the dead one had."""
+    monkeypatch.setattr(owner.fcntl, "flock", no_locks)
+    name = {"pid": os.getpid(), "host": owner.platform.node(), "since": "then"}
+    (tmp_path / LOCK).write_text(json.dumps(name))
+    said = claim(tmp_path)
+    assert said and f"taken over from process {os.getpid()} on" in said
+    assert claim(tmp_path) is None
+
+
+def test_without_locks_who_made_the_file_has_it_also_before_its_name_is_there(
+    tmp_path, monkeypatch
+):
+    """Two that came at once both read an empty file, and both took the folder."""
+    monkeypatch.setattr(owner.fcntl, "flock", no_locks)
+    (tmp_path / LOCK).touch()
+    name = json.dumps({"pid": 1, "host": "elsewhere", "since": "now"})
+    monkeypatch.setattr(owner.time, "sleep", lambda _: (tmp_path / LOCK).write_text(name))
+    with pytest.raises(ValueError, match="in use by process 1 on elsewhere"):
+        claim(tmp_path)
+
+
 def test_a_forked_child_does_not_give_up_its_parents_folders(tmp_path):
     claim(tmp_path)
     if (child := os.fork()) == 0:

@@ -175,6 +175,37 @@ def test_fields_of_any_length_load_and_the_limit_of_others_stays(tmp_path):
     assert csv.field_size_limit() == limit
 
 
+@pytest.mark.parametrize(("name", "tab"), [("rows.csv", ","), ("rows.tsv", "\t")])
+def test_the_empty_columns_of_a_spreadsheet_are_nobodys(tmp_path, name, tab):
+    """Two columns, it was said, are called ''."""
+    lines = [tab.join(cells) for cells in (["question", "answer", "", ""], ["Nini?", "4", "", ""])]
+    path = write_file(tmp_path, name, "\n".join(lines) + "\n")
+    assert [row.answer for row in load_problems(path, language="ha")] == ["4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("rows.json", json.dumps({"question": "Nini?", "answer": 4}, indent=2), 1),
+        ("rows.jsonl", json.dumps([{"question": "Nini?", "answer": 4}], indent=2), 1),
+        ("rows.jsonl", '{"question": "Nini?", "answer": 4}\n\n  {\n"answer": 4}\n{"a": 1}', 3),
+    ],
+)
+def test_a_row_that_goes_over_several_lines_is_said_to_be_one(tmp_path, name, text, line):
+    path = write_file(tmp_path, name, text)
+    with pytest.raises(ValueError, match=f"line {line}, .*: a piece of JSON over several lines; v"):
+        load_problems(path, language="ha")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1} {"b": 2}\n', '{"a": 1\n{"b": 2}\n', "[" * 10**5 + "\n" + "]" * 10**5]
+)
+def test_other_broken_lines_are_told_what_json_says(tmp_path, text):
+    path = write_file(tmp_path, "rows.jsonl", text)
+    with pytest.raises(ValueError, match=r"line 1.*: (Extra|Expecting|it is nested)"):
+        load_problems(path, language="ha")
+
+
 def test_blanks_around_a_column_of_a_table_are_not_part_of_its_name(tmp_path):
     path = write_file(tmp_path, "rows.csv", "question, answer, language\nNini?,4,sw\n")
     (problem,) = load_problems(path)

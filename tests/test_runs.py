@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from parts import runs
-from parts.files import append_rows, read_json, read_rows, read_sealed, write_json, write_sealed
+from parts.files import (
+    CannotWrite,
+    append_rows,
+    read_json,
+    read_rows,
+    read_sealed,
+    write_json,
+    write_sealed,
+)
 from parts.runs import Run, last_adapter_folder, stop_signals
 
 
@@ -317,6 +325,20 @@ def test_rows_that_are_vouched_for_are_digested_once_however_often_there_are_mor
     assert sum(digested) == file.stat().st_size
     run.check_digests()
     assert read_sealed(tmp_path / "digests.json")[file.name] == plain(file.read_bytes())
+
+
+def test_rows_whose_file_was_removed_meanwhile_do_not_become_its_first(tmp_path):
+    """An evaluation went on, ended well, and left a file of its last problems."""
+    run = Run(tmp_path)
+    file = tmp_path / "problems.jsonl"
+    run.add_rows(file, [{"id": 0}], after=0)
+    file.unlink()
+    with pytest.raises(CannotWrite, match=r"problems\.jsonl is not there any more; repeat"):
+        run.add_rows(file, [{"id": 1}], after=1)
+    assert not file.exists()
+    run.add_rows(file, [{"id": 0}], after=0)  # what the same command does
+    assert read_rows(file) == [{"id": 0}]
+    run.check_digests()
 
 
 @pytest.mark.parametrize("lost", ["rows at the end", "the digest of the last rows"])
