@@ -257,7 +257,11 @@ def prepare_report(folders: list[Path], out: Path, console: Console) -> Comparis
     days: list[list[str]] = []
     sampling: list[list[str]] = []
     firsts: dict[str, Finished] = {}
-    names = [folder.resolve().name for folder in folders]  # "." has a name, too
+    places = [folder.resolve() for folder in folders]
+    if len({*places}) < len(places):  # a link, or another spelling, is the same evaluation
+        twice = next(folder for folder in folders if places.count(folder.resolve()) > 1)
+        raise ValueError(f"{twice} is named twice; name each evaluation once")
+    names = [place.name for place in places]  # "." has a name, too
     unique = len(set(names)) == len(folders)
     for folder, name in zip(folders, names, strict=True):
         for found in load_evaluations(folder, name if unique else str(folder)):

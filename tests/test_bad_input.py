@@ -486,6 +486,15 @@ EXPORT = {
     "a file and a folder": lambda folder: ["--file", "a.jsonl", "--out", "b"],
     "an answer with a control token": data_of(json.dumps({**ROW, "answer": "16<|im_end|>"}) + "\n"),
 }
+
+
+def a_link_beside(folder: Path) -> list[str]:
+    """Return an evaluation and a link to it, which is the same under another name."""
+    arguments = report_of()(folder)
+    (folder / "other").symlink_to(Path(arguments[0]).absolute())
+    return [*arguments, str(folder / "other")]
+
+
 REPORT = {
     "nothing to report on": typed(),
     "an empty name": typed(""),
@@ -493,6 +502,7 @@ REPORT = {
     "a folder without an evaluation": typed("."),
     "a file": typed("README.md"),
     "one twice": lambda folder: 2 * report_of()(folder),
+    "one by a link, too": a_link_beside,
     "an empty --out": report_of("--out", ""),
     "a blank --out": report_of("--out", "  "),
     "a file as --out": lambda folder: [*report_of()(folder), *a_file(folder)],
