@@ -103,6 +103,12 @@ HARMLESS = {
     ("kernels.py", "_score", "-1", "1"): "the last of two axes",
     ("kernels.py", "chunked_divergence", "-1", "1"): "the last of two axes",
     ("kernels.py", "chunked_logprob", "0.5", "1.5"): "a beta that forward KL does not have",
+    (
+        "methods.py",
+        "egrsd_credit",
+        "credited_N * advantage_N",
+        "credited_N / advantage_N",
+    ): "a quotient has the product's sign, and a NaN is not below 0 either",
 }
 
 
