@@ -58,9 +58,10 @@ from parts.weights import credit, token_weights
 DRAWN = 8
 # Settings that a walk takes from a run's record, beside those that can be typed. The batch must be
 # a multiple of the group.
-RECORDED = ("completion", "loss_over", "loss_top_k", "group_size", "batch_size", "scale_rewards")
+RECORDED = ("completion", "group_size", "batch_size", "scale_rewards")
 HERE = ("device",)  # a setting of the machine at hand, whatever the run had
 ANY_METHOD = ("model", "lang", "data", "seed", "thinking", "dtype")  # not of the method's recipe
+OURS = " (the formula of confidence is ours)"  # said wherever its name is
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Lesson:
     advantage: float = 0.0  # of the completion, where the method has rewards
     weight: float = 1.0  # of all its tokens, beside what the token weights make of it
     notes: tuple[str, ...] = ()
+    whole: Rollout | None = None  # where only its start is learned from
 
 
 def as_in_run(
@@ -192,7 +194,7 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
     notes = [
         *lesson.notes,
         *_control_notes(setup.config),
-        _reward_note(setup, problem, rollout, "GRPO hears of this rollout"),
+        _reward_note(setup, problem, lesson.whole or rollout, "GRPO hears of this rollout"),
         *clip_notes,
     ]
     if trained:
@@ -249,8 +251,10 @@ def write_page(found: Walk, path: Path) -> None:
 
 def _mean_is(config: Config, lesson: Lesson) -> str:
     """Return what the method makes of the mean of what the tokens add, "" where nothing."""
+    if _control_notes(config):
+        return ""
     if config.method in DISTILLED:
-        return "" if _control_notes(config) else "loss"
+        return "loss"
     return "SSOPD's term" if config.method == "ssopd" and lesson.weight else ""
 
 
@@ -326,6 +330,7 @@ def _lessons(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Le
     for rollout, advantage in zip(rollouts, found, strict=True):
         said = f"each token's advantage is {advantage:.3f}"
         said += " times its weight" if config.method == "egrsd" else ", and all count alike"
+        said += OURS if config.token_weight == "confidence" else ""
         if len(set(rewards)) == 1:
             said += ": all completions are right or all are wrong, so nothing is learned"
         lessons.append(Lesson(rollout, prompt, who, advantage, notes=(shown, said)))
@@ -341,6 +346,7 @@ def _distilled(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[
     if config.token_weight != "uniform" or config.loss_prefix < 1:
         given = f"--token-weight {config.token_weight} and --loss-prefix {config.loss_prefix:g}"
         weighs = f"tokens weigh 1 on average, by {given}"
+        weighs += OURS if config.token_weight == "confidence" else ""
     unread = (NO_NOTE,) if lacks_notes(reading.metrics) else ()
     name = "the" if config.method == "copsd" else f"{config.method.upper()}'s"
     given = (reading.prompts[0], f"{name} teacher reads")
@@ -353,7 +359,11 @@ def _witnessed(setup: Setup, group: Group) -> Lesson:
     if pair is not None:
         said = "shown: the start of the longest wrong completion; the teacher reads a right one"
         who = "SSOPD's teacher reads"
-        return Lesson(pair.learner, pair.prompt, who, weight=pair.weight, notes=(said,))
+        judged = zip(group.rollouts, group.rewards, strict=True)
+        wrong = [rollout for rollout, reward in judged if not reward]
+        whole = max(wrong, key=lambda rollout: len(rollout.completion_ids))
+        given = (pair.learner, pair.prompt, who)
+        return Lesson(*given, weight=pair.weight, notes=(said,), whole=whole)
     count = f"{sum(group.rewards):.0f} of {len(group.rewards)} completions are right"
     longest = max(group.rollouts, key=lambda rollout: len(rollout.completion_ids))
     who = "the base model reads; SSOPD's teacher reads nothing"

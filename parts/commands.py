@@ -46,6 +46,8 @@ SHOWN = (
     "beta",
     "clip_mode",
     "clip",
+    "loss_over",
+    "loss_top_k",
     "english_problem",
     "english_solution",
     "swap_solutions",

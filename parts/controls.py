@@ -52,9 +52,13 @@ def reference_label(setup: Setup, problems: list[Problem], *, seed: int) -> list
 def garbage_label(setup: Setup, problems: list[Problem], *, seed: int) -> list[Rollout]:
     """Return the words of each problem's solution in disorder, and a box with its answer.
 
+    Words that --max-new-tokens leaves no room for are left out, for without its box it is no label.
     With --swap-solutions the words are another problem's, and the numbers among them say nothing.
     """
-    return [_label(setup, problem, garbage_text(problem, seed)) for problem in problems]
+    return [
+        _label(setup, problem, garbage_text(problem, seed), ending=" " + right_box(problem))
+        for problem in problems
+    ]
 
 
 def garbage_text(problem: Problem, seed: int) -> str:
@@ -65,7 +69,12 @@ def garbage_text(problem: Problem, seed: int) -> str:
     """
     words = [word for word in solution_of(problem).split() if "boxed" not in word]
     random.Random(f"{seed}/{problem.id}").shuffle(words)
-    return " ".join([*words, f"\\boxed{{{problem.answer}}}"])
+    return " ".join([*words, right_box(problem)])
+
+
+def right_box(problem: Problem) -> str:
+    """Return a box with the problem's answer."""
+    return f"\\boxed{{{problem.answer}}}"
 
 
 def solution_of(problem: Problem) -> str:
@@ -99,16 +108,19 @@ def hard_label_loss(
     return -logprob_N, {"kl_N": -logprob_N.detach(), "student_entropy_N": entropy_N.detach()}
 
 
-def _label(setup: Setup, problem: Problem, text: str) -> Rollout:
+def _label(setup: Setup, problem: Problem, text: str, ending: str = "") -> Rollout:
     """Return a text and the end of the turn as a completion under the student's prompt.
 
-    It is cut at --max-new-tokens, as a completion of the student is. Nothing sampled it: its
-    log-probs are nan.
+    It is cut at --max-new-tokens, as a completion of the student is; with an `ending` of the text,
+    which has to stay, before that. Nothing sampled it: its log-probs are nan.
     """
     tokenizer = setup.tokenizer
     end = min(turn_end_ids(tokenizer) or eos_ids(setup.model, tokenizer))
     ids = [*tokenizer.encode(text, add_special_tokens=False), end]
     limit = setup.config.max_new_tokens
+    if ending and len(ids) > limit:
+        kept = [*tokenizer.encode(ending, add_special_tokens=False), end]
+        ids = [*ids[: max(limit - len(kept), 0)], *kept]
     return Rollout(
         prompt_ids=setup.student_prompt(problem),
         completion_ids=ids[:limit],

@@ -372,15 +372,18 @@ def _without(
 
 
 def _swap_solutions(train: list[Problem]) -> list[Problem]:
-    """Return the problems with the next one's solution each, or the next that is another."""
+    """Return the problems with the next one's solution each, or the next that is another.
+
+    A problem may stand in the data twice, each time with a solution in other words.
+    """
     swapped = []
     for place, problem in enumerate(train):
         following = (train[(place + step) % len(train)] for step in range(1, len(train)))
-        solutions = (other.solution_en for other in following)
-        other = next((each for each in solutions if each != problem.solution_en), None)
-        if other is None:
+        others = (other.solution_en for other in following if other.problem != problem.problem)
+        solutions = (each for each in others if each and each != problem.solution_en)
+        if (solution := next(solutions, None)) is None:
             raise ValueError("--swap-solutions needs two training problems of unlike solutions")
-        swapped.append(replace(problem, solution_en=other))
+        swapped.append(replace(problem, solution_en=solution))
     return swapped
 
 

@@ -32,7 +32,7 @@ PARENTS = {
     "ssopd": "grpo",
 }
 METHODS = tuple(PARENTS)
-LEAST_TEMPERATURE = 1e-6  # logits divided by less overflow
+LEAST_TEMPERATURE = 1e-6  # logits divided by less overflow; an entropy, of --gate-scale, is nan
 GROUPED = tuple(method for method, parent in PARENTS.items() if parent == "grpo")
 DISTILLED = tuple(method for method, parent in PARENTS.items() if parent == "copsd")
 LABELS = ("reference", "garbage")  # completions that nobody samples, learned as hard labels
@@ -378,7 +378,9 @@ class Config:
         egrsd="confidence",
     )
     gate_scale: float = gate(
-        1.0, "The teacher's entropy, in nats, at which confidence falls to 1/e.", above=0
+        1.0,
+        "The teacher's entropy, in nats, at which confidence falls to 1/e.",
+        least=LEAST_TEMPERATURE,
     )
     gate_floor: float = gate(
         0.1, "The least weight of an unsure token, before weights are normalised.", above=0, most=1

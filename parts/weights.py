@@ -41,7 +41,7 @@ def token_weights(config: Config, stats: Mapping[str, Tensor], lengths: list[int
         # The prefix is cut from what is weighted, and the rest of it has the mean 1 again.
         # 0.07 of 100 tokens is 7, and as a product of floats a little more than 7.
         prefix = math.ceil(round(config.loss_prefix * len(entropy_C), 9))
-        weight_C[prefix:] = 0
+        weight_C[max(prefix, 1) :] = 0  # without any token there would be no mean
         rows.append(mean_one(weight_C))
     return torch.cat(rows) if rows else None
 
@@ -100,5 +100,7 @@ def credit(advantage_N: Tensor, log_ratio_N: Tensor, *, mix: float, clip: float)
     >>> [round(x, 2) for x in credit(advantage_N, log_ratio_N, mix=0.5, clip=0.2).tolist()]
     [1.1, 0.9, 0.9, 1.1, 1.0]
     """
-    agreement_N = (advantage_N.sign() * log_ratio_N.detach()).exp()
+    # Within these bounds exp fits fp32, and 0 times an infinite ratio would be nan.
+    bounded_N = log_ratio_N.detach().clamp(-80, 80)
+    agreement_N = (advantage_N.sign() * bounded_N).exp()
     return 1 + mix * (agreement_N.clamp(1 - clip, 1 + clip) - 1)

@@ -87,6 +87,23 @@ def test_garbage_is_another_solutions_words_in_disorder_and_the_right_box(tmp_pa
     assert first == [r.completion_ids for r in again] != [r.completion_ids for r in other]
 
 
+def test_garbage_that_is_too_long_keeps_its_box_and_its_end(tmp_path):
+    """The box stands last, and was what the length limit cut off: no format was left to learn."""
+    setup, _ = make_setup(tmp_path, **arm("format"))
+    problems = setup.train[:5]
+    whole = controls.garbage_label(setup, problems, seed=1)
+    for limit in (12, 16, 20):
+        few = replace(setup, config=replace(setup.config, max_new_tokens=limit))
+        for problem, long, rollout in zip(
+            problems, whole, controls.garbage_label(few, problems, seed=1), strict=True
+        ):
+            ids = rollout.completion_ids
+            text = text_of(setup, ids)
+            assert len(ids) == limit < len(long.completion_ids) and rollout.finish_reason == "stop"
+            assert text.endswith(f" \\boxed{{{problem.answer}}}<|im_end|>")
+            assert ids[: limit - 9] == long.completion_ids[: limit - 9]
+
+
 def test_hard_labels_lose_minus_the_log_probability_of_each_token(tmp_path):
     setup, _ = make_setup(tmp_path, completion="reference")
     rollouts = controls.reference_label(setup, setup.train[:3], seed=0)

@@ -566,6 +566,23 @@ def test_a_swapped_solution_is_never_the_problems_own(tmp_path):
             data.read_problem_sets(alike)
 
 
+def test_a_problem_that_stands_twice_is_not_shown_its_solution_in_other_words(tmp_path):
+    """It was: only the solution's text had to be another."""
+    rows = [
+        {"problem_translated": f"Nawa {i}?", "problem": f"How many {i}?", "solution": text}
+        | {"answer": "5", "language": "hau"}
+        for i, text in enumerate(("first", "again", "", "other"))
+    ]
+    rows[1]["problem_translated"] = rows[0]["problem_translated"]
+    config = Config(data=str(jsonl(tmp_path, *rows)), eval_problems=0, swap_solutions=True)
+    swapped, _, _ = data.read_problem_sets(config)
+    # And a problem without a solution, in between, has none to give.
+    assert [row.solution_en for row in swapped] == ["other", "other", "other", "first"]
+    twice = replace(config, data=str(jsonl(tmp_path, *rows[:2])))
+    with pytest.raises(ValueError, match="two training problems of unlike solutions"):
+        data.read_problem_sets(twice)
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
 def test_blank_lines_above_a_tables_header_are_passed_over(tmp_path, name):
     mark = "," if name == "a.csv" else "\t"

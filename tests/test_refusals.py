@@ -82,6 +82,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, argumen
         (["--method", "opsdc", "--note-tokens", "9"], "--note-tokens is for --teacher-reads plan"),
         (["--method", "ssopd", "--credit-mix", "0.5"], "--credit-mix is for --method egrsd; here"),
         (["--gate-floor", "0.5"], "--gate-floor is for --token-weight confidence; here"),
+        (["--method", "egrsd", "--gate-scale", "1e-50"], "--gate-scale is 1e-50; valid: 1e-06 or"),
         (["--loss-top-k", "5"], "--loss-top-k is for --loss-over top_k; here"),
         (["--vote-samples", "5"], "--vote-samples is for --teacher-reads voted; here"),
         (["--method", "opsdc", "--teacher-every", "0"], "--teacher-every is 0; valid: 1 or more"),

@@ -154,6 +154,31 @@ def test_a_run_with_another_loss_than_is_shown_is_told_so(tmp_path, flags, said)
     assert said in shown and "= loss" not in shown and "cosine" not in shown
 
 
+@pytest.mark.parametrize("over", [["sampled"], ["top_k", "--loss-top-k", "5"]])
+def test_a_loss_over_less_than_the_vocabulary_can_be_asked_for(over):
+    """It was a setting of a run's record only."""
+    shown = run_cli("show", "--loss-over", *over)
+    assert shown.exit_code == 0, shown.output
+    assert f"--loss-over {over[0]}: the loss is not over the whole" in shown.stdout
+    assert "= loss" not in shown.stdout and "the teacher reads" in shown.stdout
+
+
+def test_the_reward_of_a_wrong_completion_of_which_a_start_is_shown_is_that_of_the_whole():
+    """Of three tokens it was said that they hold no box."""
+    reasons = [
+        re.findall("GRPO hears of this rollout: .*", run_cli("show", *flags).stdout)
+        for flags in (["--method", "ssopd"], ["--method", "ssopd", "--witness-tokens", "3"])
+    ]
+    assert reasons[0] == reasons[1] and "0 (wrong; the answer is" in reasons[0][0]
+
+
+@pytest.mark.parametrize("flags", [["--method", "egrsd"], ["--token-weight", "confidence"]])
+def test_of_the_gate_it_is_said_whose_formula_it_is(flags):
+    assert "(the formula of confidence is ours)" in run_cli("show", *flags).stdout
+    off = run_cli("show", *flags[:2], "--token-weight", "position").stdout
+    assert "is ours" not in off and "weight" in off
+
+
 def test_a_group_is_as_large_as_the_runs(tmp_path):
     run = train(tmp_path / "run", "--method", "grpo", "--group-size", "2")
     shown = run_cli("show", "--adapter", run)
@@ -282,6 +307,8 @@ def test_the_mean_of_tokens_that_nothing_is_learned_from_is_called_nothing():
         "ssopd": "SSOPD's term",
     }
     assert _mean_is(Config(method="ssopd"), replace(lesson, weight=0.0)) == ""
+    # What is shown is the divergence over the vocabulary, and SSOPD's term is not.
+    assert _mean_is(Config(method="ssopd", loss_over="sampled"), lesson) == ""
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,9 @@ def test_a_prefix_keeps_the_first_share_of_each_completion_and_at_least_a_token(
     assert weight_N.tolist() == pytest.approx([2.0, 2.0, 0.0, 0.0, 3.0, 0.0, 0.0])
     short_N = token_weights(Config(loss_prefix=0.01), {"teacher_entropy_N": ENTROPY_N[:3]}, [1, 2])
     assert short_N is not None and short_N.tolist() == [1.0, 2.0, 0.0]
+    # So small a share was rounded to no token at all, and the mean of none is nan.
+    least_N = token_weights(Config(loss_prefix=1e-10), {"teacher_entropy_N": torch.ones(3)}, [1, 2])
+    assert least_N is not None and least_N.tolist() == [1.0, 2.0, 0.0]
     # As floats, 0.07 times 100 is above 7.
     long_N = token_weights(Config(loss_prefix=0.07), {"teacher_entropy_N": torch.ones(100)}, [100])
     assert long_N is not None and int((long_N > 0).sum()) == 7
@@ -101,6 +104,16 @@ def test_credit_never_flips_a_rewards_sign_and_stays_within_its_clip(mix, clip):
     assert torch.equal((advantage_N * factor_N).sign(), advantage_N.sign())
     if mix == 0 or clip == 0:
         assert torch.equal(factor_N, torch.ones(1000))
+
+
+@pytest.mark.parametrize("log_ratio", [1e4, -1e4, math.inf, -math.inf])
+def test_credit_stands_any_gap_between_teacher_and_student(log_ratio):
+    """Of an advantage of 0, where no sign is to be had, an infinite gap made nan."""
+    advantage_N = torch.tensor([2.0, -2.0, 0.0])
+    factor_N = credit(advantage_N, torch.full((3,), log_ratio), mix=0.5, clip=0.2)
+    agrees = 0.1 if log_ratio > 0 else -0.1
+    assert factor_N.tolist() == pytest.approx([1 + agrees, 1 - agrees, 1.0])
+    assert torch.equal((advantage_N * factor_N).sign(), advantage_N.sign())
 
 
 def test_credit_is_the_formula_of_rlsd():
