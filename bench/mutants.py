@@ -69,6 +69,7 @@ TESTS = {
         "tests/test_grpo.py",
         "tests/test_groups.py",
         "tests/test_lossscale.py",
+        "tests/test_ranks.py",
     ],
 }
 # Tests that say nothing of the maths and take long.

@@ -320,7 +320,7 @@ def plan_command(
         typer.Option(
             parser=token_count,
             metavar="INTEGER",
-            help="Tokens of the longest prompt that the student reads.",
+            help=f"Tokens of the longest prompt that the student reads (1 to {LONGEST}).",
         ),
     ] = 256,
     teacher_tokens: Annotated[
@@ -328,7 +328,7 @@ def plan_command(
         typer.Option(
             parser=token_count,
             metavar="INTEGER",
-            help="Tokens of the longest prompt that the teacher reads.",
+            help=f"Tokens of the longest prompt that the teacher reads (1 to {LONGEST}).",
         ),
     ] = 1024,
 ) -> None:
