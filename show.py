@@ -21,23 +21,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from copsd import Group, advantages, completion_hidden, roll_out
+from copsd import Group, advantages, completion_hidden, reward, roll_out
 from kernels import chunked_logprob, clip_products, gradient_cosine
 from methods import reader, witness_pair
 from parts import ranks, runs
 from parts.adapters import load_adapter
-from parts.chat import completion_text, freeze_date, prompt_opens_think
+from parts.chat import freeze_date
 from parts.data import hub_training_file, keep_fitting, load_problems, replace_solutions
 from parts.family import context_length
 from parts.files import read_sealed
-from parts.grading import grade, is_correct, is_gradable
+from parts.grading import grade, is_gradable
 from parts.identity import folder_fingerprint, refuse_foreign_adapter
 from parts.lora import attach_lora, teacher_view
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers
 from parts.model import (
     check_vocabulary,
-    eos_ids,
     head_weight,
     load_model,
     load_tokenizer,
@@ -198,7 +197,7 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
     if trained:
         after = _explain(setup, lesson)
         (own,) = roll_out(setup, [problem], seed=setup.config.seed)
-        notes.append(f"the trained student writes: {_text(setup, own)}")
+        notes.append(f"the trained student writes: {setup.text_of(own)}")
         notes.append(_reward_note(setup, problem, own, "GRPO would hear of that"))
     student_reads = setup.student_prompt(problem)
     prompts = {"the student reads": student_reads, lesson.reader: lesson.teacher_prompt}
@@ -207,7 +206,7 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
         rollout=rollout,
         prompts={who: str(setup.tokenizer.decode(ids)) for who, ids in prompts.items()},
         prompt_tokens={who: len(ids) for who, ids in prompts.items()},
-        completion=_text(setup, rollout),
+        completion=setup.text_of(rollout),
         rows=rows,
         after=after,
         mean_is=_mean_is(setup.config, lesson),
@@ -302,12 +301,9 @@ def _lessons(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Le
     config = setup.config
     if config.method not in GROUPED:
         return _distilled(setup, problem, rollouts)
-    think_open = prompt_opens_think(setup.tokenizer, config.thinking)
-    texts = [_text(setup, rollout) for rollout in rollouts]
-    answer = str(problem.answer)
-    rewards = [float(is_correct(text, answer, think_open=think_open)) for text in texts]
+    group = reward(setup, problem, rollouts)
     if config.method == "ssopd":
-        return [_witnessed(setup, Group(problem, rollouts, rewards))]
+        return [_witnessed(setup, group)]
     count = f"shown: of {len(rollouts)} completions,"
     if config.method == "egrsd":
         shown = f"{count} the one that the teacher disagrees with most"
@@ -321,12 +317,12 @@ def _lessons(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Le
         shown = f"{count} the first; the problem has no English side"
         prompt = setup.student_prompt(problem)
         who = "the base model reads; GRPO has no teacher"
-    found = advantages(torch.tensor([rewards]), config.scale_rewards)[0].tolist()
+    found = advantages(torch.tensor([group.rewards]), config.scale_rewards)[0].tolist()
     lessons = []
     for rollout, advantage in zip(rollouts, found, strict=True):
         said = f"each token's advantage is {advantage:.3f}"
         said += " times its weight" if config.method == "egrsd" else ", and all count alike"
-        if len(set(rewards)) == 1:
+        if group.dead:
             said += ": all completions are right or all are wrong, so nothing is learned"
         lessons.append(Lesson(rollout, prompt, who, advantage, notes=(shown, said)))
     return lessons
@@ -403,17 +399,11 @@ def _weights(setup: Setup, lesson: Lesson, student_ND: Tensor, teacher_ND: Tenso
     return weight_N.tolist()
 
 
-def _text(setup: Setup, rollout: Rollout) -> str:
-    end_ids = eos_ids(setup.model, setup.tokenizer)
-    return completion_text(rollout.completion_ids, setup.tokenizer, end_ids)
-
-
 def _reward_note(setup: Setup, problem: Problem, rollout: Rollout, what: str) -> str:
     """Say the reward of a rollout, as GRPO gets it, and why."""
     if not problem.answer:
         return f"{what}: nothing, for the problem has no answer"
     if not is_gradable(problem.answer):
         return f"{what}: nothing, for the problem's answer cannot be graded"
-    think_open = prompt_opens_think(setup.tokenizer, setup.config.thinking)
-    verdict = grade(_text(setup, rollout), problem.answer, think_open=think_open)
+    verdict = grade(setup.text_of(rollout), problem.answer, think_open=setup.opens_think)
     return f"{what}: {int(verdict.correct)} ({verdict.reason}; the answer is {problem.answer})"
