@@ -90,7 +90,7 @@ class Stopped(Exception):
     """A signal stopped the arm that was training; its state is saved."""
 
 
-def run(plan: Plan, console: Console) -> None:
+def carry_out(plan: Plan, console: Console) -> None:
     """Run what is missing of an experiment, then write its tables and figures.
 
     Raises KeyboardInterrupt when a signal stopped it: finished arms are kept, and the same command

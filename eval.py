@@ -82,8 +82,6 @@ from parts.view import SamplingProgress, say
 # Shown where several languages share a table, beside pass@k.
 MAIN_METRICS = ("format rate", "accuracy given a box", "in the problem's language")
 COMPLETION_BYTES = 2048  # that a completion and its grade take in a file, about
-# What a folder is of: its run, the settings and the identity.
-Record = tuple[runs.Run, dict[str, Any], dict[str, Any]]
 CHUNK = 64  # problems sampled and written together: what a stop can lose
 
 
@@ -94,6 +92,7 @@ class Part:
     language: Language
     settings: Settings
     problems: list[Problem]
+    identity: dict[str, Any]  # what the numbers depend on beside the settings; see identify
     run: runs.Run | None  # its folder, where the evaluation is kept
     done: list[Graded]  # the first problems, where the folder holds them already
 
@@ -139,43 +138,70 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     ]
     out = Path(config.out) if config.out else None
     kept = kept_runs(out, chosen)
+    tokenizer, day = freeze_date(load_tokenizer(folder), claim_folders(kept, console))
+    model, weights = load_weights(settings, folder, tokenizer, config, console)
+    context = context_length(model.config)
+    ready = []
+    for language, (problems, commit) in zip(chosen, loaded, strict=True):
+        own = replace(settings, lang=language.iso3)
+        problems = fitting(own, problems, tokenizer, context, console)
+        identity = identify(own, problems, tokenizer, weights=weights, day=day, commit=commit)
+        part = Part(language, own, problems, identity, kept.get(language.iso3), [])
+        tell_other_prompts(own.adapter, asdict(own), identity, console)
+        refuse_other(part)
+        ready.append(part)
+    if out:
+        attempts = settings.samples * sum(len(part.problems) for part in ready)
+        require_space(out, attempts * COMPLETION_BYTES, "what is written of the completions")
+    refuse_mixture(out, ready)
+    ready = open_folders(ready, console)
+    return Job(settings, model, tokenizer, config.batch_rows, ready, out)
+
+
+def claim_folders(kept: dict[str, runs.Run], console: Console) -> str:
+    """Own the folders that are there already; return the day for prompts that write the date.
+
+    An evaluation that goes on keeps the day that its template wrote; a new one has today.
+    """
     for run in kept.values():
         if taken_over := run.claim():
             say(console, taken_over)
-    # An evaluation that goes on keeps the day that its template writes.
     days = [run.recorded_day() for run in kept.values()]
-    day = ranks.decide(next(filter(None, days), date.today().isoformat()))
-    tokenizer, day = freeze_date(load_tokenizer(folder), day)
-    model, weights = load_weights(settings, folder, tokenizer, config, console)
-    context = context_length(model.config)
-    parts: list[Part] = []
-    records: list[Record] = []
-    for language, (problems, commit) in zip(chosen, loaded, strict=True):
-        one = replace(settings, lang=language.iso3)
-        problems = fitting(one, problems, tokenizer, context, console)
-        identity = ranks.agreed(
-            **weights,
-            prompt_template=template_hash(tokenizer, language, one.thinking),
-            template_date=day,
-            data=fingerprint(problems),
-            data_revision=commit,
-            problems=len(problems),
-            problem_ids=ids_fingerprint([problem.id for problem in problems]),
-        )
-        tell_other_prompts(one.adapter, asdict(one), identity, console)
-        run = kept.get(language.iso3)
-        if run:
-            run.check(asdict(one), identity)
-            # What is damaged is refused before a folder is made.
-            read_done(run, problems, one.samples)
-            records.append((run, asdict(one), identity))
-        parts.append(Part(language, one, problems, run, []))
-    if out:
-        attempts = settings.samples * sum(len(part.problems) for part in parts)
-        require_space(out, attempts * COMPLETION_BYTES, "what is written of the completions")
-    refuse_mixture(out, records)
-    parts = open_folders(parts, records, console)
-    return Job(settings, model, tokenizer, config.batch_rows, parts, out)
+    return ranks.decide(next(filter(None, days), date.today().isoformat()))
+
+
+def identify(
+    settings: Settings,
+    problems: list[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    weights: dict[str, Any],
+    day: str | None,
+    commit: str | None,
+) -> dict[str, Any]:
+    """Return what the numbers in a language depend on beside its settings, mostly fingerprints.
+
+    weights  as load_weights returns them
+    day      that the template writes; None: it writes none
+    commit   of the hub's data; None: they are files
+    ValueError where rank 0 has other ones.
+    """
+    return ranks.agreed(
+        **weights,
+        prompt_template=template_hash(tokenizer, settings.lang, settings.thinking),
+        template_date=day,
+        data=fingerprint(problems),
+        data_revision=commit,
+        problems=len(problems),
+        problem_ids=ids_fingerprint([problem.id for problem in problems]),
+    )
+
+
+def refuse_other(part: Part) -> None:
+    """Raise ValueError where a language's folder holds something else, or what is damaged."""
+    if part.run:
+        part.run.check(asdict(part.settings), part.identity)
+        read_done(part.run, part.problems, part.settings.samples)
 
 
 def fitting(
@@ -194,38 +220,41 @@ def fitting(
     return keep_fitting(problems, lengths, console, context=context, max_new_tokens=room)
 
 
-def open_folders(parts: list[Part], records: list[Record], console: Console) -> list[Part]:
+def open_folders(ready: list[Part], console: Console) -> list[Part]:
     """Make each part's folder, or find it and own it; return the parts with what is done of them.
 
     That is read last: another process may have written there, and ended, since prepare looked.
     """
-    for run, settings, identity in records:
-        if taken_over := run.create(settings, identity):
+    for part in ready:
+        if part.run and (taken_over := part.run.create(asdict(part.settings), part.identity)):
             say(console, taken_over)
 
     def _done(part: Part) -> list[Graded]:
         return read_done(part.run, part.problems, part.settings.samples) if part.run else []
 
-    return [replace(part, done=ranks.decide(_done(part))) for part in parts]
+    return [replace(part, done=ranks.decide(_done(part))) for part in ready]
 
 
-def refuse_mixture(out: Path | None, records: list[Record]) -> None:
+def refuse_mixture(out: Path | None, ready: list[Part]) -> None:
     """Raise ValueError where --out holds other languages of an evaluation that is another one.
 
     One of a single language has the folder for itself: no other can stand below it.
     """
-    # Ranks after the first keep nothing, and have no records.
-    if out is None or not records or any(run.folder == out for run, _, _ in records):
+    # As a file would have them: JSON knows no tuples.
+    asked = {
+        part.run.folder: json.loads(
+            json.dumps({"settings": asdict(part.settings), "identity": part.identity})
+        )
+        for part in ready
+        if part.run
+    }
+    # Ranks after the first keep nothing.
+    if out is None or not asked or out in asked:
         return
     if (out / "settings.json").is_file():
         raise ValueError(f"{out} holds an evaluation of one language; choose another --out")
     held = {file.parent.name: read_record(file) for file in sorted(out.glob("*/settings.json"))}
-    asked = {
-        # As a file would have them: JSON knows no tuples.
-        run.folder.name: json.loads(json.dumps({"settings": record, "identity": identity}))
-        for run, record, identity in records
-    }
-    check_alike(out, held | asked)
+    check_alike(out, held | {folder.name: record for folder, record in asked.items()})
 
 
 def kept_runs(out: Path | None, chosen: list[Language]) -> dict[str, runs.Run]:
@@ -426,7 +455,7 @@ def read_done(run: runs.Run, problems: list[Problem], samples: int) -> list[Grad
     return done
 
 
-def run(job: Job, console: Console) -> None:
+def carry_out(job: Job, console: Console) -> None:
     """Evaluate every language, keep what --out asks to keep, and print the table."""
     results = {}
     for part in job.parts:
