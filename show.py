@@ -107,6 +107,19 @@ def as_in_run(
     record = read_sealed(file).get("config")
     if not isinstance(record, dict):
         raise ValueError(f"{file} is damaged: it has no config")
+    taken = _taken(record, given, shown, file)
+    if taken.get("data") and not Path(taken["data"]).exists():
+        gone = f"{adapter} was trained on {taken['data']}, which is not there"
+        raise FileNotFoundError(f"{gone}; name the file with --data")
+    config = {**taken, **given}
+    said = ", ".join(_told(taken, config))
+    return config, f"settings as in {adapter}{': ' if said else ''}{said}"
+
+
+def _taken(
+    record: dict[str, Any], given: dict[str, Any], shown: Sequence[str], file: Path
+) -> dict[str, Any]:
+    """Return the settings that a walk takes from a run's record; ValueError: they are damaged."""
     method = given.get("method", record.get("method"))
     names = [*shown, *RECORDED] if method == record.get("method") else ANY_METHOD
     known = {f.name: f for f in fields(Config)}
@@ -115,17 +128,20 @@ def as_in_run(
         check_value(known[name], value, f"{file}: {name}")
     if "lang" in given and find_language(given["lang"]).iso3 != record.get("lang"):
         taken.pop("data", None)
-    if taken.get("data") and not Path(taken["data"]).exists():
-        gone = f"{adapter} was trained on {taken['data']}, which is not there"
-        raise FileNotFoundError(f"{gone}; name the file with --data")
-    config = {**taken, **given}
+    return taken
+
+
+def _told(taken: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Return "lang hau" and so on: of what was taken, what the method's own recipe would not set.
+
+    config  all settings of the walk that are known so far
+    """
     first = ("method", "model", "lang")
     chosen = {name: config[name] for name in first if name in config}
     plain = fill(chosen, resolve_model(config.get("model", Config.model)))
     unsaid = (*first, "data", "batch_size")
     own = [n for n in taken if n not in unsaid and taken[n] != getattr(plain, n)]
-    said = [f"{name} {taken[name]}" for name in ("method", "lang", *own) if name in taken]
-    return config, f"settings as in {adapter}{': ' if said else ''}{', '.join(said)}"
+    return [f"{name} {taken[name]}" for name in ("method", "lang", *own) if name in taken]
 
 
 def prepare(config: Config, folder: Path, adapter: Path | None, console: Console) -> Setup:
