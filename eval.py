@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
     commands.evaluation()
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
@@ -41,7 +40,7 @@ from parts.benchmarks import (
 )
 from parts.chat import freeze_date
 from parts.data import keep_fitting, load_aloud
-from parts.evaluations import Settings, check_alike, ids_fingerprint, naming, read_record
+from parts.evaluations import Settings, check_alike, naming, read_record
 from parts.family import context_length
 from parts.files import read_rows, remedied, require_space
 from parts.identity import (
@@ -193,7 +192,7 @@ def identify(
         data=fingerprint(problems),
         data_revision=commit,
         problems=len(problems),
-        problem_ids=ids_fingerprint([problem.id for problem in problems]),
+        problem_ids=fingerprint([problem.id for problem in problems]),
     )
 
 
@@ -240,11 +239,8 @@ def refuse_mixture(out: Path | None, ready: list[Part]) -> None:
 
     One of a single language has the folder for itself: no other can stand below it.
     """
-    # As a file would have them: JSON knows no tuples.
     asked = {
-        part.run.folder: json.loads(
-            json.dumps({"settings": asdict(part.settings), "identity": part.identity})
-        )
+        part.run.folder: {"settings": asdict(part.settings), "identity": part.identity}
         for part in ready
         if part.run
     }

@@ -169,11 +169,6 @@ def check_alike(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
                 )
 
 
-def ids_fingerprint(ids: list[str]) -> str:
-    """Return 16 hex digits that change with the problems' ids and their order."""
-    return fingerprint(ids)
-
-
 def check_complete(results: list[Graded], record: dict[str, Any]) -> None:
     """Raise ValueError unless these are the problems and attempts that the record says.
 
@@ -181,7 +176,7 @@ def check_complete(results: list[Graded], record: dict[str, Any]) -> None:
     """
     ids = [graded.id for graded in results]
     identity = record["identity"]
-    if identity.get("problem_ids") not in (None, ids_fingerprint(ids)):
+    if identity.get("problem_ids") not in (None, fingerprint(ids)):
         asked = identity.get("problems")
         raise ValueError(f"its {len(ids)} problems are not the {asked} that were evaluated")
     if len(set(ids)) < len(ids):
