@@ -180,7 +180,9 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress, console: Console) -> R
     """Train an arm from where it stands and measure its checkpoints.
 
     console  where is said what its folder and its problems lack, such as a damaged state
-    What is finished is read, not done again.
+    What is finished is read, not done again. Bad input is a line and exit code 2, as bad_input
+    makes it. Raises Stopped where a signal ended the training, and FloatingPointError where its
+    numbers are no longer finite.
     """
     path = results_file(arm)
     with bad_input():

@@ -266,6 +266,7 @@ def read_settings(config: EvalConfig, folder: Path, console: Console) -> Setting
     """Return what the numbers depend on; the model folder's recipe fills what was not typed.
 
     Where nothing names a benchmark, it is the languages' own, and the console says which.
+    ValueError: flags that do not go together, or a language that no benchmark has.
     """
     ks, samples, temperature = sampling_plan(config)
     recipe = read_recipe(folder)
@@ -298,7 +299,10 @@ def read_settings(config: EvalConfig, folder: Path, console: Console) -> Setting
 
 
 def sampling_plan(config: EvalConfig) -> tuple[list[int], int, float]:
-    """Return the ks of pass@k, 1 among them, the completions per problem, and the temperature."""
+    """Return the ks of pass@k, 1 among them, the completions per problem, and the temperature.
+
+    ValueError: flags that do not go together.
+    """
     # Where only the most likely token can be drawn, every completion of a problem is the same.
     is_greedy = config.greedy or config.temperature == 0 or config.top_k == 1
     asked = config.pass_at_k or ("1" if is_greedy else str(min(8, config.samples or 8)))
@@ -357,7 +361,10 @@ def max_samples() -> int:
 
 
 def pick_languages(lang: str, benchmark: str) -> list[Language]:
-    """Return the languages that --lang names; "all" are those that the benchmark has."""
+    """Return the languages that --lang names; "all" are those that the benchmark has.
+
+    ValueError: an unknown language. FileNotFoundError: "all" of a benchmark that has none.
+    """
     if lang != "all":
         return list(dict.fromkeys(find_language(code.strip()) for code in lang.split(",")))
     found = [each for each in languages().values() if has_language(benchmark, asdict(each))]
@@ -379,7 +386,8 @@ def load_benchmark(
     """Return the first `limit` problems of a benchmark in a language, and the hub data's commit.
 
     A named benchmark must have as many rows as it is known to have; of other files all rows are
-    taken. Rows that are left out are counted on the console.
+    taken. Rows that are left out are counted on the console. ValueError: a damaged file, another
+    number of rows, an id twice, or an answer that cannot be graded. OSError: no such file.
     """
     files, commit = find_files(benchmark, asdict(language), revision=revision)
     problems = []

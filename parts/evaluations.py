@@ -101,7 +101,10 @@ class Comparison:
 
 
 def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
-    """Yield what --out wrote, a language at a time; `name` stands for it in the report."""
+    """Yield what --out wrote, a language at a time; `name` stands for it in the report.
+
+    Raises ValueError or FileNotFoundError for what is damaged, not finished or not there.
+    """
     files = [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]
     if not files:
         raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
@@ -324,7 +327,7 @@ def differing_rows(language: str, first: Finished, second: Finished) -> list[lis
 
 
 def compared_row(language: str, first: Finished, second: Finished) -> list[str]:
-    """Return the row of paired tests between two evaluations of the same problems."""
+    """Return the row of paired tests between two evaluations; ValueError: of other problems."""
     names = (first.view.name, second.view.name)
     if first.record["identity"]["data"] != second.record["identity"]["data"]:
         raise ValueError(f"{' and '.join(names)} are of different problems in {language}")
