@@ -151,19 +151,17 @@ def chunked_divergence(
     options = _Options(kind, *numbers[:2], clip=numbers[2] if clip_mode == "entry" else None)
     scores_4N, gradient_ND = _walk_chunks(student_ND, teacher_ND, head_VD, options, rows, compiled)
     loss_N, kl_N, teacher_entropy_N, student_entropy_N = scores_4N
-    # Autograd has not seen the walk, which has computed Eq. (3) in _gradient_, so it is told the
-    # gradient here. The difference is zero and changes no loss; its derivative is one, which makes
-    # gradient_ND the derivative of the loss.
+    # Autograd has not seen the walk, so it is told here what _gradient_ computed. The difference is
+    # zero and changes no loss; its derivative is one, so gradient_ND becomes the loss's derivative.
     loss_N = loss_N + ((student_ND - student_ND.detach()).to(dtype) * gradient_ND).sum(-1)
     if clip_mode == "token":
         loss_N = loss_N.clamp(max=clip)  # not Eq. (2): as in `divergence`
-    stats = {
+    return loss_N, {
         "kl_N": kl_N,
         "teacher_entropy_N": teacher_entropy_N,
         "student_entropy_N": student_entropy_N,
         "clipped_frac": (loss_N < kl_N).sum() / max(len(loss_N), 1),
     }
-    return loss_N, stats
 
 
 def clip_products(
