@@ -313,7 +313,8 @@ def replace_dead(setup: Setup, groups: list[Group], *, step: int, seed: int) -> 
         missing = wanted - sum(not group.dead for group in groups)
         taken = [group.problem for group in groups]
         if problems := steps.draw_others(setup, missing, taken, step=step, draw=draw):
-            groups = groups + roll_out_groups(setup, problems, seed=seed + 10**9 * draw)
+            apart = 10**9 * draw  # further than any step's seed: no random stream is shared
+            groups = groups + roll_out_groups(setup, problems, seed=seed + apart)
     return sorted(groups, key=lambda group: group.dead)
 
 
@@ -501,8 +502,8 @@ def train_grpo(
             advantage_B = advantages(reward_BG, config.scale_rewards).flatten()
             kept = rows_in_the_loss(config, rollouts)
             own = len(groups[ranks.share(len(groups))]) * config.group_size
-            read = [setup.teacher_prompt(group.problem) for group in groups] if credit else []
-            teacher_prompts = [prompt for prompt in read for _ in range(config.group_size)]
+            by_group = [setup.teacher_prompt(group.problem) for group in groups] if credit else []
+            teacher_prompts = [prompt for prompt in by_group for _ in range(config.group_size)]
 
             # Updates on this batch. All compare with the log-probs from before the first of them.
             tallies = []
