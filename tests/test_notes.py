@@ -78,9 +78,9 @@ def test_a_plan_that_cannot_be_read_leaves_the_plain_prompt_and_is_counted(
     ]
     monkeypatch.setattr(methods, "write_apart", lambda *a, **k: written)
     monkeypatch.setattr(
-        methods,
-        "completion_text",
-        lambda ids, *_: note if ids != good else "Add both.",
+        Setup,
+        "text_of",
+        lambda _, rollout: note if rollout.completion_ids != good else "Add both.",
     )
     found = read_notes(setup, problems, 1)
     assert found.prompts[0] == setup.teacher_prompt(problems[0], "Add both.")
