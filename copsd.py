@@ -313,7 +313,7 @@ def replace_dead(setup: Setup, groups: list[Group], *, step: int, seed: int) -> 
         missing = wanted - sum(not group.dead for group in groups)
         taken = [group.problem for group in groups]
         if problems := steps.draw_others(setup, missing, taken, step=step, draw=draw):
-            apart = 10**9 * draw  # further than any step's seed: no random stream is shared
+            apart = 10**9 * draw  # further than a run's steps, so that no stream is shared
             groups = groups + roll_out_groups(setup, problems, seed=seed + apart)
     return sorted(groups, key=lambda group: group.dead)
 

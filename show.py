@@ -355,8 +355,10 @@ def _distilled(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[
         weighs = f"tokens weigh 1 on average, by {given}"
     unread = (NO_NOTE,) if lacks_notes(reading.metrics) else ()
     name = "the" if config.method == "copsd" else f"{config.method.upper()}'s"
-    given = (reading.prompts[0], f"{name} teacher reads")
-    return [Lesson(rollout, *given, notes=(shown, weighs, *unread)) for rollout in rollouts]
+    (prompt,) = reading.prompts
+    who = f"{name} teacher reads"
+    notes = (shown, weighs, *unread)
+    return [Lesson(rollout, prompt, who, notes=notes) for rollout in rollouts]
 
 
 def _witnessed(setup: Setup, group: Group) -> Lesson:
