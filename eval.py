@@ -137,7 +137,8 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     ]
     out = Path(config.out) if config.out else None
     kept = kept_runs(out, chosen)
-    tokenizer, day = freeze_date(load_tokenizer(folder), claim_folders(kept, console))
+    day = claim_folders(kept, console)
+    tokenizer, day = freeze_date(load_tokenizer(folder), day)
     model, weights = load_weights(settings, folder, tokenizer, config, console)
     context = context_length(model.config)
     ready = []

@@ -110,7 +110,7 @@ class Setup:
 
     @cached_property
     def end_ids(self) -> set[int]:
-        """Return the ids that end a completion: kept, as to ask the template takes some ms."""
+        """Return the ids that end a completion, which are kept: the template is slow to ask."""
         return eos_ids(self.model, self.tokenizer)
 
     def text_of(self, rollout: Rollout) -> str:
