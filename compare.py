@@ -62,10 +62,10 @@ from parts.data import load_problems
 from parts.evaluations import naming
 from parts.files import read_sealed, remedied, write_json, write_sealed
 from parts.measure import Ruler
-from parts.metrics import Graded, ratios
+from parts.metrics import Ratio, ratios
 from parts.plan import Plan
 from parts.program import Output, bad_input, say_error, working
-from parts.prompts import Problem, pose_in_english
+from parts.prompts import pose_in_english
 from parts.recipe import GROUPED, LABELS
 from parts.results import (
     Experiment,
@@ -90,7 +90,7 @@ class Stopped(Exception):
     """A signal stopped the arm that was training; its state is saved."""
 
 
-def run(plan: Plan, console: Console) -> None:
+def carry_out(plan: Plan, console: Console) -> None:
     """Run what is missing of an experiment, then write its tables and figures.
 
     Raises KeyboardInterrupt when a signal stopped it: finished arms are kept, and the same command
@@ -126,18 +126,7 @@ def finish_arms(
             progress.expect(arm.size)
     earlier = [arm for arm in arms if results_file(arm).is_file()]
     missing = [arm for arm in arms if arm not in earlier]
-    ended = ((arm, 0) for arm in missing)
-    if plan.options.jobs > 1:
-        apart = partial(run_apart, plan)
-        ended = work_through(apart, missing, plan.options.jobs, preload=__name__)
-    for arm, code in chain(((arm, 0) for arm in earlier), ended):
-        if code == STOPPED:
-            raise Stopped
-        if code < 0:
-            say_error(f"{arm.folder}: its process was killed by signal {-code}")
-            raise SystemExit(1)
-        if code:
-            raise SystemExit(code)  # the arm's own process has said why
+    for arm in chain(earlier, done_apart(plan, missing)):
         progress.start(arm.title, arm.size)
         # What an earlier call, or a process beside this one, has finished is read.
         results = run_arm(plan, arm, progress, progress.console)
@@ -145,6 +134,26 @@ def finish_arms(
         said = f"greedy accuracy {accuracy(results['final']):.3f}, trained {trained_s:.0f} s"
         progress.finish(said, earlier=arm in earlier)
         yield arm, results
+
+
+def done_apart(plan: Plan, arms: list[Arm]) -> Iterator[Arm]:
+    """Yield each arm once a process of its own has run it; with --jobs 1 as it is, not run yet.
+
+    Raises Stopped where a signal ended one, and SystemExit where one failed.
+    """
+    if plan.options.jobs == 1:
+        yield from arms
+        return
+    apart = partial(run_apart, plan)
+    for arm, code in work_through(apart, arms, plan.options.jobs, preload=__name__):
+        if code == STOPPED:
+            raise Stopped
+        if code < 0:
+            say_error(f"{arm.folder}: its process was killed by signal {-code}")
+            raise SystemExit(1)
+        if code:
+            raise SystemExit(code)  # the arm's own process has said why
+        yield arm
 
 
 def run_apart(plan: Plan, arm: Arm) -> int:
@@ -171,7 +180,9 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress, console: Console) -> R
     """Train an arm from where it stands and measure its checkpoints.
 
     console  where is said what its folder and its problems lack, such as a damaged state
-    What is finished is read, not done again.
+    What is finished is read, not done again. Bad input is a line and exit code 2, as bad_input
+    makes it. Raises Stopped where a signal ended the training, and FloatingPointError where its
+    numbers are no longer finite.
     """
     path = results_file(arm)
     with bad_input():
@@ -294,19 +305,24 @@ def measure_arm(plan: Plan, setup: Setup, *, whole: bool, sampled: bool) -> Meas
     whole  False: only "greedy", which is all that a sweep asks for
     """
     ruler = Ruler.of(plan.main, seed=0)
-
-    def _measure(problems: list[Problem], greedy: bool) -> list[Graded]:
-        return ruler.measure(setup.model, setup.tokenizer, problems, greedy=greedy)
-
-    found: Measured = {"greedy": ratios(_measure(setup.heldout, True), [1])}
+    attempt = partial(ruler.measure, setup.model, setup.tokenizer)
+    found: Measured = {"greedy": ratios(attempt(setup.heldout, greedy=True), [1])}
     if not whole:
         return found
     if english := pose_in_english([p for p in setup.heldout if p.problem_en], 1.0):
-        found["english"] = ratios(_measure(english, True), [1])
+        found["english"] = ratios(attempt(english, greedy=True), [1])
     if sampled:
         ks = list(range(1, ruler.samples + 1))
-        found["sampled"] = ratios(_measure(setup.heldout, False), ks)
-    # To the teacher that reads everything, whatever taught this arm, so that arms compare.
+        found["sampled"] = ratios(attempt(setup.heldout, greedy=False), ks)
+    found["kl"] = distance_to_teacher(plan, setup)
+    return found
+
+
+def distance_to_teacher(plan: Plan, setup: Setup) -> Ratio:
+    """Return the KL, in nats, and the tokens of some of the problems held out; see heldout_kl.
+
+    It is to the teacher that reads everything, whatever taught this arm, so that arms compare.
+    """
     reads_all = replace(
         plan.main,
         english_problem=True,
@@ -316,8 +332,7 @@ def measure_arm(plan: Plan, setup: Setup, *, whole: bool, sampled: bool) -> Meas
         teacher="fixed",
     )
     judge = replace(setup, config=reads_all)
-    found["kl"] = copsd.heldout_kl(judge, setup.heldout[:KL_PROBLEMS], seed=0)
-    return found
+    return copsd.heldout_kl(judge, setup.heldout[:KL_PROBLEMS], seed=0)
 
 
 def write_outcome(plan: Plan, found: dict[Path, Results], console: Console) -> None:

@@ -41,6 +41,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from rich.console import Console
@@ -49,22 +50,21 @@ from transformers import PreTrainedModel
 
 from kernels import chunked_divergence, chunked_logprob, clip_products, reduce_loss
 from parts import controls, measure, program, ranks, runs, steplog, steps
-from parts.chat import completion_text, prompt_opens_think
 from parts.copies import scoring_copies
 from parts.grading import is_correct
 from parts.lora import teacher_view
 from parts.machine import Stopwatch
 from parts.metrics import Ratio, bootstrap
 from parts.microbatch import Limit, halve_until_it_fits, micro_batches
-from parts.model import eos_ids, final_hidden, head_weight
+from parts.model import final_hidden, head_weight
 from parts.narrow import narrow_loss
 from parts.packing import packed_hidden, packing_pays
 from parts.prompts import Problem, find_language
-from parts.recipe import LABELS, Config, divergence_options
+from parts.recipe import LABELS, divergence_options
 from parts.sampler import Rollout
 from parts.setup import Reader, Setup, evaluation_command, read_solutions
 from parts.steplog import Tally, count_tokens
-from parts.steps import count_skipped, rows_in_the_loss, share_done, take_step
+from parts.steps import count_skipped, loss_reduction, rows_in_the_loss, share_done, take_step
 from parts.view import Watcher, say
 from parts.watch import Watching, write_best
 from parts.weights import token_weights
@@ -150,9 +150,9 @@ def copsd_gradient(
     tally = Tally()
     mine = list(range(len(rollouts)))[ranks.share(len(rollouts))]
     for rows in micro_batches(rollouts, limit, mine, teacher_prompts):
-        batch = [rollouts[row] for row in rows]
-        lengths = [len(rollout.completion_ids) for rollout in batch]
-        loss_N, stats = loss_of(setup, [teacher_prompts[row] for row in rows], batch, cosine=cosine)
+        micro = [rollouts[row] for row in rows]
+        lengths = [len(rollout.completion_ids) for rollout in micro]
+        loss_N, stats = loss_of(setup, [teacher_prompts[row] for row in rows], micro, cosine=cosine)
         loss = reduce_loss(  # Eq. (1), 1/N
             loss_N,
             lengths,
@@ -234,6 +234,9 @@ def train_copsd(setup: Setup, run: runs.Run, view: Watcher, read: Reader = read_
 
 # GRPO: rewards, advantages, the loss, the loop.
 
+ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
+MAX_DRAWS = 4  # of --resample-dead-groups, for one step
+
 
 @dataclass(frozen=True)
 class Group:
@@ -249,25 +252,55 @@ class Group:
         return len(set(self.rewards)) == 1
 
 
-ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation (TRL)
-MAX_DRAWS = 4  # of --resample-dead-groups, for one step
-# What two neighbours add (methods.py): EGRSD an advantage for each token, SSOPD a term of the loss.
-Credit = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-Term = Callable[..., None]
+class GrpoBatch(NamedTuple):
+    """What all updates of a step learn from. A row is a completion; a group's are neighbours."""
+
+    groups: list[Group]
+    rollouts: list[Rollout]  # row after row
+    advantage_B: Tensor
+    kept: list[int]  # the rows that count in the loss
+    teacher_prompts: list[list[int]]  # by row; empty where the method has no teacher
+    old_logprobs: dict[int, Tensor]  # logprob_C by row; empty until the first update fills it
+
+
+class Credit(Protocol):
+    """What EGRSD adds (methods.py): each token's own advantage, and what to log of each token.
+
+    advantage_N    of the completion that a token stands in
+    old_logprob_N  in nats, under the student from before the step's first update
+    """
+
+    def __call__(
+        self,
+        setup: Setup,
+        teacher_prompts: list[list[int]],
+        rollouts: list[Rollout],
+        advantage_N: Tensor,
+        old_logprob_N: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class Term(Protocol):
+    """What SSOPD adds (methods.py): this rank's share of the gradient of a term of the groups."""
+
+    def __call__(
+        self, setup: Setup, groups: list[Group], tally: Tally, limit: Limit, *, cosine: bool
+    ) -> None: ...
 
 
 def roll_out_groups(setup: Setup, problems: list[Problem], *, seed: int) -> list[Group]:
     """Sample --group-size completions of each problem and reward them."""
-    think_open = prompt_opens_think(setup.tokenizer, setup.config.thinking)
-    end_ids = eos_ids(setup.model, setup.tokenizer)
     prompts = [setup.student_prompt(problem) for problem in problems]
     written = steps.write_completions(setup, prompts, seed=seed, samples=setup.config.group_size)
-    groups = []
-    for problem, rollouts in zip(problems, written, strict=True):
-        texts = [completion_text(r.completion_ids, setup.tokenizer, end_ids) for r in rollouts]
-        right = [is_correct(text, str(problem.answer), think_open=think_open) for text in texts]
-        groups.append(Group(problem, rollouts, list(map(float, right))))
-    return ranks.decide(groups)
+    pairs = zip(problems, written, strict=True)
+    return ranks.decide([reward(setup, problem, rollouts) for problem, rollouts in pairs])
+
+
+def reward(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> Group:
+    """Return the completions of a problem with the grader's verdict on each."""
+    texts = [setup.text_of(rollout) for rollout in rollouts]
+    right = [is_correct(text, str(problem.answer), think_open=setup.opens_think) for text in texts]
+    return Group(problem, rollouts, list(map(float, right)))
 
 
 def replace_dead(setup: Setup, groups: list[Group], *, step: int, seed: int) -> list[Group]:
@@ -280,7 +313,8 @@ def replace_dead(setup: Setup, groups: list[Group], *, step: int, seed: int) -> 
         missing = wanted - sum(not group.dead for group in groups)
         taken = [group.problem for group in groups]
         if problems := steps.draw_others(setup, missing, taken, step=step, draw=draw):
-            groups = groups + roll_out_groups(setup, problems, seed=seed + 10**9 * draw)
+            apart = 10**9 * draw  # further than a run's steps, so that no stream is shared
+            groups = groups + roll_out_groups(setup, problems, seed=seed + apart)
     return sorted(groups, key=lambda group: group.dead)
 
 
@@ -345,7 +379,8 @@ def grpo_loss(
     rollouts: list[Rollout],
     advantage_N: Tensor,
     old_logprob_N: Tensor | None,
-    spread: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]] | None = None,
+    credit: Credit | None = None,
+    teacher_prompts: list[list[int]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return Eq. (5)'s summand at every completion token, and what to log of each, by name.
 
@@ -353,7 +388,7 @@ def grpo_loss(
     old_logprob_N  the tokens' log-probabilities before the step's first update, which a former call
                    returned as "logprob_N"; None: this is that call, and the ratio is 1. They come
                    from this same forward pass, never from the sampler, whose rounding differs
-    spread         spreads the advantage over a completion's tokens, given their old log-probs
+    credit         changes the advantage of each token, by a teacher that reads teacher_prompts
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
@@ -363,8 +398,9 @@ def grpo_loss(
         old_logprob_N = logprob_N.detach()
     ratio_N = (logprob_N - old_logprob_N).exp()
     stats = {"logprob_N": logprob_N, "ratio_N": ratio_N, "entropy_N": entropy_N}
-    if spread is not None:
-        advantage_N, credited = spread(advantage_N, old_logprob_N)
+    if credit:
+        read = teacher_prompts or []
+        advantage_N, credited = credit(setup, read, rollouts, advantage_N, old_logprob_N)
         stats |= credited
     loss_N = clipped_surrogate(ratio_N, advantage_N, low=config.clip_low, high=config.clip_high)
     if config.kl_coef:
@@ -378,73 +414,52 @@ def grpo_loss(
     return loss_N, {name: tensor.detach() for name, tensor in stats.items()}
 
 
-def loss_reduction(config: Config, tokens: int, rows: int) -> tuple[str, int]:
-    """Return how --loss-norm reduces the loss of a step: reduce_loss's reduction and step_tokens.
-
-    tokens, rows  of the completions that count in the loss
-    """
-    if config.loss_norm == "constant":  # Dr. GRPO: no token's weight depends on any length
-        return "token", rows * config.max_new_tokens
-    return {"token": "token", "sequence": "trajectory"}[config.loss_norm], tokens
-
-
 def grpo_gradient(
     setup: Setup,
-    groups: list[Group],
-    advantage_B: Tensor,
-    kept: list[int],
-    old_logprobs: dict[int, Tensor],
+    batch: GrpoBatch,
     watch: Stopwatch,
+    cosine: bool,
     credit: Credit | None,
     add_term: Term | None,
     limit: Limit,
 ) -> Tally:
-    """Add this rank's share of the gradient of Eq. (5) over a step; return its share of the log.
-
-    kept              the rows that count in the loss
-    old_logprobs      logprob_C by row, of the policy that sampled; filled at the first update
-    credit, add_term  as in train_grpo; what they count goes into this attempt's tally
-    """
+    """Add this rank's share of the gradient of Eq. (5) over a step; return its share of the log."""
     config = setup.config
+    groups, rollouts, advantage_B, kept, teacher_prompts, old_logprobs = batch
     tally = Tally()
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
     kept_tokens = count_tokens([rollouts[row] for row in kept])
-    reduction, denominator = loss_reduction(config, kept_tokens, len(kept))
+    reduction, step_tokens = loss_reduction(config, kept_tokens, len(kept))
     mine = range(len(groups))[ranks.share(len(groups))]  # groups stay whole
     own = [row for row in kept if row // config.group_size in mine]
-    teacher_prompts: list[list[int]] = []  # of a method that has a teacher
-    if credit:
-        for group in groups:
-            teacher_prompts += [setup.teacher_prompt(group.problem)] * config.group_size
     student_prompts = [rollout.prompt_ids for rollout in rollouts]
     together = packing_pays(student_prompts, [rollout.completion_ids for rollout in rollouts])
     for rows in micro_batches(rollouts, limit, own, teacher_prompts, together=together):
-        batch = [rollouts[row] for row in rows]
-        lengths = [len(rollout.completion_ids) for rollout in batch]
+        micro = [rollouts[row] for row in rows]
+        lengths = [len(rollout.completion_ids) for rollout in micro]
         advantage_N = advantage_B[rows].repeat_interleave(torch.tensor(lengths))
+        advantage_N = advantage_N.to(setup.model.device)
         # Where an earlier attempt ran out of memory, some rows' old log-probs are known already.
         is_known = all(row in old_logprobs for row in rows)
         old_N = torch.cat([old_logprobs[row] for row in rows]) if is_known else None
-        spread = None
-        if credit:
-            teacher_read = [teacher_prompts[row] for row in rows]
-            spread = partial(credit, setup, teacher_read, batch, tally)
-        loss_N, stats = grpo_loss(setup, batch, advantage_N.to(setup.model.device), old_N, spread)
+        read = [teacher_prompts[row] for row in rows] if credit else []
+        loss_N, stats = grpo_loss(setup, micro, advantage_N, old_N, credit, read)
         if not is_known:
             old_logprobs.update(zip(rows, stats["logprob_N"].split(lengths), strict=True))
         loss = reduce_loss(  # Eq. (5), 1/N
             loss_N,
             lengths,
             reduction=reduction,
-            step_tokens=denominator,
+            step_tokens=step_tokens,
             step_rows=len(kept),
         )
         watch.lap("score")
         setup.loss_scale.backward(loss)
         watch.lap("update")
         tally.add(loss, stats, rows, lengths)
+        if credit:  # its teacher has scored them, too
+            tally.scored += sum(map(len, read)) + sum(lengths)
     if add_term:
-        add_term(setup, groups[mine.start : mine.stop], len(groups), tally, limit)
+        add_term(setup, groups, tally, limit, cosine=cosine)
         watch.lap("update")
     return tally
 
@@ -487,14 +502,14 @@ def train_grpo(
             advantage_B = advantages(reward_BG, config.scale_rewards).flatten()
             kept = rows_in_the_loss(config, rollouts)
             own = len(groups[ranks.share(len(groups))]) * config.group_size
+            by_group = [setup.teacher_prompt(group.problem) for group in groups] if credit else []
+            teacher_prompts = [prompt for prompt in by_group for _ in range(config.group_size)]
 
             # Updates on this batch. All compare with the log-probs from before the first of them.
             tallies = []
-            old_logprobs: dict[int, Tensor] = {}  # by row
+            batch = GrpoBatch(groups, rollouts, advantage_B, kept, teacher_prompts, {})
             cosine = steplog.asks_for_cosine(config, step)
-            term = partial(add_term, cosine=cosine) if add_term else None
-            given = (setup, groups, advantage_B, kept, old_logprobs, watch, credit, term)
-            attempt = partial(grpo_gradient, *given)
+            attempt = partial(grpo_gradient, setup, batch, watch, cosine, credit, add_term)
             for _ in range(config.inner_epochs):
                 part, limit = halve_until_it_fits(attempt, limit, optimizer.zero_grad, own)
                 tallies += ranks.gather([part])
@@ -552,8 +567,8 @@ def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
     limit = Limit.of(setup.config)
     mine = list(range(len(rollouts)))[ranks.share(len(rollouts))]
     for rows in micro_batches(rollouts, limit, mine, teacher_prompts):
-        batch = [rollouts[row] for row in rows]
-        _, stats = copsd_loss(setup, [teacher_prompts[row] for row in rows], batch)
+        micro = [rollouts[row] for row in rows]
+        _, stats = copsd_loss(setup, [teacher_prompts[row] for row in rows], micro)
         by_row = stats["kl_N"].split([lengths[row] for row in rows])
         for row, kl_C in zip(rows, by_row, strict=True):
             kl_sums[row] = kl_C.sum().item()

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
     commands.evaluation()
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
@@ -41,7 +40,7 @@ from parts.benchmarks import (
 )
 from parts.chat import freeze_date
 from parts.data import keep_fitting, load_aloud
-from parts.evaluations import Settings, check_alike, ids_fingerprint, naming, read_record
+from parts.evaluations import Settings, check_alike, naming, read_record
 from parts.family import context_length
 from parts.files import read_rows, remedied, require_space
 from parts.identity import (
@@ -83,8 +82,6 @@ from parts.view import SamplingProgress, say
 # Shown where several languages share a table, beside pass@k.
 MAIN_METRICS = ("format rate", "accuracy given a box", "in the problem's language")
 COMPLETION_BYTES = 2048  # that a completion and its grade take in a file, about
-# What a folder is of: its run, the settings and the identity.
-Record = tuple[runs.Run, dict[str, Any], dict[str, Any]]
 CHUNK = 64  # problems sampled and written together: what a stop can lose
 
 
@@ -95,6 +92,7 @@ class Part:
     language: Language
     settings: Settings
     problems: list[Problem]
+    identity: dict[str, Any]  # what the numbers depend on beside the settings; see identify
     run: runs.Run | None  # its folder, where the evaluation is kept
     done: list[Graded]  # the first problems, where the folder holds them already
 
@@ -140,43 +138,71 @@ def prepare(given: dict[str, Any], console: Console) -> Job:
     ]
     out = Path(config.out) if config.out else None
     kept = kept_runs(out, chosen)
-    for run in kept.values():
-        if taken_over := run.claim():
-            say(console, taken_over)
-    # An evaluation that goes on keeps the day that its template writes.
-    days = [run.recorded_day() for run in kept.values()]
-    day = ranks.decide(next(filter(None, days), date.today().isoformat()))
+    day = claim_folders(kept, console)
     tokenizer, day = freeze_date(load_tokenizer(folder), day)
     model, weights = load_weights(settings, folder, tokenizer, config, console)
     context = context_length(model.config)
-    parts: list[Part] = []
-    records: list[Record] = []
+    ready = []
     for language, (problems, commit) in zip(chosen, loaded, strict=True):
-        one = replace(settings, lang=language.iso3)
-        problems = fitting(one, problems, tokenizer, context, console)
-        identity = ranks.agreed(
-            **weights,
-            prompt_template=template_hash(tokenizer, language, one.thinking),
-            template_date=day,
-            data=fingerprint(problems),
-            data_revision=commit,
-            problems=len(problems),
-            problem_ids=ids_fingerprint([problem.id for problem in problems]),
-        )
-        tell_other_prompts(one.adapter, asdict(one), identity, console)
-        run = kept.get(language.iso3)
-        if run:
-            run.check(asdict(one), identity)
-            # What is damaged is refused before a folder is made.
-            read_done(run, problems, one.samples)
-            records.append((run, asdict(one), identity))
-        parts.append(Part(language, one, problems, run, []))
+        own = replace(settings, lang=language.iso3)
+        problems = fitting(own, problems, tokenizer, context, console)
+        identity = identify(own, problems, tokenizer, weights=weights, day=day, commit=commit)
+        part = Part(language, own, problems, identity, kept.get(language.iso3), [])
+        tell_other_prompts(own.adapter, asdict(own), identity, console)
+        refuse_other(part)
+        ready.append(part)
     if out:
-        attempts = settings.samples * sum(len(part.problems) for part in parts)
+        attempts = settings.samples * sum(len(part.problems) for part in ready)
         require_space(out, attempts * COMPLETION_BYTES, "what is written of the completions")
-    refuse_mixture(out, records)
-    parts = open_folders(parts, records, console)
-    return Job(settings, model, tokenizer, config.batch_rows, parts, out)
+    refuse_mixture(out, ready)
+    ready = open_folders(ready, console)
+    return Job(settings, model, tokenizer, config.batch_rows, ready, out)
+
+
+def claim_folders(kept: dict[str, runs.Run], console: Console) -> str:
+    """Own the folders that are there already; return the day for prompts that write the date.
+
+    An evaluation that goes on keeps the day that its template wrote; a new one has today.
+    """
+    for run in kept.values():
+        if taken_over := run.claim():
+            say(console, taken_over)
+    days = [run.recorded_day() for run in kept.values()]
+    return ranks.decide(next(filter(None, days), date.today().isoformat()))
+
+
+def identify(
+    settings: Settings,
+    problems: list[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    weights: dict[str, Any],
+    day: str | None,
+    commit: str | None,
+) -> dict[str, Any]:
+    """Return what the numbers in a language depend on beside its settings, mostly fingerprints.
+
+    weights  as load_weights returns them
+    day      that the template writes; None: it writes none
+    commit   of the hub's data; None: they are files
+    ValueError where rank 0 has other ones.
+    """
+    return ranks.agreed(
+        **weights,
+        prompt_template=template_hash(tokenizer, settings.lang, settings.thinking),
+        template_date=day,
+        data=fingerprint(problems),
+        data_revision=commit,
+        problems=len(problems),
+        problem_ids=fingerprint([problem.id for problem in problems]),
+    )
+
+
+def refuse_other(part: Part) -> None:
+    """Raise ValueError where a language's folder holds something else, or what is damaged."""
+    if part.run:
+        part.run.check(asdict(part.settings), part.identity)
+        read_done(part.run, part.problems, part.settings.samples)
 
 
 def fitting(
@@ -195,38 +221,38 @@ def fitting(
     return keep_fitting(problems, lengths, console, context=context, max_new_tokens=room)
 
 
-def open_folders(parts: list[Part], records: list[Record], console: Console) -> list[Part]:
+def open_folders(ready: list[Part], console: Console) -> list[Part]:
     """Make each part's folder, or find it and own it; return the parts with what is done of them.
 
     That is read last: another process may have written there, and ended, since prepare looked.
     """
-    for run, settings, identity in records:
-        if taken_over := run.create(settings, identity):
+    for part in ready:
+        if part.run and (taken_over := part.run.create(asdict(part.settings), part.identity)):
             say(console, taken_over)
 
     def _done(part: Part) -> list[Graded]:
         return read_done(part.run, part.problems, part.settings.samples) if part.run else []
 
-    return [replace(part, done=ranks.decide(_done(part))) for part in parts]
+    return [replace(part, done=ranks.decide(_done(part))) for part in ready]
 
 
-def refuse_mixture(out: Path | None, records: list[Record]) -> None:
+def refuse_mixture(out: Path | None, ready: list[Part]) -> None:
     """Raise ValueError where --out holds other languages of an evaluation that is another one.
 
     One of a single language has the folder for itself: no other can stand below it.
     """
-    # Ranks after the first keep nothing, and have no records.
-    if out is None or not records or any(run.folder == out for run, _, _ in records):
+    asked = {
+        part.run.folder: {"settings": asdict(part.settings), "identity": part.identity}
+        for part in ready
+        if part.run
+    }
+    # Ranks after the first keep nothing.
+    if out is None or not asked or out in asked:
         return
     if (out / "settings.json").is_file():
         raise ValueError(f"{out} holds an evaluation of one language; choose another --out")
     held = {file.parent.name: read_record(file) for file in sorted(out.glob("*/settings.json"))}
-    asked = {
-        # As a file would have them: JSON knows no tuples.
-        run.folder.name: json.loads(json.dumps({"settings": record, "identity": identity}))
-        for run, record, identity in records
-    }
-    check_alike(out, held | asked)
+    check_alike(out, held | {folder.name: record for folder, record in asked.items()})
 
 
 def kept_runs(out: Path | None, chosen: list[Language]) -> dict[str, runs.Run]:
@@ -242,6 +268,7 @@ def read_settings(config: EvalConfig, folder: Path, console: Console) -> Setting
     """Return what the numbers depend on; the model folder's recipe fills what was not typed.
 
     Where nothing names a benchmark, it is the languages' own, and the console says which.
+    ValueError: flags that do not go together, or a language that no benchmark has.
     """
     ks, samples, temperature = sampling_plan(config)
     recipe = read_recipe(folder)
@@ -274,7 +301,10 @@ def read_settings(config: EvalConfig, folder: Path, console: Console) -> Setting
 
 
 def sampling_plan(config: EvalConfig) -> tuple[list[int], int, float]:
-    """Return the ks of pass@k, 1 among them, the completions per problem, and the temperature."""
+    """Return the ks of pass@k, 1 among them, the completions per problem, and the temperature.
+
+    ValueError: flags that do not go together.
+    """
     # Where only the most likely token can be drawn, every completion of a problem is the same.
     is_greedy = config.greedy or config.temperature == 0 or config.top_k == 1
     asked = config.pass_at_k or ("1" if is_greedy else str(min(8, config.samples or 8)))
@@ -333,7 +363,10 @@ def max_samples() -> int:
 
 
 def pick_languages(lang: str, benchmark: str) -> list[Language]:
-    """Return the languages that --lang names; "all" are those that the benchmark has."""
+    """Return the languages that --lang names; "all" are those that the benchmark has.
+
+    ValueError: an unknown language. FileNotFoundError: "all" of a benchmark that has none.
+    """
     if lang != "all":
         return list(dict.fromkeys(find_language(code.strip()) for code in lang.split(",")))
     found = [each for each in languages().values() if has_language(benchmark, asdict(each))]
@@ -355,7 +388,8 @@ def load_benchmark(
     """Return the first `limit` problems of a benchmark in a language, and the hub data's commit.
 
     A named benchmark must have as many rows as it is known to have; of other files all rows are
-    taken. Rows that are left out are counted on the console.
+    taken. Rows that are left out are counted on the console. ValueError: a damaged file, another
+    number of rows, an id twice, or an answer that cannot be graded. OSError: no such file.
     """
     files, commit = find_files(benchmark, asdict(language), revision=revision)
     problems = []
@@ -427,7 +461,7 @@ def read_done(run: runs.Run, problems: list[Problem], samples: int) -> list[Grad
     return done
 
 
-def run(job: Job, console: Console) -> None:
+def carry_out(job: Job, console: Console) -> None:
     """Evaluate every language, keep what --out asks to keep, and print the table."""
     results = {}
     for part in job.parts:

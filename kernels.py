@@ -139,29 +139,29 @@ def chunked_divergence(
     _check_options(kind, beta, temperature, clip_mode, clip)
     _check_projection(head_VD, chunk_rows(chunk_tokens), student_ND, teacher_ND)
     device_type = head_VD.device.type
-    if compile is None:
-        compile = compiling_pays(chunk_tokens, len(head_VD)) and _compiler_works(device_type)
-    rows = chunk_rows(chunk_tokens, compiled=compile, device_type=device_type)
+    compiled = compile
+    if compiled is None:
+        compiled = compiling_pays(chunk_tokens, len(head_VD)) and _compiler_works(device_type)
+    rows = chunk_rows(chunk_tokens, compiled=compiled, device_type=device_type)
     # Compiled code needs one shape for all calls; else few tokens make do with a small chunk.
-    rows = rows if compile else min(rows, max(len(student_ND), 1))
+    rows = rows if compiled else min(rows, max(len(student_ND), 1))
     # As tensors: a Python number would be baked into the code, and a new one compile it again.
     dtype = torch.promote_types(head_VD.dtype, torch.float32)
     numbers = torch.tensor([temperature, beta, clip or 0.0], dtype=dtype, device=head_VD.device)
     options = _Options(kind, *numbers[:2], clip=numbers[2] if clip_mode == "entry" else None)
-    scores_4N, gradient_ND = _walk_chunks(student_ND, teacher_ND, head_VD, options, rows, compile)
+    scores_4N, gradient_ND = _walk_chunks(student_ND, teacher_ND, head_VD, options, rows, compiled)
     loss_N, kl_N, teacher_entropy_N, student_entropy_N = scores_4N
-    # Autograd has not seen the walk, so it is told the gradient here. The difference is zero and
-    # changes no loss; its derivative is one, which makes gradient_ND the derivative of the loss.
+    # Autograd has not seen the walk, so it is told here what _gradient_ computed. The difference is
+    # zero and changes no loss; its derivative is one, so gradient_ND becomes the loss's derivative.
     loss_N = loss_N + ((student_ND - student_ND.detach()).to(dtype) * gradient_ND).sum(-1)
     if clip_mode == "token":
         loss_N = loss_N.clamp(max=clip)  # not Eq. (2): as in `divergence`
-    stats = {
+    return loss_N, {
         "kl_N": kl_N,
         "teacher_entropy_N": teacher_entropy_N,
         "student_entropy_N": student_entropy_N,
         "clipped_frac": (loss_N < kl_N).sum() / max(len(loss_N), 1),
     }
-    return loss_N, stats
 
 
 def clip_products(
@@ -172,7 +172,7 @@ def clip_products(
     kind: str,
     beta: float = 0.5,
     temperature: float = 1.0,
-    clip_mode: str = "entry",
+    clip_mode: str,
     clip: float | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
@@ -220,8 +220,9 @@ def gradient_cosine(products_3N: Tensor) -> float:
 
     >>> q = torch.tensor([[0.3, 0.6, 0.1]]).log()
     >>> p = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    >>> kinds = {"kind": "forward_kl", "clip_mode": "entry"}
     >>> for clip in (0.05, 0.2, 0.5):
-    ...     products_3N = clip_products(q, p, torch.eye(3), kind="forward_kl", clip=clip)
+    ...     products_3N = clip_products(q, p, torch.eye(3), clip=clip, **kinds)
     ...     print(clip, round(gradient_cosine(products_3N), 2))
     0.05 -0.87
     0.2 -0.87
@@ -354,7 +355,7 @@ def _walk_chunks(
     head_VD: Tensor,
     options: _Options,
     chunk_tokens: int,
-    compile: bool,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the four rows of `_score` for every token, and D's gradient on its hidden state.
 
@@ -362,9 +363,9 @@ def _walk_chunks(
     last overwrites student_CV. Compiled as a whole they would keep three, and take twice as long on
     a CPU.
     """
-    normalise = _compiled_if(_normalise, compile)
-    score = _compiled_if(_score, compile)
-    gradient_ = _compiled_if(_gradient_, compile)
+    normalise = _compiled_if(_normalise, compiled)
+    score = _compiled_if(_score, compiled)
+    gradient_ = _compiled_if(_gradient_, compiled)
     with_gradient = student_ND.requires_grad and torch.is_grad_enabled()
     student_ND = student_ND.detach()
     teacher_ND = teacher_ND.detach()
@@ -422,7 +423,7 @@ def _logit_gradient(
     """Return D's gradient on the student's logits, but for the factor 1 / T, and D unclipped."""
     _, log_q_CV, summand_CV, slope_CV = _terms(student_CV, teacher_CV, normalisers, options)
     slope_sum_C1 = slope_CV.sum(-1, keepdim=True)
-    return slope_CV - log_q_CV.exp() * slope_sum_C1, summand_CV.sum(-1)  # Eq. (3)
+    return _through_softmax(slope_CV, slope_sum_C1, log_q_CV), summand_CV.sum(-1)
 
 
 def _gradient_(
@@ -430,7 +431,13 @@ def _gradient_(
 ) -> None:
     """Overwrite student_CV, which is not read again, with the gradient of D on it."""
     _, log_q_CV, _, slope_CV = _terms(student_CV, teacher_CV, normalisers, options)
-    student_CV.copy_((slope_CV - log_q_CV.exp() * slope_sum_C1) / options.temperature)  # Eq. (3)
+    gradient_CV = _through_softmax(slope_CV, slope_sum_C1, log_q_CV)
+    student_CV.copy_(gradient_CV / options.temperature)  # Eq. (3), 1/T
+
+
+def _through_softmax(slope_CV: Tensor, slope_sum_C1: Tensor, log_q_CV: Tensor) -> Tensor:
+    """Return g_v - q_v sum_w g_w, the gradient on the logits but for 1 / T; the slope is g."""
+    return slope_CV - log_q_CV.exp() * slope_sum_C1  # Eq. (3), but for 1/T
 
 
 def _terms(
@@ -503,12 +510,12 @@ def _logprob_chunk(
 
 
 @functools.cache
-def _compiled_if(function: Callable, compile: bool) -> Callable:
+def _compiled_if(function: Callable, compiled: bool) -> Callable:
     """Return the function, compiled if asked.
 
     The cache makes it one object for all calls; else each call would compile again.
     """
-    return torch.compile(function, fullgraph=True, dynamic=False) if compile else function
+    return torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
 
 
 @functools.cache

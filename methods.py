@@ -42,12 +42,12 @@ from copsd import (
     train_grpo,
 )
 from kernels import reduce_loss
-from parts.chat import CLOSE, OPEN, completion_text, prompt_opens_think
+from parts import ranks
+from parts.chat import CLOSE, OPEN
 from parts.family import context_length
 from parts.grading import extract_answer, is_correct, is_gradable, normalise
 from parts.lora import teacher_view
 from parts.microbatch import Limit, micro_batches
-from parts.model import eos_ids
 from parts.prompts import Problem, encode_prompt, pose_in_english, spelled_control
 from parts.readings import note_request, render_witness
 from parts.recipe import LABELS, Config
@@ -116,27 +116,37 @@ def read_votes(setup: Setup, problems: list[Problem], step: int) -> Reading:
     problems whose answer is known and can be graded.
     """
     config = setup.config
-    prompts = [setup.student_prompt(problem) for problem in pose_in_english(problems, 1.0)]
+    asked = [setup.student_prompt(problem) for problem in pose_in_english(problems, 1.0)]
     attempts = write_apart(
-        setup, prompts, step=step, limit=config.max_new_tokens, samples=config.vote_samples
+        setup, asked, step=step, limit=config.max_new_tokens, samples=config.vote_samples
     )
-    winners = []
-    right = []
-    for problem, rollouts in zip(problems, attempts, strict=True):
-        texts = [usable_text(setup, rollout) for rollout in rollouts]
-        votes = [voted_answer(text) for text in texts]
-        # Of answers with as many votes, the one that came first.
-        ranked = Counter(vote for vote in votes if vote).most_common(1)
-        winner = ranked[0][0] if ranked else ""
-        winners.append(winner)
-        if is_gradable(problem.answer):
-            # The text of the first vote for it: what the grader reads is a completion.
-            text = texts[votes.index(winner)] if winner else ""
-            right.append(is_correct(text, str(problem.answer)))
-    prompts, noted = _prompts_with_notes(setup, problems, winners)
+    texts = [[usable_text(setup, rollout) for rollout in rollouts] for rollouts in attempts]
+    elected = [count_votes(of_problem) for of_problem in texts]
+    right = [
+        is_correct(text, str(problem.answer))
+        for problem, (_, text) in zip(problems, elected, strict=True)
+        if is_gradable(problem.answer)
+    ]
+    prompts, noted = _prompts_with_notes(setup, problems, [winner for winner, _ in elected])
     sampled = sum(count_tokens(rollouts) for rollouts in attempts)
     right_frac = sum(right) / len(right) if right else None
     return Reading(prompts, sampled, {**noted, "vote/right_frac": right_frac})
+
+
+def count_votes(texts: list[str]) -> tuple[str, str]:
+    r"""Return the answer that most texts agree on, and the first text that gives it: it is graded.
+
+    Of answers with as many votes, the one that came first. Both are "" where no text has an answer.
+
+    >>> count_votes([r"\boxed{7}", r"so \boxed{1,000}", r"\boxed{1000}"])
+    ('1000', 'so \\boxed{1,000}')
+    """
+    votes = [voted_answer(text) for text in texts]
+    ranked = Counter(vote for vote in votes if vote).most_common(1)
+    if not ranked:
+        return "", ""
+    winner, _ = ranked[0]
+    return winner, texts[votes.index(winner)]
 
 
 def voted_answer(text: str) -> str | None:
@@ -167,10 +177,8 @@ def usable_text(setup: Setup, rollout: Rollout) -> str:
 
     A text that spells a control token cannot: it would end the turn that it stands in.
     """
-    text = completion_text(
-        rollout.completion_ids, setup.tokenizer, eos_ids(setup.model, setup.tokenizer)
-    )
-    if prompt_opens_think(setup.tokenizer, setup.config.thinking) or OPEN in text:
+    text = setup.text_of(rollout)
+    if setup.opens_think or OPEN in text:
         _, closed, text = text.rpartition(CLOSE)
         text = text if closed else ""
     text = text.strip()
@@ -182,24 +190,22 @@ def usable_text(setup: Setup, rollout: Rollout) -> str:
 
 def egrsd_credit(
     setup: Setup,
-    prompts: list[list[int]],
+    teacher_prompts: list[list[int]],
     rollouts: list[Rollout],
-    tally: Tally,
     advantage_N: Tensor,
     old_logprob_N: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return each token's advantage times its credit and its weight, and what to log of each.
 
-    prompts        what the teacher reads before each rollout: English problem and solution, too
-    tally          counts the tokens that the teacher reads
-    old_logprob_N  the student's log q of the tokens when they were sampled
+    teacher_prompts  before each rollout: English problem and solution, too
+    advantage_N      of the completion that a token stands in
+    old_logprob_N    the student's log q of the tokens when they were sampled, in nats
     Neither factor is below 0, so that no advantage changes its sign.
     """
     config = setup.config
     completions = [rollout.completion_ids for rollout in rollouts]
     with teacher_view(setup.lora, config.teacher):
-        logprob_N, entropy_N = completion_logprob(setup, prompts, completions)
-    tally.scored += sum(map(len, prompts)) + len(logprob_N)
+        logprob_N, entropy_N = completion_logprob(setup, teacher_prompts, completions)
     stats = {"teacher_entropy_N": entropy_N}
     log_ratio_N = logprob_N - old_logprob_N
     factor_N = credit(advantage_N, log_ratio_N, mix=config.credit_mix, clip=config.credit_clip)
@@ -223,38 +229,32 @@ class Witnessed(NamedTuple):
 
 
 def add_ssopd_term(
-    setup: Setup,
-    groups: list[Group],
-    step_groups: int,
-    tally: Tally,
-    limit: Limit,
-    *,
-    cosine: bool = False,
+    setup: Setup, groups: list[Group], tally: Tally, limit: Limit, *, cosine: bool = False
 ) -> None:
-    """Add the gradient of these groups' share of the term, and of the log.
+    """Add the gradient of this rank's share of the term, and of the log.
 
     L = (1/M) sum over the step's M groups of w(p) times the mean divergence over the first
     --witness-tokens of the wrong completion; w is 0 for groups that are not mixed.
 
-    groups  this rank's, of the step_groups, M, of all ranks
-    limit   of a micro-batch
+    groups  the step's M, of all ranks
     cosine  as in copsd_loss
     """
-    found = [pair for group in groups if (pair := witness_pair(setup, group))]
+    mine = groups[ranks.share(len(groups))]
+    found = [pair for group in mine if (pair := witness_pair(setup, group))]
     prompts = [pair.prompt for pair in found]
     learners = [pair.learner for pair in found]
     kl = 0.0
     for rows in micro_batches(learners, limit, teacher_prompts=prompts):
-        batch = [learners[row] for row in rows]
-        lengths = [len(rollout.completion_ids) for rollout in batch]
-        loss_N, stats = copsd_loss(setup, [prompts[row] for row in rows], batch, cosine=cosine)
+        micro = [learners[row] for row in rows]
+        lengths = [len(rollout.completion_ids) for rollout in micro]
+        loss_N, stats = copsd_loss(setup, [prompts[row] for row in rows], micro, cosine=cosine)
         weight_B = torch.tensor([found[row].weight for row in rows])
         loss = reduce_loss(
             loss_N,
             lengths,
             reduction="trajectory",
             step_tokens=0,  # a mean over rows does not ask
-            step_rows=step_groups,
+            step_rows=len(groups),
             weight_N=weight_B.repeat_interleave(torch.tensor(lengths)),
         )
         setup.loss_scale.backward(loss)
@@ -265,7 +265,7 @@ def add_ssopd_term(
     tally.updated += student_tokens
     tokens = count_tokens(learners)
     tally.scored += student_tokens + tokens + sum(map(len, prompts))
-    tally.note("witness/skipped_group_frac", len(groups) - len(found), len(groups))
+    tally.note("witness/skipped_group_frac", len(mine) - len(found), len(mine))
     tally.note("witness/kl_nats_per_token", kl, tokens)
 
 

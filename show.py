@@ -21,23 +21,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from copsd import Group, advantages, completion_hidden, roll_out
+from copsd import Group, advantages, completion_hidden, reward, roll_out
 from kernels import chunked_logprob, clip_products, gradient_cosine
 from methods import reader, witness_pair
 from parts import ranks, runs
 from parts.adapters import load_adapter
-from parts.chat import completion_text, freeze_date, prompt_opens_think
+from parts.chat import freeze_date
 from parts.data import hub_training_file, keep_fitting, load_problems, replace_solutions
 from parts.family import context_length
 from parts.files import read_sealed
-from parts.grading import grade, is_correct, is_gradable
+from parts.grading import grade, is_gradable
 from parts.identity import folder_fingerprint, refuse_foreign_adapter
 from parts.lora import attach_lora, teacher_view
 from parts.machine import pick_device, pick_dtype
 from parts.measure import check_answers
 from parts.model import (
     check_vocabulary,
-    eos_ids,
     head_weight,
     load_model,
     load_tokenizer,
@@ -110,6 +109,19 @@ def as_in_run(
     record = read_sealed(file).get("config")
     if not isinstance(record, dict):
         raise ValueError(f"{file} is damaged: it has no config")
+    taken = _taken(record, given, shown, file)
+    if taken.get("data") and not Path(taken["data"]).exists():
+        gone = f"{adapter} was trained on {taken['data']}, which is not there"
+        raise FileNotFoundError(f"{gone}; name the file with --data")
+    config = {**taken, **given}
+    said = ", ".join(_told(taken, config))
+    return config, f"settings as in {adapter}{': ' if said else ''}{said}"
+
+
+def _taken(
+    record: dict[str, Any], given: dict[str, Any], shown: Sequence[str], file: Path
+) -> dict[str, Any]:
+    """Return the settings that a walk takes from a run's record; ValueError: they are damaged."""
     method = given.get("method", record.get("method"))
     names = [*shown, *RECORDED] if method == record.get("method") else ANY_METHOD
     known = {f.name: f for f in fields(Config)}
@@ -118,17 +130,20 @@ def as_in_run(
         check_value(known[name], value, f"{file}: {name}")
     if "lang" in given and find_language(given["lang"]).iso3 != record.get("lang"):
         taken.pop("data", None)
-    if taken.get("data") and not Path(taken["data"]).exists():
-        gone = f"{adapter} was trained on {taken['data']}, which is not there"
-        raise FileNotFoundError(f"{gone}; name the file with --data")
-    config = {**taken, **given}
+    return taken
+
+
+def _told(taken: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Return "lang hau" and so on: of what was taken, what the method's own recipe would not set.
+
+    config  all settings of the walk that are known so far
+    """
     first = ("method", "model", "lang")
     chosen = {name: config[name] for name in first if name in config}
     plain = fill(chosen, resolve_model(config.get("model", Config.model)))
     unsaid = (*first, "data", "batch_size")
     own = [n for n in taken if n not in unsaid and taken[n] != getattr(plain, n)]
-    said = [f"{name} {taken[name]}" for name in ("method", "lang", *own) if name in taken]
-    return config, f"settings as in {adapter}{': ' if said else ''}{', '.join(said)}"
+    return [f"{name} {taken[name]}" for name in ("method", "lang", *own) if name in taken]
 
 
 def prepare(config: Config, folder: Path, adapter: Path | None, console: Console) -> Setup:
@@ -200,7 +215,7 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
     if trained:
         after = _explain(setup, lesson)
         (own,) = roll_out(setup, [problem], seed=setup.config.seed)
-        notes.append(f"the trained student writes: {_text(setup, own)}")
+        notes.append(f"the trained student writes: {setup.text_of(own)}")
         notes.append(_reward_note(setup, problem, own, "GRPO would hear of that"))
     student_reads = setup.student_prompt(problem)
     prompts = {"the student reads": student_reads, lesson.reader: lesson.teacher_prompt}
@@ -209,7 +224,7 @@ def walk(setup: Setup, *, trained: bool) -> Walk:
         rollout=rollout,
         prompts={who: str(setup.tokenizer.decode(ids)) for who, ids in prompts.items()},
         prompt_tokens={who: len(ids) for who, ids in prompts.items()},
-        completion=_text(setup, rollout),
+        completion=setup.text_of(rollout),
         rows=rows,
         after=after,
         mean_is=_mean_is(setup.config, lesson),
@@ -306,12 +321,9 @@ def _lessons(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Le
     config = setup.config
     if config.method not in GROUPED:
         return _distilled(setup, problem, rollouts)
-    think_open = prompt_opens_think(setup.tokenizer, config.thinking)
-    texts = [_text(setup, rollout) for rollout in rollouts]
-    answer = str(problem.answer)
-    rewards = [float(is_correct(text, answer, think_open=think_open)) for text in texts]
+    group = reward(setup, problem, rollouts)
     if config.method == "ssopd":
-        return [_witnessed(setup, Group(problem, rollouts, rewards))]
+        return [_witnessed(setup, group)]
     count = f"shown: of {len(rollouts)} completions,"
     if config.method == "egrsd":
         shown = f"{count} the one that the teacher disagrees with most"
@@ -325,13 +337,13 @@ def _lessons(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[Le
         shown = f"{count} the first; the problem has no English side"
         prompt = setup.student_prompt(problem)
         who = "the base model reads; GRPO has no teacher"
-    found = advantages(torch.tensor([rewards]), config.scale_rewards)[0].tolist()
+    found = advantages(torch.tensor([group.rewards]), config.scale_rewards)[0].tolist()
     lessons = []
     for rollout, advantage in zip(rollouts, found, strict=True):
         said = f"each token's advantage is {advantage:.3f}"
         said += " times its weight" if config.method == "egrsd" else ", and all count alike"
         said += OURS if config.token_weight == "confidence" else ""
-        if len(set(rewards)) == 1:
+        if group.dead:
             said += ": all completions are right or all are wrong, so nothing is learned"
         lessons.append(Lesson(rollout, prompt, who, advantage, notes=(shown, said)))
     return lessons
@@ -349,8 +361,10 @@ def _distilled(setup: Setup, problem: Problem, rollouts: list[Rollout]) -> list[
         weighs += OURS if config.token_weight == "confidence" else ""
     unread = (NO_NOTE,) if lacks_notes(reading.metrics) else ()
     name = "the" if config.method == "copsd" else f"{config.method.upper()}'s"
-    given = (reading.prompts[0], f"{name} teacher reads")
-    return [Lesson(rollout, *given, notes=(shown, weighs, *unread)) for rollout in rollouts]
+    (prompt,) = reading.prompts
+    who = f"{name} teacher reads"
+    notes = (shown, weighs, *unread)
+    return [Lesson(rollout, prompt, who, notes=notes) for rollout in rollouts]
 
 
 def _witnessed(setup: Setup, group: Group) -> Lesson:
@@ -413,17 +427,11 @@ def _weights(setup: Setup, lesson: Lesson, student_ND: Tensor, teacher_ND: Tenso
     return weight_N.tolist()
 
 
-def _text(setup: Setup, rollout: Rollout) -> str:
-    end_ids = eos_ids(setup.model, setup.tokenizer)
-    return completion_text(rollout.completion_ids, setup.tokenizer, end_ids)
-
-
 def _reward_note(setup: Setup, problem: Problem, rollout: Rollout, what: str) -> str:
     """Say the reward of a rollout, as GRPO gets it, and why."""
     if not problem.answer:
         return f"{what}: nothing, for the problem has no answer"
     if not is_gradable(problem.answer):
         return f"{what}: nothing, for the problem's answer cannot be graded"
-    think_open = prompt_opens_think(setup.tokenizer, setup.config.thinking)
-    verdict = grade(_text(setup, rollout), problem.answer, think_open=think_open)
+    verdict = grade(setup.text_of(rollout), problem.answer, think_open=setup.opens_think)
     return f"{what}: {int(verdict.correct)} ({verdict.reason}; the answer is {problem.answer})"

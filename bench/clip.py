@@ -205,6 +205,17 @@ def draw(found: dict, title: str, path: Path) -> None:
     curves_figure(panels, [path])
 
 
+def table_lines(rows: list[dict]) -> list[str]:
+    """Return the numbers by clip as a table; a cosine with a gradient that is 0 is none."""
+    lines = [f"{'clip':>8}{'cosine':>10}{'tokens touched':>18}"]
+    for row in rows:
+        cosine = "-" if math.isnan(row["cosine"]) else f"{row['cosine']:.3f}"
+        lines.append(f"{row['clip']:8g}{cosine:>10}{row['clipped_token_frac']:18.3f}")
+    if any(math.isnan(row["cosine"]) for row in rows):
+        lines.append("-: there is no cosine, as one of the two gradients is 0")
+    return lines
+
+
 def main() -> None:
     """Measure, print, draw."""
     arguments = parse_arguments()
@@ -227,9 +238,7 @@ def main() -> None:
         f"{found['kl_nats_per_token']:.3f}, teacher's entropy "
         f"{found['teacher_entropy_nats_per_token']:.3f} nats a token"
     )
-    print(f"{'clip':>8}{'cosine':>10}{'tokens touched':>18}")
-    for row in found["clips"]:
-        print(f"{row['clip']:8g}{row['cosine']:10.3f}{row['clipped_token_frac']:18.3f}")
+    print("\n".join(table_lines(found["clips"])))
     found["runs"] = runs
     title = f"{Path(arguments.model).name}, {arguments.lang}, before training"
     draw(found, title, arguments.out)

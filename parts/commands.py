@@ -412,7 +412,7 @@ def run_comparison(given: Given) -> None:
         plan = make_plan(given, console)
     kept = f"finished arms are kept in {plan.out}, and the same command goes on from there"
     with working(console, lambda: kept):
-        compare.run(plan, console)
+        compare.carry_out(plan, console)
 
 
 @evaluation.callback(invoke_without_command=True)
@@ -430,7 +430,7 @@ def evaluate_command(given: Given, context: typer.Context) -> None:
     with bad_input():
         job = evaluator.prepare(given, console)
     with working(console, job.kept), other_ranks():
-        evaluator.run(job, console)
+        evaluator.carry_out(job, console)
 
 
 @evaluation.command("report")

@@ -298,7 +298,10 @@ def hub_training_file(language: str | Language) -> Path:
 def split_heldout(
     problems: list[Problem], count: int, seed: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Return (train, heldout); held out is every row of `count` texts drawn by the seed."""
+    """Return (train, heldout); held out is every row of `count` texts drawn by the seed.
+
+    ValueError: there are not more texts than that.
+    """
     texts = list(dict.fromkeys(row.problem for row in problems))
     if not 0 <= count < len(texts):
         valid = f"0 to {len(texts) - 1}"

@@ -101,7 +101,10 @@ class Comparison:
 
 
 def load_evaluations(folder: Path, name: str) -> Iterator[Finished]:
-    """Yield what --out wrote, a language at a time; `name` stands for it in the report."""
+    """Yield what --out wrote, a language at a time; `name` stands for it in the report.
+
+    Raises ValueError or FileNotFoundError for what is damaged, not finished or not there.
+    """
     files = [*folder.glob("settings.json"), *sorted(folder.glob("*/settings.json"))]
     if not files:
         raise FileNotFoundError(f"{folder} holds no evaluation: pass what --out wrote")
@@ -169,11 +172,6 @@ def check_alike(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
                 )
 
 
-def ids_fingerprint(ids: list[str]) -> str:
-    """Return 16 hex digits that change with the problems' ids and their order."""
-    return fingerprint(ids)
-
-
 def check_complete(results: list[Graded], record: dict[str, Any]) -> None:
     """Raise ValueError unless these are the problems and attempts that the record says.
 
@@ -181,7 +179,7 @@ def check_complete(results: list[Graded], record: dict[str, Any]) -> None:
     """
     ids = [graded.id for graded in results]
     identity = record["identity"]
-    if identity.get("problem_ids") not in (None, ids_fingerprint(ids)):
+    if identity.get("problem_ids") not in (None, fingerprint(ids)):
         asked = identity.get("problems")
         raise ValueError(f"its {len(ids)} problems are not the {asked} that were evaluated")
     if len(set(ids)) < len(ids):
@@ -333,7 +331,7 @@ def differing_rows(language: str, first: Finished, second: Finished) -> list[lis
 
 
 def compared_row(language: str, first: Finished, second: Finished) -> list[str]:
-    """Return the row of paired tests between two evaluations of the same problems."""
+    """Return the row of paired tests between two evaluations; ValueError: of other problems."""
     names = (first.view.name, second.view.name)
     if first.record["identity"]["data"] != second.record["identity"]["data"]:
         raise ValueError(f"{' and '.join(names)} are of different problems in {language}")

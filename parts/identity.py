@@ -185,19 +185,17 @@ def _recorded(record_file: Path, name: str) -> dict[str, Any]:
 
 def refuse_foreign_adapter(
     path: Path, base_weights: str, model: str, folder: Path, console: Console | None = None
-) -> bool:
+) -> None:
     """Raise ValueError for an adapter that was trained on other base weights than the model's.
 
     folder   the model's
     console  where is said that nothing tells
-    Returns False where nothing tells.
     """
     is_foreign = _is_foreign(path, base_weights, folder)
     if is_foreign:
         raise ValueError(f"adapter {path} was trained on other base weights than those of {model}")
     if is_foreign is None and console:
         say(console, f"adapter {path}: nothing says on which base weights it was trained")
-    return is_foreign is not None
 
 
 def _is_foreign(path: Path, base_weights: str, folder: Path) -> bool | None:

@@ -105,7 +105,7 @@ def mean_of_languages(languages: list[Ratio], *, seed: int = 0) -> Estimate:
     benchmarks lay it out. A language whose denominators sum to zero has no ratio, such as accuracy
     given a box where there is none. It is left out. nan where all are.
     """
-    ratios = []
+    found = []
     for language in languages:
         pairs = np.array(language, dtype=float)  # [2, problems]
         if not pairs[1].sum():
@@ -114,10 +114,10 @@ def mean_of_languages(languages: list[Ratio], *, seed: int = 0) -> Estimate:
         drawn = np.random.default_rng(seed).integers(problems, size=(RESAMPLES, problems))
         # First the sums over all problems, then those over each resample: [2, 1 + RESAMPLES].
         above, below = np.hstack([pairs.sum(axis=1, keepdims=True), pairs[:, drawn].sum(axis=2)])
-        ratios.append(above / np.where(below > 0, below, math.nan))
-    if not ratios:
+        found.append(above / np.where(below > 0, below, math.nan))
+    if not found:
         return Estimate(math.nan, math.nan, math.nan)
-    value, *resampled = np.mean(ratios, axis=0)
+    value, *resampled = np.mean(found, axis=0)
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
     # Where all problems have the same share, rounding alone puts an end beyond the value.
     ends = float(np.fmin(low, value)), float(np.fmax(high, value))

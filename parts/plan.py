@@ -336,7 +336,7 @@ def parse_list(text: str, what: str, convert: Callable[[str], Value]) -> list[Va
 
 
 def parse_factors(text: str) -> list[float]:
-    """Return the factors of "0.5,1,2", which the learning rates of a sweep are."""
+    """Return the factors of "0.5,1,2", which the learning rates of a sweep are; else ValueError."""
     factors = parse_list(text, "sweep", partial(read_number, kind=float))
     if not all(0 < factor < math.inf for factor in factors):
         raise ValueError(f"--sweep is {text!r}; valid: factors above 0, such as 0.5,1,2")
@@ -347,7 +347,7 @@ def parse_factors(text: str) -> list[float]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Return the seeds of "3", which is 0, 1 and 2, or of "0,4,7"."""
+    """Return the seeds of "3", which is 0, 1 and 2, or of "0,4,7"; ValueError for anything else."""
     seeds = parse_list(text, "seeds", partial(read_number, kind=int))
     if len(seeds) == 1 and "," not in text:
         seeds = list(range(min(seeds[0], MAX_SEEDS + 1)))

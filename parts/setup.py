@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kernels import compile_fault
 from parts import ranks, readings, runs
 from parts.adapters import put_adapter, read_settings
-from parts.chat import freeze_date, prompt_opens_think
+from parts.chat import completion_text, freeze_date, prompt_opens_think
 from parts.checkpoints import check_state
 from parts.data import (
     keep_fitting,
@@ -40,6 +41,7 @@ from parts.machine import forget_peak, pick_device, pick_dtype
 from parts.measure import DEV_METRIC, check_answers, check_columns
 from parts.model import (
     check_vocabulary,
+    eos_ids,
     load_config,
     load_model,
     load_tokenizer,
@@ -63,6 +65,7 @@ from parts.recipe import (
     EvalConfig,
     keeps_prompts,
 )
+from parts.sampler import Rollout
 from parts.selfcheck import check_model
 from parts.settings import doubts_of, fill, read_recipe, settle
 from parts.view import say
@@ -99,6 +102,20 @@ class Setup:
         note  what other teachers of the family read in their place; see parts/readings.py
         """
         return readings.reading(self.config, problem, self.tokenizer, note)
+
+    @property
+    def opens_think(self) -> bool:
+        """Say whether a prompt ends inside an opened think block: answers count only behind it."""
+        return prompt_opens_think(self.tokenizer, self.config.thinking)
+
+    @cached_property
+    def end_ids(self) -> set[int]:
+        """Return the ids that end a completion, which are kept: the template is slow to ask."""
+        return eos_ids(self.model, self.tokenizer)
+
+    def text_of(self, rollout: Rollout) -> str:
+        """Return what a rollout wrote, without the token that ends it: what is graded and shown."""
+        return completion_text(rollout.completion_ids, self.tokenizer, self.end_ids)
 
     def can_teach(self, problem: Problem) -> bool:
         """Say whether the problem has all that the teacher's prompt without a note shows of it."""

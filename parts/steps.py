@@ -13,7 +13,7 @@ from parts.checkpoints import optimizer_tensors, restore_optimizer
 from parts.data import pick_order
 from parts.lossscale import LossScale
 from parts.machine import stop_unless_finite
-from parts.model import eos_ids, published_name, valid_ids
+from parts.model import published_name, valid_ids
 from parts.prompts import Problem, pose_in_english
 from parts.recipe import Config
 from parts.sampler import Rollout, SamplingParams, sample
@@ -75,7 +75,7 @@ def write_completions(
         samples_per_prompt=samples,
         first_index=mine.start,
         max_rows=config.sample_rows,
-        eos_ids=eos_ids(setup.model, setup.tokenizer),
+        eos_ids=setup.end_ids,
         valid_ids=valid_ids(setup.tokenizer),
     )
     return ranks.gather(groups)
@@ -98,6 +98,16 @@ def rows_in_the_loss(config: Config, rollouts: list[Rollout]) -> list[int]:
         for row, rollout in enumerate(rollouts)
         if not (config.mask_truncated and rollout.finish_reason == "length")
     ]
+
+
+def loss_reduction(config: Config, tokens: int, rows: int) -> tuple[str, int]:
+    """Return how --loss-norm reduces the loss of a step: reduce_loss's reduction and step_tokens.
+
+    tokens, rows  of the completions that count in the loss
+    """
+    if config.loss_norm == "constant":  # Dr. GRPO: no token's weight depends on any length
+        return "token", rows * config.max_new_tokens
+    return {"token": "token", "sequence": "trajectory"}[config.loss_norm], tokens
 
 
 def take_step(optimizer: torch.optim.Optimizer, *, setup: Setup, lr: float) -> float:

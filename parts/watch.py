@@ -17,13 +17,11 @@ from typing import Any
 from rich.console import Console
 
 from parts import ranks
-from parts.chat import completion_text, prompt_opens_think
 from parts.checkpoints import newest
 from parts.files import parse_json, read_edge_rows
 from parts.grading import extract_answer
 from parts.measure import DEV_METRIC, Ruler
 from parts.metrics import ratios
-from parts.model import eos_ids
 from parts.recipe import Config, step_kl_name
 from parts.runs import DEV_BEFORE, Run
 from parts.sampler import Rollout
@@ -110,13 +108,11 @@ def _without_time(row: dict[str, Any]) -> dict[str, Any]:
 
 def text_metrics(setup: Setup, rollouts: list[Rollout]) -> dict[str, float]:
     """Return the share of completions that hold an answer, and how much in them is repeated."""
-    think_open = prompt_opens_think(setup.tokenizer, setup.config.thinking)
-    end_ids = eos_ids(setup.model, setup.tokenizer)
     answered = 0
     repeated = 0.0
     for rollout in rollouts:
-        text = completion_text(rollout.completion_ids, setup.tokenizer, end_ids)
-        answered += extract_answer(text, think_open=think_open) is not None
+        answer = extract_answer(setup.text_of(rollout), think_open=setup.opens_think)
+        answered += answer is not None
         repeated += repeated_share(rollout.completion_ids)
     return {
         "rollout/format_frac": answered / len(rollouts),

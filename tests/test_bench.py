@@ -1,5 +1,6 @@
 """The benchmarks: what their records become, and that all of them run at tiny sizes."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,17 @@ def test_the_clip_is_drawn_with_the_accuracy_that_training_led_to(tmp_path, monk
     write_json(tmp_path / "none" / "config.json", {"clip": 1})
     with pytest.raises(ValueError, match="is no training run's folder: its record has no config"):
         clip.read_accuracies([tmp_path / "none"], "hau", **lab)
+
+
+def test_a_clip_that_leaves_no_gradient_has_no_cosine():
+    rows = [
+        {"clip": 0.0125, "cosine": math.nan, "clipped_token_frac": 1.0},
+        {"clip": 0.8, "cosine": 0.5, "clipped_token_frac": 0.25},
+    ]
+    _, none, some, note = clip.table_lines(rows)
+    assert none.split() == ["0.0125", "-", "1.000"] and some.split() == ["0.8", "0.500", "0.250"]
+    assert note == "-: there is no cosine, as one of the two gradients is 0"
+    assert len(clip.table_lines(rows[1:])) == 2
 
 
 @pytest.mark.parametrize(

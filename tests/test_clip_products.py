@@ -49,7 +49,7 @@ def test_the_clips_cosine_is_that_of_autograds_gradients_on_the_logits(
 
 def test_the_cosine_of_micro_batches_joined_is_that_of_the_step_and_of_no_gradient_is_nan() -> None:
     student_ND, teacher_ND, head_VD = make_inputs()
-    given = {"kind": "forward_kl", "clip": 0.05}
+    given: dict[str, Any] = {"kind": "forward_kl", "clip_mode": "entry", "clip": 0.05}
     whole_3N = kernels.clip_products(student_ND, teacher_ND, head_VD, **given)
     parts = [
         kernels.clip_products(student_ND[rows], teacher_ND[rows], head_VD, **given)
@@ -60,12 +60,13 @@ def test_the_cosine_of_micro_batches_joined_is_that_of_the_step_and_of_no_gradie
     same_3N = kernels.clip_products(student_ND, student_ND.detach(), head_VD, **given)
     assert math.isnan(kernels.gradient_cosine(same_3N))
     with pytest.raises(ValueError, match="needs a positive clip"):
-        kernels.clip_products(student_ND, teacher_ND, head_VD, kind="forward_kl")
+        kernels.clip_products(student_ND, teacher_ND, head_VD, **{**given, "clip": None})
 
 
 def test_the_mixture_of_jsd_is_half_and_half_unless_said() -> None:
     inputs = make_inputs()
-    unsaid_3N = kernels.clip_products(*inputs, kind="jsd", clip=0.05)
-    half_3N = kernels.clip_products(*inputs, kind="jsd", beta=0.5, clip=0.05)
-    third_3N = kernels.clip_products(*inputs, kind="jsd", beta=0.3, clip=0.05)
+    given: dict[str, Any] = {"kind": "jsd", "clip_mode": "entry", "clip": 0.05}
+    unsaid_3N = kernels.clip_products(*inputs, **given)
+    half_3N = kernels.clip_products(*inputs, beta=0.5, **given)
+    third_3N = kernels.clip_products(*inputs, beta=0.3, **given)
     assert torch.equal(unsaid_3N, half_3N) and not torch.equal(unsaid_3N, third_3N)

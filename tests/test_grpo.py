@@ -19,7 +19,6 @@ from copsd import (
     advantages,
     clipped_surrogate,
     grpo_loss,
-    loss_reduction,
     roll_out_groups,
 )
 from kernels import reduce_loss
@@ -28,6 +27,7 @@ from parts.microbatch import Limit, micro_batches
 from parts.recipe import Config
 from parts.sampler import Rollout
 from parts.setup import configure, prepare
+from parts.steps import loss_reduction
 from parts.view import StepView
 
 SMALL = {

@@ -124,5 +124,6 @@ def test_a_tensor_counts_once_and_until_it_is_gone():
 def test_the_cosine_of_the_clip_takes_what_the_plan_says():
     student_ND, teacher_ND, head_VD = torch.randn(768, 8), torch.randn(768, 8), torch.randn(512, 8)
     with Meter(torch.nn.Module()) as meter:
-        clip_products(student_ND, teacher_ND, head_VD, kind="forward_kl", clip=0.05)
+        given: Any = {"kind": "forward_kl", "clip_mode": "entry", "clip": 0.05}
+        clip_products(student_ND, teacher_ND, head_VD, **given)
     assert meter.peak / (256 * 512) == pytest.approx(2 * 4 + 10 * 4, rel=0.1)

@@ -138,12 +138,19 @@ def test_grpos_gradient_and_old_log_probs_do_not_depend_on_micro_batches_or_budg
     groups = live_groups(setup)
     reward_BG = torch.tensor([group.rewards for group in groups])
     advantage_B = advantages(reward_BG, "group").flatten()
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    read = [setup.teacher_prompt(group.problem) for group in groups] if credit else []
+    prompts = [prompt for prompt in read for _ in range(setup.config.group_size)]
     kept = [0, 1, 2, 3, 4, 6, 7]
     gradients, old = [], []
     for limit in LIMITS:
         logprobs: dict[int, torch.Tensor] = {}
-        given = (setup, groups, advantage_B, kept, logprobs, Stopwatch("cpu"), credit, term, limit)
-        copsd.grpo_gradient(*given)
+        batch = copsd.GrpoBatch(groups, rollouts, advantage_B, kept, prompts, logprobs)
+        given = (setup, batch, Stopwatch("cpu"), False, credit, term, limit)
+        tally = copsd.grpo_gradient(*given)
+        if method == "egrsd":  # its teacher reads what counts in the loss
+            scored = [prompts[row] + rollouts[row].completion_ids for row in kept]
+            assert tally.scored == sum(map(len, scored))
         first = whole_gradient(setup)
         for tensor in setup.lora.parameters():
             tensor.data.mul_(1.001)

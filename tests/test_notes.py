@@ -20,6 +20,7 @@ from parts.model import eos_ids
 from parts.prompts import languages
 from parts.readings import longest_readings, note_request
 from parts.sampler import Rollout
+from parts.setup import Setup
 from parts.view import NO_NOTE
 
 
@@ -77,9 +78,9 @@ def test_a_plan_that_cannot_be_read_leaves_the_plain_prompt_and_is_counted(
     ]
     monkeypatch.setattr(methods, "write_apart", lambda *a, **k: written)
     monkeypatch.setattr(
-        methods,
-        "completion_text",
-        lambda ids, *_: note if ids != good else "Add both.",
+        Setup,
+        "text_of",
+        lambda _, rollout: note if rollout.completion_ids != good else "Add both.",
     )
     found = read_notes(setup, problems, 1)
     assert found.prompts[0] == setup.teacher_prompt(problems[0], "Add both.")
@@ -110,15 +111,15 @@ def test_problems_whose_plan_might_not_fit_are_left_out_before_the_run(tmp_path)
 
 def test_thoughts_are_no_part_of_a_note(tmp_path, monkeypatch):
     setup, _ = make_setup(tmp_path)
-    monkeypatch.setattr(methods, "prompt_opens_think", lambda *_: True)
+    monkeypatch.setattr(Setup, "opens_think", True)
     rollout = Rollout([5], [6], [0.0], "stop")
     for said, left in (("a</think> b", "b"), ("never closed", "")):
-        monkeypatch.setattr(methods, "completion_text", lambda *_, said=said: said)
+        monkeypatch.setattr(Setup, "text_of", lambda *_, said=said: said)
         assert usable_text(setup, rollout) == left
     # A thought that the model opened by itself was shown to the teacher whole.
-    monkeypatch.setattr(methods, "prompt_opens_think", lambda *_: False)
+    monkeypatch.setattr(Setup, "opens_think", False)
     for said, left in (("<think>a</think> b", "b"), ("<think>never closed", ""), ("b", "b")):
-        monkeypatch.setattr(methods, "completion_text", lambda *_, said=said: said)
+        monkeypatch.setattr(Setup, "text_of", lambda *_, said=said: said)
         assert usable_text(setup, rollout) == left
 
 
