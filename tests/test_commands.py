@@ -272,7 +272,7 @@ def test_paths_of_the_user_are_not_read_as_markup(tmp_path):
 
 
 def test_what_the_user_named_is_printed_as_it_was_typed(tmp_path, monkeypatch):
-    name = "ev[hau-0][bold]:smile:[/x]"  # a tag, a style, an emoji and an end without a beginning
+    name = "ev[/x][hau-0][bold]:smile:"  # an end without a beginning, a tag, a style, an emoji
     # In a folder without lab/tiny, too: the default model stands beside the program.
     monkeypatch.chdir(tmp_path)
     result = run_cli("eval", "--greedy", "--limit", "1", "--out", name)
