@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, few_flags, few_problems
+from conftest import ROOT, few_flags
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -588,7 +588,6 @@ def test_a_results_file_that_could_not_take_its_section_is_refused_at_the_start(
 def test_a_comparison_warns_of_what_collapsed_elsewhere_and_says_in_which_arms(tmp_path):
     console = Console(record=True, width=300)
     flags = {"teacher": "copy", "steps": 5, "eval_problems": 6, "dev_problems": 5}
-    flags |= few_problems()
     plans.make_plan({**flags, "out": str(tmp_path / "out")}, console)
     said = console.export_text().splitlines()
     assert len(said) == 2 and all(line.endswith(" (in copsd)") for line in said)

@@ -28,7 +28,7 @@ def read_cases() -> dict[str, list[list[str]]]:
     for line in lines[lines.index("text\tgold\tverdict\twhy") + 1 :]:
         if line.startswith("# --- "):
             rows = cases.setdefault(line.removeprefix("# --- "), [])
-        elif not line.startswith("#"):
+        elif not line.startswith("# "):  # an answer may start with the sign of a number
             cells = line.split("\t")
             rows.append([re.sub(r"<U\+(\w+)>", lambda hit: chr(int(hit[1], 16)), c) for c in cells])
     return cases
