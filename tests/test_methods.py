@@ -362,7 +362,7 @@ def test_the_weight_of_a_group_is_0_where_all_or_none_are_right():
     assert group_weight(0.5, 0.5) == 0.5 and group_weight(0.25, 0.5) == pytest.approx(0.375)
 
 
-def test_the_longest_wrong_completion_learns_from_the_shortest_right_one(tmp_path):
+def test_the_longest_wrong_completion_learns_from_the_shortest_right_one(tmp_path, monkeypatch):
     setup, _ = make_setup(tmp_path, method="ssopd", **GROUPS, witness_tokens=5)
     encode = setup.tokenizer.encode
     texts = ["one two three", "four", "five six", "seven eight nine ten one two"]
@@ -380,6 +380,10 @@ def test_the_longest_wrong_completion_learns_from_the_shortest_right_one(tmp_pat
     assert learner.completion_ids == rollouts[3].completion_ids[:5] and weight == 0.5
     for reward in (0.0, 1.0):
         assert witness_pair(setup, replace(group, rewards=[reward] * 4)) is None
+    needed = len(prompt) + len(learner.completion_ids)
+    for context, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(methods, "context_length", lambda _, context=context: context)
+        assert (witness_pair(setup, group) is not None) == fits
 
 
 def test_groups_that_are_not_mixed_are_skipped_and_counted_and_leave_grpo(tmp_path, monkeypatch):
