@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, few_flags, few_problems
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -38,6 +38,11 @@ APPS = {
 }
 OUTLESS = {"show", "plan"}  # they have no --out
 DATALESS = {"eval", "plan", "report"}  # they have no --data
+# Held out of a few problems: to read all of them takes longer than all else.
+FEW_HELD_OUT = {
+    "train": ["--eval-problems", "4"],
+    "compare": ["--eval-problems", "4", "--dev-problems", "4"],
+}
 
 
 def typed(*arguments: str) -> Maker:
@@ -572,7 +577,8 @@ def test_bad_input_is_one_line_and_makes_nothing(tmp_path, monkeypatch, program,
     app, command = APPS[program]
     if "--data" not in arguments and "--model" in arguments and program not in DATALESS:
         # A copy of the lab's model has no problems beside it.
-        arguments += ["--data", str(PROBLEMS / "train.jsonl")]
+        few = ["--data", few_problems()["data"], *FEW_HELD_OUT.get(program, [])]
+        arguments = [*few, *arguments]
     if program == "eval" and not {"--benchmark", "--lang"} & {*arguments}:
         arguments += ["--benchmark", "lab"]
     # export-data's --file takes the place of --out.
@@ -591,7 +597,7 @@ def test_bad_input_is_one_line_and_makes_nothing(tmp_path, monkeypatch, program,
 # Files of ours that are damaged
 
 RUN = ["train", "--steps", "2", "--save-every", "2", "--batch-size", "2", "--max-new-tokens", "8"]
-RUN += ["--eval-problems", "1", "--eval-samples", "1"]
+RUN += ["--eval-problems", "1", "--eval-samples", "1", *few_flags()]
 EVALUATION = ["--lang", "hau", "--greedy", "--limit", "2", "--max-new-tokens", "8"]
 HARMS: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda held: held[: len(held) // 2],

@@ -378,6 +378,7 @@ def test_a_signal_finishes_the_step_saves_and_stops(tmp_path, monkeypatch, step)
 @pytest.mark.parametrize("when", ["in the last step", "while its state is saved"])
 def test_a_run_stopped_in_its_last_step_has_only_its_evaluation_left(tmp_path, monkeypatch, when):
     flags = ["--steps", "2", "--batch-size", "4", "--eval-problems", "2", "--eval-samples", "2"]
+    flags += ["--max-new-tokens", "8"]
     straight = run_cli("train", *flags, "--out", str(tmp_path / "straight"))
     assert straight.exit_code == 0, straight.output
     flags += ["--out", str(tmp_path / "stopped")]

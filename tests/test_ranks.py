@@ -110,25 +110,39 @@ from contextlib import suppress
 sys.path.insert(0, {root!r})
 from parts import commands, ranks
 ranks.join()
-ranks.join = ranks.leave = lambda: None
-for flags in json.loads(sys.argv[1]):
+left = []
+ranks.join = lambda: None
+ranks.leave = lambda: left.append(1)
+for program, flags in json.loads(sys.argv[1]):
     with suppress(SystemExit):
-        commands.copsd(flags)
+        getattr(commands, program)(flags)
+if ranks.is_first():
+    print(len(left), "left")
 """
 
 
-def test_two_ranks_train_as_one_process_does(tmp_path):
-    def _flags(member: str, count: int) -> list[str]:
-        return ["train", *MEMBERS[member], "--out", str(tmp_path / member / str(count))]
+def test_two_ranks_train_and_evaluate_as_one_process_does(tmp_path):
+    def _calls(count: int) -> list[tuple[str, list[str]]]:
+        trained = [
+            ("copsd", ["train", *MEMBERS[member], "--out", str(tmp_path / member / str(count))])
+            for member in MEMBERS
+        ]
+        out = ["--out", str(tmp_path / "eval" / str(count))]
+        return [*trained, ("evaluation", ["--pass-at-k", "2", "--limit", "5", *out])]
 
-    for member in MEMBERS:
-        run("copsd.py", _flags(member, 1), 1)
+    for program, flags in _calls(1):
+        run({"copsd": "copsd.py", "evaluation": "eval.py"}[program], flags, 1)
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(root=str(ROOT)), encoding="utf-8")
-    printed = run(str(driver), [json.dumps([_flags(member, 2) for member in MEMBERS])], 2)
+    printed = run(str(driver), [json.dumps(_calls(2))], 2)
     assert printed.count("done in") == len(MEMBERS), "one of them prints"
+    assert f"{len(MEMBERS) + 1} left" in printed, "each of the programs parts from the other rank"
     for member in MEMBERS:
         assert_alike(tmp_path / member / "1", tmp_path / member / "2")
+    one, other = (tmp_path / "eval" / str(count) for count in (1, 2))
+    assert [row["id"] for row in rows(other / "problems.jsonl")] != []
+    assert rows(other / "problems.jsonl") == rows(one / "problems.jsonl")
+    assert (other / "summary.json").read_bytes() == (one / "summary.json").read_bytes()
 
 
 def test_a_rank_that_dies_ends_the_run_which_goes_on_with_another_number(tmp_path):
@@ -157,18 +171,6 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_with_another_number(tmp_pat
     assert "another process of this run has ended" in said or "SIGTERM" in said
     run("copsd.py", flags, 1)  # alone, from the last save
     assert_alike(straight, out)
-
-
-def test_two_ranks_evaluate_into_one_file(tmp_path):
-    flags = ["--pass-at-k", "2", "--limit", "5"]
-    for count in (1, 2):
-        run("eval.py", [*flags, "--out", str(tmp_path / str(count))], count)
-    one, other = (rows(tmp_path / str(count) / "problems.jsonl") for count in (1, 2))
-    assert [row["id"] for row in other] == [row["id"] for row in one]
-    assert other == one
-    assert (tmp_path / "2" / "summary.json").read_bytes() == (
-        tmp_path / "1" / "summary.json"
-    ).read_bytes()
 
 
 # One process

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, write_file
+from conftest import ROOT, few_flags, write_file
 from rich.console import Console
 from test_selfcheck import Scaled
 from typer.testing import CliRunner
@@ -25,6 +25,7 @@ from show import Lesson, _mean_is, as_in_run, prepare, walk
 
 QUIET = Console(quiet=True)
 TRAIN = ["--steps", "1", "--batch-size", "4", "--eval-problems", "0", "--lr", "0.01"]
+TRAIN += few_flags()
 
 
 def run_cli(*arguments: str):
