@@ -72,7 +72,6 @@ def measure(flags: list[str]) -> tuple[int, int]:
     from rich.console import Console
     from typer.testing import CliRunner
 
-    import copsd
     from parts import commands, footprint, setup
     from parts.machine import keep_freed_memory
 
@@ -88,7 +87,7 @@ def measure(flags: list[str]) -> tuple[int, int]:
 
     with (
         patch.object(setup, "check_memory", _remember),
-        patch.object(copsd, "eos_ids", lambda *_: set()),
+        patch("parts.setup.eos_ids", lambda *_: set()),
         patch.object(commands, "start", lambda: Console(stderr=True)),
     ):
         result = CliRunner().invoke(commands.copsd, ["train", *flags])

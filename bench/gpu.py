@@ -400,7 +400,7 @@ def measure_step(visit: Visit, size: Size, dtype: torch.dtype) -> None:
             torch.cuda.empty_cache()
         config, model_folder = configure(given)
         setup, run = prepare(config, model_folder, Console(quiet=True))
-        with patch.object(copsd, "eos_ids", lambda *_: set()):
+        with patch("parts.setup.eos_ids", lambda *_: set()):
             copsd.train_copsd(setup, run, BreaksOff(None))
         last = run.metrics()[-1]
         lengths = longest_prompts(config, setup.tokenizer, setup.train)

@@ -41,11 +41,14 @@ def test_the_command_that_comes_next_evaluates_the_run_as_it_was_trained(tmp_pat
     model = tmp_path / "my model"
     shutil.copytree("lab/tiny", model)
     (model / "recipe.json").unlink()
-    files = {name: "lab/problems/{lang}/train.jsonl" for name in ("data", "eval_data")}
+    files = {
+        "data": "lab/problems/{lang}/train.jsonl",
+        "eval_data": "lab/problems/{lang}/test.jsonl",
+    }
     setup, run = make_setup(tmp_path / "a run", **files, model=str(model), thinking="off")
     words = shlex.split(evaluation_command(setup, run.folder))
     begin = ["python", "eval.py", "--pass-at-k", "8", "--model", str(model), "--lang", "hau"]
-    begin += ["--benchmark", "lab/problems/hau/train.jsonl", "--max-new-tokens", "24"]
+    begin += ["--benchmark", "lab/problems/hau/test.jsonl", "--max-new-tokens", "24"]
     added = ["--thinking", "off", "--adapter", str(tmp_path / "a run" / "run")]
     assert words == [*begin, *added]
     # The file of the model's recipe is eval.py's, too: the README shows this line.
