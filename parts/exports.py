@@ -51,7 +51,7 @@ FIXED_THERE = {
 def export_data(given: dict[str, Any], kind: str, file: Path | None, console: Console) -> None:
     """Write the problems that a run with these flags trains on as JSON lines.
 
-    file  None: the run's --out with .jsonl behind it
+    file  None: the run's --out, with .jsonl behind it unless it has that already
     Reads the tokenizer and the configuration of the model, not its weights. Raises ValueError or
     OSError.
     """
@@ -69,7 +69,7 @@ def export_data(given: dict[str, Any], kind: str, file: Path | None, console: Co
     tokenizer, _ = freeze_date(load_tokenizer(folder), None)
     context = context_length(load_config(folder))
     train, _, _ = fitting_problems(config, tokenizer, context, console)
-    target = file or Path(f"{config.out}.jsonl")
+    target = file or Path(f"{str(config.out).removesuffix('.jsonl')}.jsonl")
     read = [Path(each).resolve() for each in (config.data, config.eval_data) if each]
     if target.resolve() in read:
         raise ValueError(f"{target} is what the problems are read from; name another --file")

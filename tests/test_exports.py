@@ -101,6 +101,14 @@ def test_a_flag_that_changes_nothing_is_refused(tmp_path, monkeypatch, flags, sa
     assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("typed", ["rows", "rows.jsonl"])
+def test_an_out_that_is_a_file_already_gets_no_second_ending(tmp_path, typed):
+    flags = ["--out", str(tmp_path / typed)]
+    result = CliRunner().invoke(commands.copsd, ["export-data", *flags])
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_an_unknown_format_is_refused(tmp_path):
     flags = ["export-data", "--format", "verl", "--file", str(tmp_path / "x.jsonl")]
     result = CliRunner().invoke(commands.copsd, flags)
