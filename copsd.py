@@ -460,7 +460,6 @@ def grpo_gradient(
             tally.scored += sum(map(len, read)) + sum(lengths)
     if add_term:
         add_term(setup, groups, tally, limit, cosine=cosine)
-        watch.lap("update")
     return tally
 
 

@@ -84,6 +84,8 @@ def test_it_is_asked_for_where_prompts_are_shared_and_completions_short():
     prompt = [5] * 100
     assert packing_pays([prompt] * 8, [[7] * 64] * 8)
     assert not packing_pays([prompt] * 8, [[7] * 400] * 8), "the prompts save too little"
+    uneven = [[7] * 10] * 3 + [[7] * 90]
+    assert packing_pays([[5] * 10] * 4, uneven), "plain rows are padded to the longest"
     long = LONGEST_ROW // 8
     assert not packing_pays([[5] * 1000] * 8, [[7] * long] * 8), "the row grows too long"
     assert not packing_pays([[number] * 100 for number in range(8)], [[7] * 64] * 8)
