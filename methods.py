@@ -226,6 +226,7 @@ class Witnessed(NamedTuple):
     prompt: list[int]  # what the teacher reads, the right completion in it
     learner: Rollout  # the start of the wrong completion
     weight: float  # of the group
+    wrong: Rollout  # the whole of it
 
 
 def add_ssopd_term(
@@ -291,7 +292,7 @@ def witness_pair(setup: Setup, group: Group) -> Witnessed | None:
     prompt = encode_prompt(text, setup.tokenizer)
     fits = len(prompt) + len(learner.completion_ids) <= context_length(setup.model.config)
     weight = group_weight(len(right) / len(judged), config.witness_weight)
-    return Witnessed(prompt, learner, weight) if witness and fits else None
+    return Witnessed(prompt, learner, weight, longest) if witness and fits else None
 
 
 def group_weight(pass_rate: float, most: float) -> float:

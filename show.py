@@ -373,11 +373,8 @@ def _witnessed(setup: Setup, group: Group) -> Lesson:
     if pair is not None:
         said = "shown: the start of the longest wrong completion; the teacher reads a right one"
         who = "SSOPD's teacher reads"
-        judged = zip(group.rollouts, group.rewards, strict=True)
-        wrong = [rollout for rollout, reward in judged if not reward]
-        whole = max(wrong, key=lambda rollout: len(rollout.completion_ids))
         given = (pair.learner, pair.prompt, who)
-        return Lesson(*given, weight=pair.weight, notes=(said,), whole=whole)
+        return Lesson(*given, weight=pair.weight, notes=(said,), whole=pair.wrong)
     count = f"{sum(group.rewards):.0f} of {len(group.rewards)} completions are right"
     longest = max(group.rollouts, key=lambda rollout: len(rollout.completion_ids))
     who = "the base model reads; SSOPD's teacher reads nothing"

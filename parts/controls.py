@@ -20,7 +20,6 @@ from torch import Tensor
 
 from parts.chat import turn_end_ids
 from parts.lora import teacher_view
-from parts.model import eos_ids
 from parts.prompts import Problem
 from parts.sampler import Rollout
 from parts.setup import Setup
@@ -115,7 +114,7 @@ def _label(setup: Setup, problem: Problem, text: str, ending: str = "") -> Rollo
     which has to stay, before that. Nothing sampled it: its log-probs are nan.
     """
     tokenizer = setup.tokenizer
-    end = min(turn_end_ids(tokenizer) or eos_ids(setup.model, tokenizer))
+    end = min(turn_end_ids(tokenizer) or setup.end_ids)
     ids = [*tokenizer.encode(text, add_special_tokens=False), end]
     limit = setup.config.max_new_tokens
     if ending and len(ids) > limit:

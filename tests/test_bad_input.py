@@ -43,6 +43,9 @@ FEW_HELD_OUT = {
     "train": ["--eval-problems", "4"],
     "compare": ["--eval-problems", "4", "--dev-problems", "4"],
 }
+PASS_AT_KS = ("0", "x", "", "1_0", str(10**12), "8,16x")
+SEEDS = ("0", "", "-1", "x", "1_0", str(10**9))
+SWEEPS = ("", "0", "x", "1_0", "inf", "1,1")
 
 
 def typed(*arguments: str) -> Maker:
@@ -310,7 +313,7 @@ TRAIN = {
 }
 EVAL = {
     **MODELS,
-    **{f"--pass-at-k {k}": typed("--pass-at-k", k) for k in ("0", "", "1_0", str(10**12), "8,16x")},
+    **{f"--pass-at-k {k}": typed("--pass-at-k", k) for k in PASS_AT_KS},
     "k above samples": typed("--pass-at-k", "8", "--samples", "4"),
     "no samples": typed("--samples", "0"),
     "samples without end": typed("--samples", str(10**12)),
@@ -351,11 +354,11 @@ COMPARE = {
     **{name: maker for name, maker in MODELS.items() if "a seed" not in name},
     **RUNS,
     **DATA,
-    **{f"--seeds {seeds}": typed("--seeds", seeds) for seeds in ("0", "", "-1", "1_0", str(10**9))},
+    **{f"--seeds {seeds}": typed("--seeds", seeds) for seeds in SEEDS},
     "a seed of 30 digits": typed("--seeds", f"0,{HUGE}"),
     "a seed twice": typed("--seeds", "1,1"),
     "the sweep's seed": typed("--seeds", "1000,2"),
-    **{f"--sweep {rates}": typed("--sweep", rates) for rates in ("", "0", "1_0", "inf", "1,1")},
+    **{f"--sweep {rates}": typed("--sweep", rates) for rates in SWEEPS},
     "no problems to choose by": typed("--dev-problems", "0"),
     "no problems to compare on": typed("--eval-problems", "0"),
     "results in a folder that is nowhere": typed("--results", "nowhere/RESULTS.md"),

@@ -364,7 +364,7 @@ def test_the_longest_wrong_completion_learns_from_the_shortest_right_one(tmp_pat
     group = Group(setup.train[0], rollouts, [0.0, 1.0, 1.0, 0.0])
     pair = witness_pair(setup, group)
     assert pair is not None
-    prompt, learner, weight = pair
+    prompt, learner, weight, _ = pair
     text = str(setup.tokenizer.decode(prompt))
     assert "[farkon mafita]\nfour\n[ƙarshen mafita]" in text
     assert str(group.problem.solution_en) not in text
@@ -415,7 +415,7 @@ def test_ssopds_term_is_the_weighted_mean_over_groups_of_the_means_over_tokens(
     methods.add_ssopd_term(setup, groups, tally, Limit(micro_batch))
     found = gradient(setup)
     total = torch.tensor(0.0)
-    for prompt, learner, weight in pairs:
+    for prompt, learner, weight, _ in pairs:
         loss_N, _ = copsd_loss(setup, [prompt], [learner])
         total = total + weight * loss_N.mean() / len(groups)
     total.backward()
