@@ -141,25 +141,31 @@ def copsd_gradient(
     watch: Stopwatch,
     cosine: bool,
     limit: Limit,
+    weight_B: Tensor | None = None,
 ) -> Tally:
     """Add this rank's share of the gradient of Eq. (1) over a step; return its share of the log.
 
     A step does not fit in memory at once: each micro-batch adds its share of the step's one mean.
+    weight_B  what each completion's mean D counts in the sum that L then is; None: L is Eq. (1)
     """
-    _, loss_of = SOURCES[setup.config.completion]
+    config = setup.config
+    _, loss_of = SOURCES[config.completion]
     tally = Tally()
     mine = list(range(len(rollouts)))[ranks.share(len(rollouts))]
     for rows in micro_batches(rollouts, limit, mine, teacher_prompts):
         micro = [rollouts[row] for row in rows]
         lengths = [len(rollout.completion_ids) for rollout in micro]
         loss_N, stats = loss_of(setup, [teacher_prompts[row] for row in rows], micro, cosine=cosine)
+        weight_N = token_weights(config, stats, lengths)
+        if weight_B is not None:
+            weight_N = weight_B[rows].repeat_interleave(torch.tensor(lengths))
         loss = reduce_loss(  # Eq. (1), 1/N
             loss_N,
             lengths,
-            reduction=setup.config.reduction,
+            reduction=config.reduction if weight_B is None else "trajectory",
             step_tokens=count_tokens(rollouts),
-            step_rows=len(rollouts),
-            weight_N=token_weights(setup.config, stats, lengths),
+            step_rows=len(rollouts) if weight_B is None else 1,
+            weight_N=weight_N,
         )
         watch.lap("score")
         setup.loss_scale.backward(loss)
@@ -280,12 +286,8 @@ class Credit(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-class Term(Protocol):
-    """What SSOPD adds (methods.py): this rank's share of the gradient of a term of the groups."""
-
-    def __call__(
-        self, setup: Setup, groups: list[Group], tally: Tally, limit: Limit, *, cosine: bool
-    ) -> None: ...
+# What SSOPD adds (methods.py): this rank's share of the gradient of a term of a step's groups.
+Term = Callable[[Setup, list[Group], Tally, Stopwatch, bool, Limit], None]
 
 
 def roll_out_groups(setup: Setup, problems: list[Problem], *, seed: int) -> list[Group]:
@@ -459,7 +461,7 @@ def grpo_gradient(
         if credit:  # its teacher has scored them, too
             tally.scored += sum(map(len, read)) + sum(lengths)
     if add_term:
-        add_term(setup, groups, tally, limit, cosine=cosine)
+        add_term(setup, groups, tally, watch, cosine, limit)
     return tally
 
 

@@ -36,31 +36,29 @@ from torch import Tensor
 from copsd import (
     Group,
     completion_logprob,
-    copsd_loss,
+    copsd_gradient,
     roll_out_groups,
     train_copsd,
     train_grpo,
 )
-from kernels import reduce_loss
-from parts import ranks
 from parts.chat import CLOSE, OPEN
 from parts.family import context_length
 from parts.grading import extract_answer, is_correct, is_gradable, normalise
 from parts.lora import teacher_view
-from parts.microbatch import Limit, micro_batches
+from parts.machine import Stopwatch
+from parts.microbatch import Limit
 from parts.prompts import Problem, encode_prompt, pose_in_english, spelled_control
 from parts.readings import note_request, render_witness
 from parts.recipe import LABELS, Config
 from parts.runs import Run
 from parts.sampler import Rollout
 from parts.setup import Reader, Reading, Setup, read_solutions
-from parts.steplog import CLIP_PRODUCTS, Metrics, Tally, count_tokens
+from parts.steplog import Metrics, Tally, count_tokens
 from parts.steps import rollout_seed, write_completions
 from parts.view import Watcher
 from parts.weights import credit, token_weights
 
 NOTE_SEEDS = 10**18  # further than any seed of a rollout: no stream is shared
-CLIP_STATS = ("clipped_N", *CLIP_PRODUCTS)  # of SSOPD's term, what the clip does to it
 
 
 # OPHSD, and the other teachers whose text is written during training.
@@ -230,7 +228,7 @@ class Witnessed(NamedTuple):
 
 
 def add_ssopd_term(
-    setup: Setup, groups: list[Group], tally: Tally, limit: Limit, *, cosine: bool = False
+    setup: Setup, groups: list[Group], tally: Tally, watch: Stopwatch, cosine: bool, limit: Limit
 ) -> None:
     """Add the gradient of this rank's share of the term, and of the log.
 
@@ -238,36 +236,18 @@ def add_ssopd_term(
     --witness-tokens of the wrong completion; w is 0 for groups that are not mixed.
 
     groups  the step's M, of all ranks
-    cosine  as in copsd_loss
     """
-    mine = groups[ranks.share(len(groups))]
-    found = [pair for group in mine if (pair := witness_pair(setup, group))]
-    prompts = [pair.prompt for pair in found]
+    found = [pair for group in groups if (pair := witness_pair(setup, group))]
     learners = [pair.learner for pair in found]
-    kl = 0.0
-    for rows in micro_batches(learners, limit, teacher_prompts=prompts):
-        micro = [learners[row] for row in rows]
-        lengths = [len(rollout.completion_ids) for rollout in micro]
-        loss_N, stats = copsd_loss(setup, [prompts[row] for row in rows], micro, cosine=cosine)
-        weight_B = torch.tensor([found[row].weight for row in rows])
-        loss = reduce_loss(
-            loss_N,
-            lengths,
-            reduction="trajectory",
-            step_tokens=0,  # a mean over rows does not ask
-            step_rows=len(groups),
-            weight_N=weight_B.repeat_interleave(torch.tensor(lengths)),
-        )
-        setup.loss_scale.backward(loss)
-        tally.loss += loss.item()
-        tally.keep({name: stats[name] for name in CLIP_STATS if name in stats})
-        kl += stats["kl_N"].sum().item()
-    student_tokens = count_tokens(learners, prompts=True)
-    tally.updated += student_tokens
-    tokens = count_tokens(learners)
-    tally.scored += student_tokens + tokens + sum(map(len, prompts))
-    tally.note("witness/skipped_group_frac", len(mine) - len(found), len(mine))
-    tally.note("witness/kl_nats_per_token", kl, tokens)
+    prompts = [pair.prompt for pair in found]
+    weight_B = torch.tensor([pair.weight for pair in found]) / len(groups)
+    part = copsd_gradient(setup, learners, prompts, watch, cosine, limit, weight_B)
+    tally.join(part, "witness_")
+    tally.note("witness/skipped_group_frac", len(groups) - len(found), len(groups))
+    for row, tokens in part.rows:
+        through_student = len(learners[row].prompt_ids) + tokens
+        tally.updated += through_student
+        tally.scored += through_student + len(prompts[row]) + tokens
 
 
 def witness_pair(setup: Setup, group: Group) -> Witnessed | None:
@@ -282,17 +262,18 @@ def witness_pair(setup: Setup, group: Group) -> Witnessed | None:
     wrong = [rollout for rollout, reward in judged if not reward]
     if not right or not wrong:
         return None
-    witness = usable_text(setup, min(right, key=lambda rollout: len(rollout.completion_ids)))
-    longest = max(wrong, key=lambda rollout: len(rollout.completion_ids))
-    first = slice(config.witness_tokens)
-    learner = Rollout(
-        longest.prompt_ids, longest.completion_ids[first], longest.logprobs[first], "length"
-    )
+    witness = usable_text(setup, min(right, key=_tokens))
+    longest = max(wrong, key=_tokens)
+    start = longest.cut(config.witness_tokens)
     text = render_witness(config, group.problem, setup.tokenizer, witness)
     prompt = encode_prompt(text, setup.tokenizer)
-    fits = len(prompt) + len(learner.completion_ids) <= context_length(setup.model.config)
+    fits = len(prompt) + len(start.completion_ids) <= context_length(setup.model.config)
     weight = group_weight(len(right) / len(judged), config.witness_weight)
-    return Witnessed(prompt, learner, weight, longest) if witness and fits else None
+    return Witnessed(prompt, start, weight, longest) if witness and fits else None
+
+
+def _tokens(rollout: Rollout) -> int:
+    return len(rollout.completion_ids)
 
 
 def group_weight(pass_rate: float, most: float) -> float:

@@ -81,6 +81,11 @@ class Rollout:
     logprobs: list[float]
     finish_reason: str
 
+    def cut(self, tokens: int) -> "Rollout":
+        """Return the start of the completion, of so many tokens at most."""
+        ids, logprobs = self.completion_ids[:tokens], self.logprobs[:tokens]
+        return Rollout(self.prompt_ids, ids, logprobs, "length")
+
 
 def sample(
     model: PreTrainedModel,

@@ -42,12 +42,14 @@ class Tally:
         """Add a micro-batch: its share of the loss, its tokens' statistics, its rows' lengths."""
         self.loss += loss.item()
         self.rows += zip(rows, lengths, strict=True)
-        self.keep(stats)
-
-    def keep(self, stats: Mapping[str, Tensor]) -> None:
-        """Add tokens' statistics alone, of what is no micro-batch of the step's completions."""
         for name, tensor_N in stats.items():
             self.tokens.setdefault(name, []).append(tensor_N.float().cpu())
+
+    def join(self, term: "Tally", prefix: str) -> None:
+        """Add the tally of another term of the loss, its statistics under a prefix."""
+        self.loss += term.loss
+        for name, tensors in term.tokens.items():
+            self.tokens.setdefault(prefix + name, []).extend(tensors)
 
     def mean(self, name: str) -> float | None:
         """Return a statistic's mean over the step's tokens, None if there are none."""
@@ -58,14 +60,15 @@ class Tally:
         old_total, old_count = self.notes.get(name, (0.0, 0.0))
         self.notes[name] = (old_total + total, old_count + count)
 
-    def clip_cosine(self) -> float | None:
+    def clip_cosine(self, prefix: str = "") -> float | None:
         """Return the cosine between the clipped and the plain gradient.
 
         None if it is not measured, and where one of them is 0, as both are where nothing is taught.
         """
-        if CLIP_PRODUCTS[0] not in self.tokens:
+        names = [prefix + name for name in CLIP_PRODUCTS]
+        if names[0] not in self.tokens:
             return None
-        products_3N = torch.stack([torch.cat(self.tokens[name]) for name in CLIP_PRODUCTS])
+        products_3N = torch.stack([torch.cat(self.tokens[name]) for name in names])
         cosine = gradient_cosine(products_3N)
         return None if math.isnan(cosine) else cosine
 
@@ -140,10 +143,11 @@ def grpo_metrics(tally: Tally, group_rewards: list[list[float]], inner_epochs: i
             "credit/mean": tally.mean("credit_N"),
             "credit/flipped_token_frac": tally.mean("flipped_N"),  # 0, or something is wrong
         }
-    if "witness/kl_nats_per_token" in tally.notes:  # the divergence of SSOPD's term
+    if "witness/skipped_group_frac" in tally.notes:  # the divergence of SSOPD's term
         own = {
-            "loss/clipped_token_frac": tally.mean("clipped_N"),
-            "loss/clip_gradient_cosine": tally.clip_cosine(),
+            "loss/clipped_token_frac": tally.mean("witness_clipped_N"),
+            "loss/clip_gradient_cosine": tally.clip_cosine("witness_"),
+            "witness/kl_nats_per_token": tally.mean("witness_kl_N"),
         }
     return {
         "loss/objective": tally.loss / inner_epochs,

@@ -88,7 +88,7 @@ ABOVE = {
     "kernels": set(),
     "copsd": {"kernels", "parts"},
     "eval": {"parts"},
-    "methods": {"copsd", "kernels", "parts"},
+    "methods": {"copsd", "parts"},
     "show": {"copsd", "kernels", "methods", "parts"},
     "compare": {"copsd", "methods", "parts"},
 }

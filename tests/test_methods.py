@@ -20,6 +20,7 @@ from methods import LOOPS, egrsd_credit, group_weight, witness_pair
 from parts import commands
 from parts.experiments import EVIDENCE
 from parts.lora import teacher_view
+from parts.machine import Stopwatch
 from parts.microbatch import Limit
 from parts.prompts import encode_prompt, find_language, render_prompt
 from parts.readings import render_witness
@@ -179,7 +180,7 @@ def test_ssopds_term_is_nothing_where_its_teacher_reads_what_the_student_reads(
         methods, "render_witness", lambda config, problem, *_: render_student(setup, problem)
     )
     tally = Tally()
-    methods.add_ssopd_term(setup, groups, tally, Limit(2))
+    methods.add_ssopd_term(setup, groups, tally, Stopwatch("cpu"), False, Limit(2))
     assert tally.updated > 0, "a group is mixed"
     assert tally.loss == 0 and gradient(setup).abs().max() == 0
 
@@ -412,7 +413,8 @@ def test_ssopds_term_is_the_weighted_mean_over_groups_of_the_means_over_tokens(
     pairs = [pair for group in groups if (pair := witness_pair(setup, group))]
     assert pairs
     tally = Tally()
-    methods.add_ssopd_term(setup, groups, tally, Limit(micro_batch))
+    watch = Stopwatch("cpu")
+    methods.add_ssopd_term(setup, groups, tally, watch, False, Limit(micro_batch))
     found = gradient(setup)
     total = torch.tensor(0.0)
     for prompt, learner, weight, _ in pairs:
@@ -448,7 +450,7 @@ def test_the_clip_of_ssopds_term_is_logged_as_copsds_is(tmp_path, monkeypatch):
     [
         ("egrsd", copsd, "grpo_loss"),
         ("ssopd", copsd, "grpo_loss"),
-        ("ssopd", methods, "copsd_loss"),
+        ("ssopd", copsd, "chunked_divergence"),
     ],
 )
 def test_an_attempt_that_ran_out_of_memory_leaves_nothing_in_the_log(

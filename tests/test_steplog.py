@@ -94,10 +94,30 @@ def test_copsds_metrics_are_the_tallys_means_by_their_names():
 def test_gradients_that_are_0_have_no_cosine():
     """It was nan, which a tracker would have drawn."""
     tally = Tally()
-    tally.keep({name: torch.zeros(3) for name in CLIP_PRODUCTS})
+    tally.add(torch.tensor(0.0), {name: torch.zeros(3) for name in CLIP_PRODUCTS}, [0], [3])
     assert tally.clip_cosine() is None
-    tally.keep(dict(zip(CLIP_PRODUCTS, torch.tensor([[1.0], [4.0], [1.0]]), strict=True)))
+    values = torch.tensor([[1.0], [4.0], [1.0]])
+    products: dict[str, torch.Tensor] = dict(zip(CLIP_PRODUCTS, values, strict=True))
+    tally.add(torch.tensor(0.0), products, [1], [1])
     assert tally.clip_cosine() == 0.5
+
+
+def test_another_term_is_logged_beside_grpo_under_names_of_its_own():
+    """SSOPD's divergence and GRPO's KL to the initial model would else be one mean."""
+    tally = Tally()
+    tally.add(torch.tensor(1.0), {"kl_N": torch.tensor([4.0]), "ratio_N": torch.ones(1)}, [0], [1])
+    term = Tally()
+    products = zip(CLIP_PRODUCTS, torch.tensor([[1.0], [4.0], [1.0]]), strict=True)
+    of_term = {"kl_N": torch.tensor([1.0, 2.0]), "clipped_N": torch.tensor([1.0, 0.0])}
+    term.add(torch.tensor(0.5), of_term | dict(products), [3], [2])
+    tally.join(term, "witness_")
+    tally.note("witness/skipped_group_frac", 1, 4)
+    logged = grpo_metrics(tally, [[1.0, 0.0]], 1)
+    assert logged["loss/objective"] == 1.5 and tally.rows == [(0, 1)]
+    assert logged["loss/kl_nats_per_token"] == 4.0
+    assert logged["witness/kl_nats_per_token"] == 1.5
+    assert logged["loss/clipped_token_frac"] == 0.5
+    assert logged["loss/clip_gradient_cosine"] == 0.5
 
 
 def test_grpos_metrics_count_rewards_of_all_groups_and_ratios_of_all_tokens():
