@@ -26,7 +26,7 @@ from parts.model import load_config, load_tokenizer, resolve_model
 from parts.prompts import Problem, find_language
 from parts.recipe import OWN_SETTINGS, CompareConfig, Config
 from parts.runs import MAKE_AGAIN, START_ANEW, Run
-from parts.settings import check_settings, doubts_of, flag_of, idle_settings
+from parts.settings import as_trained, check_settings, doubts_of, flag_of, idle_settings
 from parts.setup import configure, fitting_problems, load_setup, needs_answers
 from parts.typed import read_number
 from parts.view import say
@@ -114,8 +114,8 @@ def make_plan(given: dict[str, Any], console: Console | None = None) -> Plan:
         pairs = tuple(("recipe", variant.name) for variant in design.variants[1:])
         design = replace(design, pairs=pairs)
     arms = configs_of(design, {**shared, "lang": langs[0]})
-    refuse_equal_arms(arms)
     refuse_idle_flags(design, shared, arms)
+    refuse_equal_arms(arms)
     plan = Plan(
         options=options,
         given=shared,
@@ -171,7 +171,7 @@ def refuse_equal_arms(arms: dict[str, Config]) -> None:
     """Raise ValueError where two arms would be the same run."""
     names: dict[str, str] = {}
     for name, config in arms.items():
-        other = names.setdefault(repr(config), name)
+        other = names.setdefault(repr(as_trained(config)), name)
         if other != name:
             raise ValueError(
                 f"the arms {other!r} and {name!r} would be the same run; leave out the "

@@ -207,6 +207,26 @@ def _unmet(f: Field, needs: Needs, config: Config) -> str:
     return ""
 
 
+def as_trained(config: Config) -> Config:
+    """Return the settings without what this run's training never reads: equal ones train alike.
+
+    A method whose own part is switched off is GRPO, and those of COPSD's loop differ in settings
+    only.
+    """
+    is_even = config.token_weight == "uniform" and config.loss_prefix == 1
+    adds = {
+        "egrsd": config.credit_mix > 0 or not is_even,
+        "ssopd": config.witness_weight > 0,
+    }
+    loop = "copsd" if config.method in DISTILLED else "grpo"
+    method = config.method if adds.get(config.method) else loop
+    # Without an evaluation, what changes only its KL is idle, too.
+    config = replace(config, method=method, eval_problems=0)
+    given = {f.name: getattr(config, f.name) for f in fields(config)}
+    idle = idle_settings(given, config)
+    return replace(config, **{f.name: f.default for f in fields(config) if f.name in idle})
+
+
 def doubts_of(config: Config) -> list[str]:
     """Return a line for each choice of settings that collapsed for others or misleads.
 
@@ -229,6 +249,9 @@ def doubts_of(config: Config) -> list[str]:
             "warning: --clip-low and --clip-high act from a batch's second update on, and "
             "--inner-epochs is 1"
         )
+    if config.method != "grpo" and as_trained(config).method == "grpo":
+        part = "--witness-weight 0" if config.method == "ssopd" else "--credit-mix 0"
+        warnings.append(f"warning: --method {config.method} with {part} trains as --method grpo")
     if follows and config.teacher == "copy" and config.teacher_every == 1:
         warnings.append("warning: --teacher-every 1 collapsed in OPSDC's paper; it has 50")
     is_read = is_scored or config.method == "egrsd"

@@ -512,6 +512,16 @@ def test_a_budget_is_enough_for_a_step_of_the_arm_that_samples_most(tmp_path):
         (["--family", "--teacher-every", "20"], "the arm 'opsdc' has its own --teacher-every"),
         (["--attribute", "--group-size", "4"], "--group-size is for --method grpo, egrsd, ssopd"),
         (["--attribute", "--teacher-reads", "brief"], "the arm 'answer' would not differ: --"),
+        # Two methods whose differences are switched off, or given to both.
+        (["--family", "--witness-weight", "0"], "'grpo' and 'ssopd' would be the same run"),
+        (
+            ["--family", "--credit-mix", "0", "--token-weight", "uniform"],
+            "'grpo' and 'egrsd' would be the same run",
+        ),
+        (
+            ["--family", "--teacher-reads", "plan", "--divergence", "reverse_kl"],
+            "'copsd' and 'ophsd' would be the same run",
+        ),
         # The line names a flag that nobody typed, so it says whose it is.
         (["--attribute", "--answer-only"], "the arm 'english-problem': --answer-only shows"),
     ],

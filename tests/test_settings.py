@@ -12,6 +12,7 @@ import pytest
 
 from parts.recipe import METHODS, CompareConfig, Config, EvalConfig
 from parts.settings import (
+    as_trained,
     check_run,
     check_settings,
     doubts_of,
@@ -252,3 +253,46 @@ def test_what_a_warm_start_does_not_begin_with_is_said():
         assert doubts_of(silent) == []
     helps = {f.name: f.metadata["doc"] for f in fields(Config)}
     assert "without any adapter" in helps["kl_coef"] and "stay the base" in helps["warm_start"]
+
+
+@pytest.mark.parametrize(
+    ("given", "alike"),
+    [
+        # A part that is switched off leaves GRPO, whatever its other settings say.
+        ({"method": "ssopd", "witness_weight": 0.0, "witness_tokens": 9}, {"method": "grpo"}),
+        ({"method": "egrsd", "credit_mix": 0.0}, {"method": "grpo"}),
+        # Settings that nothing reads: a clip without its mode, a copy's rhythm without a copy.
+        ({"clip_mode": "none", "clip": 1.0}, {"clip_mode": "none"}),
+        ({"method": "grpo", "divergence": "jsd"}, {"method": "grpo"}),
+        ({"method": "opsdc"}, {"method": "copsd"}),
+    ],
+)
+def test_settings_that_train_alike_are_equal_once_what_is_not_read_is_left_out(given, alike):
+    assert as_trained(Config(**given)) == as_trained(Config(**alike))
+
+
+@pytest.mark.parametrize(
+    ("given", "other"),
+    [
+        ({"method": "ssopd"}, {"method": "grpo"}),
+        ({"method": "egrsd", "credit_mix": 0.0, "loss_prefix": 0.5}, {"method": "grpo"}),
+        ({"method": "egrsd", "credit_mix": 0.0, "token_weight": "position"}, {"method": "grpo"}),
+        ({"method": "egrsd"}, {"method": "ssopd"}),
+        ({"clip": 1.0}, {}),
+        ({"seed": 1}, {}),
+        ({"method": "grpo"}, {"method": "copsd"}),
+    ],
+)
+def test_settings_that_train_otherwise_are_not_equal(given, other):
+    assert as_trained(Config(**given)) != as_trained(Config(**other))
+
+
+def test_a_method_whose_own_part_is_switched_off_is_said_to_be_grpo():
+    ssopd = Config(method="ssopd", witness_weight=0.0)
+    said = "warning: --method ssopd with --witness-weight 0 trains as --method grpo"
+    assert said in doubts_of(ssopd)
+    assert said not in doubts_of(replace(ssopd, witness_weight=0.1))
+    egrsd = Config(method="egrsd", credit_mix=0.0)
+    said = "warning: --method egrsd with --credit-mix 0 trains as --method grpo"
+    assert said in doubts_of(egrsd)
+    assert said not in doubts_of(replace(egrsd, token_weight="confidence"))
