@@ -15,7 +15,7 @@ an experiment holds
     LANG/train, dev, test.jsonl  what arms train on, what rates are picked on, what is reported
     LANG/base/                   the untrained model, whose answers set the token budget
     LANG/sweep/ARM-RATE/         runs of half the budget, from which each arm's learning rate is
-                                 picked: one rate for all languages
+                                 picked: one rate for all languages. base-0 is the base
     LANG/ARM-SEED/               a run; results.json: its checkpoints on the test problems;
                                  prompts.json: what student and teacher read of some problems, whole
     LANG/ARM-seconds-SEED/       the same with another budget, so that it trains as long as COPSD
@@ -57,6 +57,7 @@ from parts.arms import (
     seconds_folder,
     stages_of,
     sweep_accuracies,
+    untrained_accuracy,
 )
 from parts.data import load_problems
 from parts.evaluations import naming
@@ -97,7 +98,8 @@ def carry_out(plan: Plan, console: Console) -> None:
     goes on.
     """
     trained = len(plan.langs) * len(plan.trained) * len(plan.seeds)
-    untrained = len(plan.langs) * (1 + len(plan.design.variants) - len(plan.trained))
+    bases = 2 if plan.factors else 1  # a sweep has one of its own
+    untrained = len(plan.langs) * (bases + len(plan.design.variants) - len(plan.trained))
     sweeps = len(plan.langs) * len(plan.factors) * len(plan.trained)
     progress = ArmsProgress(
         console,
@@ -201,7 +203,7 @@ def run_arm(plan: Plan, arm: Arm, progress: ArmsProgress, console: Console) -> R
     if not arm.is_trained:
         results: Results = {
             "points": [],
-            "final": measure_arm(plan, setup, whole=True, sampled=True),
+            "final": measure_arm(plan, setup, whole=not arm.is_sweep, sampled=not arm.is_sweep),
         }
     else:
         try:
@@ -353,6 +355,7 @@ def write_outcome(plan: Plan, found: dict[Path, Results], console: Console) -> N
                 plan.factors,
                 sweep_accuracies(plan, variant, found),
                 pick_rate(plan, variant, found),
+                untrained_accuracy(plan, found),
             )
             for variant in plan.trained
         }
@@ -368,7 +371,8 @@ def write_outcome(plan: Plan, found: dict[Path, Results], console: Console) -> N
         equal_seconds=equal_seconds,
     )
     results = Path(plan.options.results) if plan.options.results else None
-    files = outcome.write_experiment(experiment, plan.out, results)
-    for table in outcome.tables(experiment):
+    tables = outcome.tables(experiment)
+    files = outcome.write_experiment(experiment, tables, plan.out, results)
+    for table in tables:
         say(console, table + "\n")
     say(console, f"written: {', '.join(map(str, files))}")

@@ -153,6 +153,8 @@ def training_seconds(plan: Plan, lang: str, name: str, found: dict[Path, Results
 def sweep_arms(plan: Plan, lang: str, common: dict[str, Any]) -> Iterator[Arm]:
     """Yield a run of each trained arm at each factor of its learning rate, with half the budget.
 
+    Before them the base, on the problems that they are measured on.
+
     common  the settings that all arms of the language share
     """
     half = {
@@ -162,6 +164,15 @@ def sweep_arms(plan: Plan, lang: str, common: dict[str, Any]) -> Iterator[Arm]:
         "token_budget": max(common["token_budget"] // 2, least_budget(plan)),
         "seed": SWEEP_SEED,
     }
+    yield Arm(
+        name="base",
+        title=f"{lang}, sweep, base",
+        folder=sweep_folder(plan, lang, "base", 0),
+        settings=half,
+        size=UNTRAINED_SIZE,
+        is_sweep=True,
+        is_trained=False,
+    )
     for variant in plan.trained:
         for rate in sweep_rates(plan, variant):
             title = f"{lang}, sweep, {variant.title}, lr {rate:g}"
@@ -187,7 +198,7 @@ def seconds_folder(plan: Plan, lang: str, name: str, seed: int) -> Path:
 
 
 def sweep_folder(plan: Plan, lang: str, name: str, rate: float) -> Path:
-    """Return where a run of the sweep is kept."""
+    """Return where a run of the sweep is kept; the base's rate is 0."""
     return plan.out / lang / "sweep" / f"{name}-{rate:g}"
 
 
@@ -205,6 +216,12 @@ def sweep_accuracies(
         )
         for rate in sweep_rates(plan, variant)
     }
+
+
+def untrained_accuracy(plan: Plan, found: dict[Path, Results]) -> float:
+    """Return the base's greedy accuracy on those problems, the mean over the languages."""
+    folders = [sweep_folder(plan, lang, "base", 0) for lang in plan.langs]
+    return fmean(accuracy(found[folder]["final"]) for folder in folders)
 
 
 def pick_rate(plan: Plan, variant: Variant, found: dict[Path, Results]) -> float:

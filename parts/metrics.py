@@ -166,8 +166,11 @@ def paired_permutation(first: list[float], second: list[float], *, seed: int = 0
         signs = 1 - 2 * (np.arange(2 ** len(changes))[:, None] >> np.arange(len(changes)) & 1)
         return float((abs(signs @ changes) >= seen).mean())
     random = np.random.default_rng(seed)
-    flipped = [random.choice((-1, 1), size=len(changes)) @ changes for _ in range(FLIPS)]
-    return float((1 + (abs(np.array(flipped)) >= seen).sum()) / (1 + FLIPS))
+    together = max(1, BLOCK // len(changes))
+    counts = [min(together, FLIPS - done) for done in range(0, FLIPS, together)]
+    blocks = (random.choice((-1, 1), size=(count, len(changes))) for count in counts)
+    as_far = sum((abs(signs @ changes) >= seen).sum() for signs in blocks)
+    return float((1 + as_far) / (1 + FLIPS))
 
 
 def mcnemar(first: list[bool], second: list[bool]) -> float:

@@ -187,25 +187,36 @@ def pairs_table(experiment: Experiment) -> str:
 def sweep_table(experiment: Experiment) -> str:
     """Return each arm's accuracy on the development problems by learning rate, and the pick."""
     factors = next(iter(experiment.sweep.values())).factors
-    header = ["dev accuracy at lr times", *(f"{factor:g}" for factor in factors), "picked lr"]
+    header = ["dev accuracy at lr times", *(f"{factor:g}" for factor in [0, *factors]), "picked lr"]
     rows = []
     for name, found in experiment.sweep.items():
-        accuracies = [f"{accuracy:.3f}" for accuracy in found.accuracies.values()]
+        accuracies = [
+            f"{accuracy:.3f}" for accuracy in [found.untrained, *found.accuracies.values()]
+        ]
         rows.append([experiment.title(name), *accuracies, f"{found.picked:g}"])
     return markdown_table(header, rows)
 
 
 def edge_note(experiment: Experiment) -> list[str]:
-    """Return a sentence that names the arms whose rate stands at the sweep's edge, [] if none."""
-    names = [experiment.title(name) for name, found in experiment.sweep.items() if found.at_edge]
-    if not names:
-        return []
-    return [f"At the edge of the sweep, so that a better rate may lie beyond: {', '.join(names)}."]
+    """Return sentences that name the arms whose pick says little, [] where there are none."""
+    sweep = experiment.sweep.items()
+    kinds = {
+        "At the edge of the sweep, so that a better rate may lie beyond": [
+            experiment.title(name) for name, found in sweep if found.at_edge
+        ],
+        "No rate does better than no training": [
+            experiment.title(name) for name, found in sweep if not found.helps
+        ],
+    }
+    return [f"{said}: {', '.join(names)}." for said, names in kinds.items() if names]
 
 
-def write_experiment(experiment: Experiment, out: Path, results: Path | None) -> list[Path]:
+def write_experiment(
+    experiment: Experiment, shown: list[str], out: Path, results: Path | None
+) -> list[Path]:
     """Write compare.json, RESULTS.md and the figures; return the files.
 
+    shown    its tables
     results  another Markdown file, whose section for this experiment is written anew; the figures
              go beside it, too
     """
@@ -233,7 +244,7 @@ def write_experiment(experiment: Experiment, out: Path, results: Path | None) ->
             files += pictures[:1]
         text = "\n\n".join(
             [
-                *tables(experiment),
+                *shown,
                 *(f"![{name.replace('_', ', ')}]({name}.png)" for name in figures),
             ]
         )

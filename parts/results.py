@@ -36,11 +36,21 @@ class Sweep:
     factors: list[float]  # of the recipe's rate
     accuracies: dict[float, float]  # by learning rate, on the development problems
     picked: float
+    untrained: float  # the base's accuracy there, which is what a rate of 0 would leave
+
+    @property
+    def helps(self) -> bool:
+        """Say whether any rate does better than no training."""
+        return max(self.accuracies.values()) > self.untrained
 
     @property
     def at_edge(self) -> bool:
-        """Say whether a better rate may lie beyond those that were tried."""
-        return self.picked in (min(self.accuracies), max(self.accuracies))
+        """Say whether a better rate may lie beyond those that were tried.
+
+        Not below the lowest where that one already does no better than a rate of 0.
+        """
+        lowest, highest = min(self.accuracies), max(self.accuracies)
+        return self.picked == highest or (self.picked == lowest and self.helps)
 
 
 @dataclass(frozen=True)

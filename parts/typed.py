@@ -43,6 +43,8 @@ def typed(value: Any, kind: Any, name: str) -> Any:
     lists = [each for each in kinds if get_origin(each) is list]
     if lists and isinstance(value, list):
         (item,) = get_args(lists[0])
+        if all(_is(each, item) for each in value):
+            return value  # names are made, below, for what has to be refused or looked into
         return [typed(each, item, f"{name}[{place}]") for place, each in enumerate(value)]
     if not any(_is(value, each) for each in kinds):
         valid = " or ".join(_word(each) for each in kinds)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_plan import small_plan
 
-from parts.arms import Arm, pick_rate, stages_of, sweep_accuracies, sweep_folder
+from parts.arms import Arm, pick_rate, stages_of, sweep_accuracies, sweep_folder, untrained_accuracy
 from parts.experiments import ATTRIBUTION, GRPO
 from parts.plan import Plan
 
@@ -39,12 +39,16 @@ def test_arms_are_the_base_the_sweep_and_the_methods_of_every_seed(tmp_path):
     names = [str(arm.folder.relative_to(plan.out)) for arm in arms]
     seeds = [f"{method}-{seed}" for method in ("grpo", "copsd") for seed in (0, 4)]
     sweep = [f"{method}-{rate}" for method in ("grpo", "copsd") for rate in ("0.0005", "0.001")]
+    sweep = ["base-0", *sweep]
     sweeps = [f"{lang}/sweep/{name}" for lang in ("hau", "swa") for name in sweep]
     later = [f"{lang}/{name}" for lang in ("hau", "swa") for name in seeds]
     assert names == ["hau/base", "swa/base", *sweeps, *later]
-    assert [arm.folder.name for arm in arms if not arm.is_trained] == ["base", "base"]
+    assert [arm.folder.name for arm in arms if not arm.is_trained] == [
+        *2 * ["base"],
+        *2 * ["base-0"],
+    ]
     assert [arm.folder.name for arm in arms if arm.is_sweep] == 2 * sweep
-    assert sum(arm.size for arm in arms) == pytest.approx(2 * 0.1 + 8 * 0.5 + 8)
+    assert sum(arm.size for arm in arms) == pytest.approx(4 * 0.1 + 8 * 0.5 + 8)
     by_name = dict(zip(names, arms, strict=True))
     # All languages take one rate.
     for lang in ("hau", "swa"):
@@ -83,6 +87,20 @@ def test_the_sweep_picks_the_best_rate_and_the_lowest_of_equals(tmp_path):
     assert pick_rate(plan, GRPO, found) == 0.2
     accuracies = sweep_accuracies(plan, GRPO, found)
     assert accuracies == {0.8: 0.5, 0.4: 0.75, 0.2: 0.75, 0.1: 0.25}
+
+
+def test_the_sweep_measures_the_base_on_the_problems_that_rates_are_picked_on(tmp_path):
+    plan = small_plan(tmp_path, lang="ha,sw")
+    found = {
+        sweep_folder(plan, lang, "base", 0): measured([1.0] * right + [0.0] * (4 - right))
+        for lang, right in (("hau", 1), ("swa", 2))
+    }
+    assert untrained_accuracy(plan, found) == 0.375
+    bases = [arm for arm in walk(plan, {}) if arm.is_sweep and not arm.is_trained]
+    assert [arm.settings["lang"] for arm in bases] == ["hau", "swa"]
+    for arm in bases:
+        assert arm.settings["eval_data"] == str(plan.out / arm.settings["lang"] / "dev.jsonl")
+        assert arm.settings["eval_problems"] == plan.options.dev_problems
 
 
 def test_the_sweep_picks_what_is_best_over_all_languages(tmp_path):
@@ -126,6 +144,7 @@ def test_an_attributions_arms_share_a_method_a_sweep_and_a_budget(tmp_path):
     assert list(trained) == [f"{name}-{seed}" for name in names for seed in (0, 4)]
     assert len({arm.settings["token_budget"] for arm in trained.values()}) == 1
     sweeps = [arm for arm in arms if arm.is_sweep]
+    assert [arm.folder.name for arm in sweeps if not arm.is_trained] == ["base-0"]
     for name in names:
         rates = [arm.settings["lr"] for arm in sweeps if arm.name == name]
         assert rates == [0.0005, 0.001]

@@ -360,7 +360,7 @@ def test_an_arms_model_is_gone_before_the_next_one_is_loaded(tmp_path, monkeypat
         result = run_cli(*TINY, "--sweep", "0.5,1", "--out", str(tmp_path / "out"))
     finally:
         gc.enable()
-    assert result.exit_code == 130 and alive == [0, 0]
+    assert result.exit_code == 130 and alive == [0, 0, 0]
 
 
 def test_an_arm_stopped_in_its_last_step_is_measured_by_the_next_call(tmp_path, monkeypatch):

@@ -135,14 +135,14 @@ def test_what_has_no_value_is_a_dash_in_the_tables():
 
 def test_the_sweep_is_a_row_a_method():
     sweep = {
-        "grpo": Sweep([0.5, 1.0], {0.0005: 0.25, 0.001: 0.5}, 0.001),
-        "copsd": Sweep([0.5, 1.0], {0.0005: 0.75, 0.001: 0.5}, 0.0005),
+        "grpo": Sweep([0.5, 1.0], {0.0005: 0.25, 0.001: 0.5}, 0.001, 0.125),
+        "copsd": Sweep([0.5, 1.0], {0.0005: 0.75, 0.001: 0.5}, 0.0005, 0.125),
     }
     found = replace(compared(), sweep=sweep)
     assert cells(outcome.sweep_table(found)) == [
-        ["dev accuracy at lr times", "0.5", "1", "picked lr"],
-        ["GRPO", "0.250", "0.500", "0.001"],
-        ["COPSD", "0.750", "0.500", "0.0005"],
+        ["dev accuracy at lr times", "0", "0.5", "1", "picked lr"],
+        ["GRPO", "0.125", "0.250", "0.500", "0.001"],
+        ["COPSD", "0.125", "0.750", "0.500", "0.0005"],
     ]
 
 
@@ -175,7 +175,7 @@ def test_the_folder_gets_everything_and_a_results_file_its_section(tmp_path):
     results = tmp_path / "lab" / "RESULTS.md"
     results.parent.mkdir()
     results.write_text("By hand.\n", encoding="utf-8")
-    files = outcome.write_experiment(compared(), out, results)
+    files = outcome.write_experiment(compared(), outcome.tables(compared()), out, results)
     assert all(file.is_file() for file in files) and out / "compare.json" in files
     content = read_json(out / "compare.json")
     pair = content["languages"]["swa"]["pairs"]["copsd - grpo"]["greedy accuracy"]
@@ -202,7 +202,7 @@ def test_the_panels_of_many_languages_stand_in_rows_of_three(tmp_path, monkeypat
         panels = figures_of(replace(found, arms=dict.fromkeys(codes, arms)))[found.name]
         drawn = {found.name: panels}
         monkeypatch.setattr(outcome, "figures_of", lambda _, drawn=drawn: drawn)
-        outcome.write_experiment(found, tmp_path, None)
+        outcome.write_experiment(found, outcome.tables(found), tmp_path, None)
         header = (tmp_path / f"{found.name}.png").read_bytes()[16:24]
         sizes.append(struct.unpack(">II", header))  # width and height of a PNG
     (three, one_row), (four, two_rows) = sizes
@@ -210,20 +210,35 @@ def test_the_panels_of_many_languages_stand_in_rows_of_three(tmp_path, monkeypat
 
 
 def test_without_a_results_file_only_the_folder_is_written(tmp_path: Path):
-    outcome.write_experiment(experiment(recipe=[HALF], other=[WHOLE]), tmp_path, None)
+    found = experiment(recipe=[HALF], other=[WHOLE])
+    outcome.write_experiment(found, outcome.tables(found), tmp_path, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["RESULTS.md", "compare.json"]
 
 
 def test_a_pick_at_the_sweeps_edge_is_said_below_the_table_and_one_inside_is_not():
     rates = {0.1: 0.2, 0.3: 0.5, 0.9: 0.4}
-    inside = Sweep([1.0, 3.0, 9.0], rates, 0.3)
-    edges = [Sweep([1.0, 3.0, 9.0], rates, picked) for picked in (0.1, 0.9)]
+    inside = Sweep([1.0, 3.0, 9.0], rates, 0.3, 0.1)
+    edges = [Sweep([1.0, 3.0, 9.0], rates, picked, 0.1) for picked in (0.1, 0.9)]
     assert not inside.at_edge and all(edge.at_edge for edge in edges)
     found = replace(compared(), sweep={"grpo": inside, "copsd": edges[1]})
     (note,) = outcome.edge_note(found)
     assert note.endswith("a better rate may lie beyond: COPSD.") and "GRPO" not in note
     assert outcome.tables(found)[-1] == note
     assert outcome.edge_note(replace(found, sweep={"grpo": inside})) == []
+
+
+def test_an_arm_that_every_rate_hurts_is_said_to_be_one_and_not_to_lack_a_lower_rate():
+    falling = {0.1: 0.3, 0.3: 0.2, 0.9: 0.1}
+    hurt, level, helped = (Sweep([1.0, 3.0, 9.0], falling, 0.1, base) for base in (0.4, 0.3, 0.25))
+    assert (hurt.helps, level.helps, helped.helps) == (False, False, True)
+    assert (hurt.at_edge, level.at_edge, helped.at_edge) == (False, False, True)
+    found = replace(compared(), sweep={"grpo": hurt, "copsd": helped})
+    at_edge, none_helps = outcome.edge_note(found)
+    assert at_edge.endswith("may lie beyond: COPSD.")
+    assert none_helps == "No rate does better than no training: GRPO."
+    # It learns more at each higher rate, and may pass the base beyond the highest.
+    rising = Sweep([1.0, 3.0], {0.1: 0.1, 0.3: 0.2}, 0.3, 0.4)
+    assert rising.at_edge and not rising.helps
 
 
 def test_in_full_an_arm_has_its_interval_language_evidence_and_seconds_in_two_tables():

@@ -72,7 +72,10 @@ def experiment(**arms: list[dict[str, Any]]) -> Experiment:
 def compared() -> Experiment:
     """Return a comparison in two languages that picked rates."""
     arms = {"base": [BASE], "grpo": [HALF, HALF], "copsd": [HALF, WHOLE]}
-    sweep = {"grpo": Sweep([1.0], {0.1: 0.5}, 0.1), "copsd": Sweep([1.0], {0.1: 0.5}, 0.1)}
+    sweep = {
+        "grpo": Sweep([1.0], {0.1: 0.5}, 0.1, 0.25),
+        "copsd": Sweep([1.0], {0.1: 0.5}, 0.1, 0.25),
+    }
     pairs = [("grpo", "copsd")]
     return Experiment("comparison", {"hau": arms, "swa": arms}, pairs, sweep, 16, TITLES)
 
@@ -86,7 +89,7 @@ def in_full() -> Experiment:
         "attribution",
         {"hau": arms},
         [("copsd", "format")],
-        {"copsd": Sweep([1.0], {0.1: 0.5}, 0.1)},
+        {"copsd": Sweep([1.0], {0.1: 0.5}, 0.1, 0.25)},
         16,
         titles,
         {"copsd": "code", "format": "ours"},
