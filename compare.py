@@ -350,12 +350,13 @@ def write_outcome(plan: Plan, found: dict[Path, Results], console: Console) -> N
             equal_seconds[lang] = results_by_arm(plan, lang, found, seconds_folder)
     sweep = {}
     if plan.factors:
+        untrained = untrained_accuracy(plan, found)
         sweep = {
             variant.name: Sweep(
                 plan.factors,
                 sweep_accuracies(plan, variant, found),
                 pick_rate(plan, variant, found),
-                untrained_accuracy(plan, found),
+                untrained,
             )
             for variant in plan.trained
         }

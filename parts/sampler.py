@@ -83,8 +83,8 @@ class Rollout:
 
     def cut(self, tokens: int) -> "Rollout":
         """Return the start of the completion, of so many tokens at most."""
-        ids, logprobs = self.completion_ids[:tokens], self.logprobs[:tokens]
-        return Rollout(self.prompt_ids, ids, logprobs, "length")
+        start = slice(tokens)
+        return Rollout(self.prompt_ids, self.completion_ids[start], self.logprobs[start], "length")
 
 
 def sample(

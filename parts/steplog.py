@@ -45,10 +45,10 @@ class Tally:
         for name, tensor_N in stats.items():
             self.tokens.setdefault(name, []).append(tensor_N.float().cpu())
 
-    def join(self, term: "Tally", prefix: str) -> None:
-        """Add the tally of another term of the loss, its statistics under a prefix."""
-        self.loss += term.loss
-        for name, tensors in term.tokens.items():
+    def join(self, other: "Tally", prefix: str = "") -> None:
+        """Add another tally's loss and statistics; those of another term go under a prefix."""
+        self.loss += other.loss
+        for name, tensors in other.tokens.items():
             self.tokens.setdefault(prefix + name, []).extend(tensors)
 
     def mean(self, name: str) -> float | None:
@@ -86,10 +86,8 @@ def merge(tallies: list[Tally]) -> Tally:
     """Return what several ranks, or several updates on one batch, leave together."""
     whole = Tally()
     for tally in tallies:
-        whole.loss += tally.loss
+        whole.join(tally)
         whole.rows += tally.rows
-        for name, tensors in tally.tokens.items():
-            whole.tokens.setdefault(name, []).extend(tensors)
         for name, noted in tally.notes.items():
             whole.note(name, *noted)
         whole.scored += tally.scored
