@@ -22,11 +22,12 @@ an experiment holds
     compare.json, RESULTS.md     every estimate and test; the tables (parts/outcome.py), and figures
 """
 
-from parts.stops import say_stops
-
 if __name__ == "__main__":
     # Read before torch is loaded: `--help` and a mistyped flag answer at once. See copsd.py.
-    say_stops()
+    from parts import heap, stops
+
+    heap.restart_with_joined_holes()
+    stops.say_stops()
     from parts import commands
 
     commands.comparison()

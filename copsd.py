@@ -28,11 +28,12 @@ size, V vocabulary, G completions of a group, C the tokens of one completion. p 
 distribution, q the student's. README.md lists the departures from the paper.
 """
 
-from parts.stops import say_stops
-
 if __name__ == "__main__":
     # Read before torch is loaded: `--help` answers at once. A command then imports this file.
-    say_stops()
+    from parts import heap, stops
+
+    heap.restart_with_joined_holes()
+    stops.say_stops()
     from parts import commands
 
     commands.copsd()
@@ -565,9 +566,8 @@ def heldout_kl(setup: Setup, problems: list[Problem], *, seed: int) -> Ratio:
     rollouts = roll_out(setup, problems, seed=seed)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     kl_sums = [0.0] * len(rollouts)
-    limit = Limit.of(setup.config)
     mine = list(range(len(rollouts)))[ranks.share(len(rollouts))]
-    for rows in micro_batches(rollouts, limit, mine, teacher_prompts):
+    for rows in micro_batches(rollouts, Limit.of(setup.config), mine, teacher_prompts):
         micro = [rollouts[row] for row in rows]
         _, stats = copsd_loss(setup, [teacher_prompts[row] for row in rows], micro)
         by_row = stats["kl_N"].split([lengths[row] for row in rows])

@@ -10,11 +10,12 @@ carries a 95 % interval from a bootstrap over problems. With --out every complet
 the same command goes on with an evaluation that was stopped; without it nothing is.
 """
 
-from parts.stops import say_stops
-
 if __name__ == "__main__":
     # Read before torch is loaded: `--help` and a mistyped flag answer at once. See copsd.py.
-    say_stops()
+    from parts import heap, stops
+
+    heap.restart_with_joined_holes()
+    stops.say_stops()
     from parts import commands
 
     commands.evaluation()

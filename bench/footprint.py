@@ -73,7 +73,7 @@ def measure(flags: list[str]) -> tuple[int, int]:
     from typer.testing import CliRunner
 
     from parts import commands, footprint, setup
-    from parts.machine import keep_freed_memory
+    from parts.heap import keep_freed_memory
 
     keep_freed_memory()
     # The compiler is a few hundred MiB of Python; compiling something loads it beforehand.

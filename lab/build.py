@@ -42,7 +42,7 @@ from lab.problems import (
 )
 from parts.data import Problem, build_prompt, find_language
 from parts.grading import is_correct
-from parts.machine import keep_freed_memory
+from parts.heap import keep_freed_memory
 from parts.prompts import encode_prompt
 from parts.readings import note_request, reading, render_witness
 from parts.recipe import Config

@@ -25,8 +25,9 @@ appended, parts.sampler chooses.
 import random
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -226,24 +227,41 @@ class Batch:
         self.recorder.forget()
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> None:
-        """Compute each prompt's keys, values and last hidden state; prompts come longest first."""
+        """Compute each prompt's keys, values and last hidden state; prompts come longest first.
+
+        They begin alike, with what a chat template writes first. Where that spares as much as one
+        forward takes, it is computed once, and all prompts go on behind it.
+        """
         most = PREFILL_TOKENS.get(self.decoder.device.type, SMALL_PREFILL)
+        begins = common_start(prompts)
+        if len(begins) * (len(prompts) - 1) < most:
+            begins = ()
+        start = DynamicCache()
+        if begins:
+            self._read([begins], start)
         while prompts:
             longest = len(prompts[0])
             count = max(1, most // longest)
             group = prompts[:count]
             prompts = prompts[count:]
+            cache = DynamicCache()
+            for index, layer in enumerate(start.layers):
+                keys = layer.keys.expand(len(group), -1, -1, -1)
+                cache.update(keys, layer.values.expand(len(group), -1, -1, -1), index)
             # Pads stand behind the prompt, where causal attention hides them from its tokens: no
             # mask is needed.
-            padded = [[*ids, *[0] * (longest - len(ids))] for ids in group]
-            ids_BP = torch.tensor(padded, device=self.decoder.device)
-            cache = DynamicCache()
-            output = self.decoder(input_ids=ids_BP, past_key_values=cache, use_cache=True)
-            hidden_BPD = output.last_hidden_state
+            padded = [[*ids[len(begins) :], *[0] * (longest - len(ids))] for ids in group]
+            hidden_BPD = self._read(padded, cache)
             for index, ids in enumerate(group):
                 # A view would keep all of hidden_BPD alive.
-                last_D = hidden_BPD[index, len(ids) - 1].clone()
+                last_D = hidden_BPD[index, len(ids) - len(begins) - 1].clone()
                 self.prompts[ids] = _Prompt(cache.layers, index, len(ids), last_D)
+
+    def _read(self, rows: Sequence[Sequence[int]], cache: Cache) -> Tensor:
+        """Return the hidden states of rows that go on behind the cache, which is filled further."""
+        ids_BP = torch.tensor(rows, device=self.decoder.device)
+        output = self.decoder(input_ids=ids_BP, past_key_values=cache, use_cache=True)
+        return output.last_hidden_state
 
     def step(self, ids_B: Tensor) -> None:
         """Append one id to every row's columns and compute the hidden states that follow."""
@@ -379,6 +397,18 @@ class Recorder:
             return output
 
         return _replay
+
+
+def common_start(prompts: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the ids that all prompts begin with, but for the last id of the shortest.
+
+    >>> common_start([(5, 6, 7), (5, 6, 8)]), common_start([(5, 6, 7), (5, 6)]), common_start([])
+    ((5, 6), (5,), ())
+    """
+    columns = zip(*prompts, strict=False)  # as many as the shortest has
+    alike = list(takewhile(lambda ids: len(set(ids)) == 1, columns))
+    shortest = min(map(len, prompts), default=0)
+    return tuple(ids[0] for ids in alike[: max(0, shortest - 1)])
 
 
 def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:

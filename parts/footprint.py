@@ -186,6 +186,7 @@ def footprint(shape: Shape, config: Config, lengths: Lengths, *, on_cpu: bool) -
     )
     numbers = {
         "packed": shape.linear,
+        "stacked": shape.linear + shape.adapter,
         "merged": shape.adapted,
         "rounded": shape.adapter,
         "none": 0,

@@ -1,7 +1,5 @@
 """What a program runs on: device and dtype, how far its numbers go, memory, the clock, the peak."""
 
-import ctypes
-import platform
 import resource
 import sys
 import time
@@ -94,18 +92,6 @@ def state_precision() -> None:
     frequency: in TF32, with its 11 bits, positions beyond 2048 would be rounded.
     """
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc's malloc to keep freed memory for the next request.
-
-    Every step frees and asks for the same large tensors. By default each goes back to the system
-    and costs a page fault per 4 KiB when it returns: LOG.md has what that costs.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: never by mmap, whose memory always goes back
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def quiet_libraries() -> None:

@@ -190,7 +190,8 @@ def start() -> Console:
     else:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     from parts import ranks
-    from parts.machine import keep_freed_memory, quiet_libraries
+    from parts.heap import keep_freed_memory
+    from parts.machine import quiet_libraries
     from parts.measure import language_detector
     from parts.view import say
 

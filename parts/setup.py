@@ -172,10 +172,12 @@ def load_setup(
     model = load_model(
         folder, device=device, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
     )
+    # Reading the files maps them into memory once more, so it comes before anything computes.
+    base = folder_fingerprint(folder)
     check_model(model, f"model {config.model}")
     check_vocabulary(model, tokenizer, f"model {config.model}")
     identity = {
-        "base_weights": folder_fingerprint(folder),
+        "base_weights": base,
         **files_fingerprints(folder),
         "prompt_template": template_hash(tokenizer, config.lang, config.thinking),
         "template_date": day,
@@ -197,7 +199,6 @@ def load_setup(
     )
     if config.warm_start:
         path = Path(config.warm_start)
-        base = str(identity["base_weights"])
         refuse_foreign_adapter(path, base, config.model, folder, console)
         identity["warm_start"] = _warm_start(lora, path)
     given = (config, model, tokenizer, lora, train, heldout)

@@ -20,7 +20,8 @@ from typing import TypeVar
 
 import torch
 
-from parts.machine import keep_freed_memory, quiet_libraries
+from parts.heap import keep_freed_memory
+from parts.machine import quiet_libraries
 from parts.stops import stop_signals
 
 LOOK_EVERY_S = 0.5  # from one look for a signal to the next

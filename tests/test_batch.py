@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import build_tiny_model
 from test_sampler import HEADS, PLAIN, SIZES, full_logprobs, ids_of, random_prompts, watch
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -370,3 +371,35 @@ def test_each_distinct_prompt_is_prefilled_once(tiny_model, max_rows):
         max_rows=max_rows,
     )
     assert sum(rows for rows, columns in shapes if columns > 1) == 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_all_prompts_begin_with_is_computed_once(attention, monkeypatch):
+    model = build_tiny_model(attn_implementation=attention)
+    start, *ends = random_prompts(6, 5, 1, 4, 2)
+    prompts = [start + end for end in ends]
+    expected = sample(model, prompts, PLAIN, eos_ids=set())
+    shapes: list = []
+    watch(model.model, shapes)
+    monkeypatch.setattr(batch, "SMALL_PREFILL", 19)  # what is spared is 6 ids three times
+    sample(model, prompts, PLAIN, eos_ids=set())
+    assert [shape for shape in shapes if shape[1] > 1] == [(1, 11), (1, 10), (2, 8)]
+    shapes.clear()
+    monkeypatch.setattr(batch, "SMALL_PREFILL", 18)
+    shared = sample(model, prompts, PLAIN, eos_ids=set())
+    assert shapes[:4] == [(1, 6), (1, 5), (1, 4), (2, 2)]
+    assert ids_of(shared) == ids_of(expected)
+    for (rollout,) in shared:
+        full = full_logprobs(model, rollout, PLAIN.temperature or 1.0)
+        assert rollout.logprobs == pytest.approx(full, abs=1e-4)
+
+
+def test_a_prompt_that_is_the_beginning_of_others_keeps_its_last_id(tiny_model, monkeypatch):
+    (longest,) = random_prompts(9)
+    prompts = [longest, longest[:7], longest[:4], longest[:4]]
+    expected = sample(tiny_model, prompts, PLAIN, eos_ids=set())
+    monkeypatch.setattr(batch, "SMALL_PREFILL", 6)
+    shapes: list = []
+    watch(tiny_model.model, shapes)
+    assert ids_of(sample(tiny_model, prompts, PLAIN, eos_ids=set())) == ids_of(expected)
+    assert shapes[:2] == [(1, 3), (1, 6)]

@@ -93,15 +93,20 @@ def test_what_is_packed_is_what_the_layers_multiply_by(tiny_model, lora, packs, 
         ("cpu", torch.float32, "AVX2", True),
         ("cpu", torch.float32, "AVX512", True),
         ("cpu", torch.float32, "DEFAULT", False),
-        ("cpu", torch.bfloat16, "AVX512", False),
+        ("cpu", torch.bfloat16, "AVX512", True),
+        ("cpu", torch.bfloat16, "AVX2", False),
+        ("cpu", torch.float16, "AVX512", False),
         ("cuda", torch.float32, "AVX512", False),
+        ("cuda", torch.bfloat16, "AVX512", False),
     ],
 )
-def test_weights_are_packed_in_fp32_on_a_cpu_with_avx(
+def test_weights_are_packed_on_a_cpu_that_multiplies_their_numbers(
     monkeypatch, device, dtype, instructions, packed
 ):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    has_bf16 = instructions == "AVX512"
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
     least = copies.PACKED_BYTES
     assert can_pack(least, torch.device(device), dtype) is packed
     assert can_pack(least - 1, torch.device(device), dtype) is False
@@ -143,6 +148,39 @@ def test_in_16_bits_the_adapter_is_rounded_once_and_nothing_changes(tiny_model, 
     assert with_copies(tiny_model, scoring_copies) == 0
     with teacher_view(lora, "fixed"):
         assert with_copies(tiny_model) == 0
+
+
+@torch.no_grad()
+def test_in_bf16_the_rows_of_A_stand_below_those_of_W(tiny_model, lora, monkeypatch):
+    monkeypatch.setattr(copies, "PACKED_BYTES", 0)
+    if not can_pack(0, torch.device("cpu"), torch.bfloat16):
+        pytest.skip("needs oneDNN and a processor that multiplies bf16")
+    tiny_model.bfloat16()
+    for tensor in lora.parameters():
+        tensor.data = tensor.data.float()  # bfloat16() reaches the adapter, too
+        nn.init.normal_(tensor, std=0.1)
+    rounded = {layer: copies.rounded_product(layer) for layer in lora.layers.values()}
+    with sampling_copies(tiny_model):
+        for layer, product in rounded.items():
+            x = torch.randn(3, 2, layer.weight.shape[1], dtype=torch.bfloat16)
+            assert layer.forward(x).shape == (3, 2, len(layer.weight))
+            torch.testing.assert_close(layer.forward(x), product(x), atol=2**-6, rtol=2**-6)
+    assert with_copies(tiny_model, scoring_copies) == 0
+    with teacher_view(lora, "fixed"):
+        assert with_copies(tiny_model) == len(linear_layers(tiny_model))
+
+
+def test_a_stacked_product_has_the_layers_bias():
+    if not can_pack(copies.PACKED_BYTES, torch.device("cpu"), torch.bfloat16):
+        pytest.skip("needs oneDNN and a processor that multiplies bf16")
+    base = nn.Linear(8, 5).bfloat16()
+    layer = LoRALinear(base, rank=2, alpha=6.0, generator=torch.Generator().manual_seed(0))
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = base(x) + 3 * x.float() @ (layer.lora_B @ layer.lora_A).T
+        stacked = copies.stacked_product(layer)(x).float()
+    torch.testing.assert_close(stacked, expected, atol=0.1, rtol=0.05)
 
 
 def test_one_pass_of_the_teacher_multiplies_by_packed_copies_or_none(tiny_model, lora, packs):

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A file imports only files above it here, and the programs stand above them all.
 PARTS = (
+    "heap",
     "machine",
     "lossscale",
     "ranks",
