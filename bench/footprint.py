@@ -19,6 +19,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from parts.heap import restart_with_joined_holes
 
 SMALL = ["--batch-size", "8", "--max-new-tokens", "96", "--lora-rank", "16", "--steps", "1"]
 STEPS = {
@@ -98,6 +99,7 @@ def measure(flags: list[str]) -> tuple[int, int]:
 
 def main() -> None:
     """Run what the flags ask for."""
+    restart_with_joined_holes()  # as copsd.py does
     arguments = parse_arguments()
     if arguments.here:
         print(json.dumps(measure(arguments.flags)))

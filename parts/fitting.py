@@ -58,7 +58,7 @@ def changes_that_fit(
         found = footprint(shape, changed, lengths, on_cpu=on_cpu)
         if found.peak <= limit:
             return changes
-        chunk = loss_rows(shape, changed, on_cpu=on_cpu)
+        chunk = loss_rows(shape, changed, lengths, on_cpu=on_cpu)
         following = _next_change(changed, chunk, sampling=found.sampling > limit)
         if max(found.static, found.loading) > limit or following is None:
             return None
@@ -161,6 +161,7 @@ def parts_table(found: Footprint) -> Table:
     """Return what takes a run's memory, a row each; what would be 0.00 is left out."""
     table = Table("", Column("GiB", justify="right"), box=None)
     rows = {
+        "code of libraries": found.code,
         "weights": found.weights,
         "adapter": found.adapter,
         "gradient and optimiser": found.optimiser,
@@ -168,7 +169,6 @@ def parts_table(found: Footprint) -> Table:
         "sampling: weights with the adapter": found.copies,
         "sampling: keys and values": found.cache,
         "sampling: choice of a token": found.choice,
-        "sampling: holes in a CPU's heap": found.cache_gaps,
         "teacher: one layer at work, packed weights": found.teacher,
         "update: activations of a micro-batch": found.activations,
         "update: one layer at work": found.layer,

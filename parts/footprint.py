@@ -10,8 +10,8 @@ of the weights. All are counted here for completions that all reach their length
 On a CPU there is also what its allocator wastes. Nothing is loaded: the model is built on torch's
 meta device, where tensors have a shape and no data, and what its passes take of a token is counted
 there (parts/meter.py). bench/footprint.py measures how far a figure is from the truth. Not counted:
-Python, torch's own code, and what CUDA keeps for itself. Whether that fits, and what to change
-where it does not, is asked in parts/fitting.py.
+Python, most of torch's own code, and what CUDA keeps for itself. Whether that fits, and what to
+change where it does not, is asked in parts/fitting.py.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM
 
 from kernels import chunk_rows, compiling_pays
 from parts import ranks
-from parts.batch import PREFILL_TOKENS, SMALL_PREFILL
+from parts.batch import GROWTH_COLUMNS, PREFILL_TOKENS, SMALL_PREFILL
 from parts.copies import choose_copies
 from parts.family import switch_off_dropout
+from parts.heap import RETURNED_BYTES
 from parts.lora import attach_lora, targeted_layers
 from parts.meter import Passes, count_passes
 from parts.model import load_config, loading
@@ -35,6 +36,7 @@ from parts.prefixes import KEPT_BYTES
 from parts.recipe import DISTILLED, GROUPED, Config, keeps_prompts
 
 FP32 = 4  # bytes of a number; the adapter, its gradient and its optimiser have no other
+CODE_BYTES = 2**24  # of torch's own code, which a CPU reads in a step and not before it
 
 
 class NotCounted(ValueError):
@@ -52,6 +54,7 @@ class Shape:
     adapted     weights of these layers
     outputs     numbers that these layers make of a token
     linear      weights of all linear layers, the head among them
+    small       of these, in layers whose copy stays on a CPU's heap when it is freed
     passes      the bytes of a token in the passes through the model
     """
 
@@ -62,6 +65,7 @@ class Shape:
     adapted: int
     outputs: int
     linear: int
+    small: int
     layers: int
     hidden: int
     vocabulary: int
@@ -72,10 +76,12 @@ class Shape:
 class Footprint:
     """The bytes of a run, by what takes them."""
 
+    code: int  # of libraries
     weights: int
     adapter: int  # and its moving average or copy, where the teacher is one
     optimiser: int  # the gradient, and AdamW's two averages of it
     kept: int  # keys and values of prompts, as the fixed teacher read them
+    kept_before: int  # of these, what is there before the last step
     copies: int  # sampling: of weights with the adapter added, or of the rounded adapter
     cache: int  # sampling: keys and values
     choice: int  # sampling: logits of the next token
@@ -83,29 +89,29 @@ class Footprint:
     activations: int  # update: what is kept for the backward pass
     layer: int  # update: one layer while it computes, forward or backward
     chunk: int  # update: logits in the loss, when no layer computes
-    cache_gaps: int  # sampling: what a CPU's allocator cannot use again
-    gaps: int  # update: the same
+    gaps: int  # update: what a CPU's allocator cannot use again
     loading: int  # what reading the weights takes
 
     @property
     def static(self) -> int:
-        """Return what is there in both phases."""
-        return self.weights + self.adapter + self.optimiser + self.kept
+        """Return what is there in all phases."""
+        return self.code + self.weights + self.adapter + self.optimiser
 
     @property
     def sampling(self) -> int:
         """Return the peak while completions are sampled."""
-        return self.static + self.copies + self.cache + self.cache_gaps + self.choice
+        return self.static + self.kept_before + self.copies + self.cache + self.choice
 
     @property
     def scoring(self) -> int:
         """Return the peak while a teacher reads a micro-batch."""
-        return self.static + self.teacher
+        return self.static + self.kept + self.teacher
 
     @property
     def update(self) -> int:
         """Return the peak while a micro-batch is scored and its gradient taken."""
-        return self.static + self.activations + self.gaps + max(self.layer, self.chunk)
+        kept = self.kept + self.activations + self.gaps
+        return self.static + kept + max(self.layer, self.chunk)
 
     @property
     def peak(self) -> int:
@@ -145,7 +151,7 @@ def _count_shape(
         model = AutoModelForCausalLM.from_config(config_file, dtype=dtype).eval()
     adapted = targeted_layers(model, names).values()
     # Before the adapter is there: it puts layers of its own into the places of these.
-    linear = sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear)
+    linear = [m.weight.numel() for m in model.modules() if type(m) is nn.Linear]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stacked = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 3)
     with torch.device("meta"):
@@ -164,7 +170,8 @@ def _count_shape(
         adapter=sum(tensor.numel() for tensor in lora.parameters()),
         adapted=sum(layer.weight.numel() for layer in adapted),
         outputs=sum(layer.out_features for layer in adapted),
-        linear=linear,
+        linear=sum(linear),
+        small=sum(count for count in linear if count * dtype.itemsize < RETURNED_BYTES),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=model.get_output_embeddings().weight.shape[0],
@@ -179,7 +186,7 @@ def footprint(shape: Shape, config: Config, lengths: Lengths, *, on_cpu: bool) -
     weights = (shape.parameters + (shape.stacked if on_cpu else 0)) * size
     device = "cpu" if on_cpu else "cuda"
     prefill_tokens = PREFILL_TOKENS.get(device, SMALL_PREFILL)
-    cached, choice = _sampling_bytes(shape, config, size, lengths, prefill_tokens)
+    cached, aligned, choice = _sampling_bytes(shape, config, size, lengths, prefill_tokens)
     activations, layer = _update_bytes(shape, config, size, lengths)
     kind = choose_copies(
         shape.linear * size, shape.adapted * size, torch.device(device), shape.dtype
@@ -196,41 +203,45 @@ def footprint(shape: Shape, config: Config, lengths: Lengths, *, on_cpu: bool) -
     sets = 2 if config.teacher in ("ema", "copy") else 1
     keeps = keeps_prompts(config, on_cpu=on_cpu)
     teacher = packed + _teacher_bytes(shape, config, lengths, keeps=keeps)
-    cache_gaps = cached * 2 // 5 if on_cpu else 0  # measured, as the others
-    gaps, within = _gaps_bytes(shape, config, size, lengths) if on_cpu else (0, 0)
-    if on_cpu:  # what sampling and the teacher have freed is in pieces too small for an update's
-        gaps += max(copied + cached + cache_gaps + choice, teacher)
+    kept = _kept_bytes(shape, config, lengths, steps=config.steps) if keeps else 0
+    gaps = 0
+    if on_cpu:
+        returned = (shape.linear - shape.small) * size if kind in ("packed", "stacked") else 0
+        one_layer = aligned // (2 * shape.layers)
+        sampled = copied + cached + choice - (aligned if one_layer >= RETURNED_BYTES else 0)
+        gaps = _gaps_bytes(max(sampled, teacher) - returned, activations + kept)
     return Footprint(
+        code=CODE_BYTES if on_cpu else 0,
         weights=weights,
         adapter=sets * shape.adapter * FP32,
         optimiser=3 * shape.adapter * FP32,
-        kept=_kept_bytes(shape, config, lengths) if keeps else 0,
+        kept=kept,
+        kept_before=_kept_bytes(shape, config, lengths, steps=config.steps - 1) if keeps else 0,
         copies=copied,
         cache=cached,
         choice=choice,
         teacher=teacher,
         activations=activations,
-        layer=layer + within,
-        chunk=_chunk_bytes(shape, config, size, on_cpu=on_cpu),
-        cache_gaps=cache_gaps,
+        layer=layer,
+        chunk=_chunk_bytes(shape, config, size, lengths, on_cpu=on_cpu),
         gaps=gaps,
         # To hash the file, a CPU maps it once more.
         loading=weights + (shape.parameters * size if on_cpu else 0),
     )
 
 
-def _kept_bytes(shape: Shape, config: Config, lengths: Lengths) -> int:
+def _kept_bytes(shape: Shape, config: Config, lengths: Lengths, *, steps: int) -> int:
     """Return the bytes of the prompts that the fixed teacher keeps, if no step repeats one."""
     if config.token_budget is not None:
         return KEPT_BYTES  # nobody knows how many steps there will be
-    prompts = config.batch_size * config.steps + config.eval_problems
+    prompts = config.batch_size * steps + config.eval_problems
     return min(KEPT_BYTES, prompts * lengths.teacher * shape.passes.column)
 
 
 def _sampling_bytes(
     shape: Shape, config: Config, size: int, lengths: Lengths, prefill_tokens: int
-) -> tuple[int, int]:
-    """Return the bytes of the cache and of choosing a token, for the rows decoded at once.
+) -> tuple[int, int, int]:
+    """Return the bytes of the cache, what of them are columns in a row, and of choosing a token.
 
     prefill_tokens  of prompts that go through the model at once
     """
@@ -239,13 +250,16 @@ def _sampling_bytes(
     writes_more = config.teacher_reads in ("plan", "explained") or config.completion == "teacher"
     prompt = lengths.teacher if writes_more else lengths.student
     passes = shape.passes
+    aligned = rows * (prompt + config.max_new_tokens) * passes.column
     # What is decoded beside the cache is one layer of it: copied to grow, or expanded from latents.
-    full = rows * (prompt + config.max_new_tokens) * (passes.column + passes.decoded)
-    # When rows enter, the keys and values of their prompts exist twice.
-    entering = 2 * rows * prompt * passes.column
+    full = aligned + rows * (prompt + config.max_new_tokens) * passes.decoded
+    # When rows enter, the keys and values of their prompts, once a group, stand beside the cache.
+    prompts = rows // config.group_size if config.method in GROUPED else rows
+    room = min(config.max_new_tokens, GROWTH_COLUMNS)
+    entering = (max(1, prompts) * prompt + rows * (prompt + room)) * passes.column
     prefill = max(prefill_tokens, prompt) * passes.forward
     logits = rows * shape.vocabulary * (size + 3 * FP32)  # as they come, scaled, allowed, exp
-    return max(full, entering), max(logits, prefill)
+    return max(full, entering), aligned, max(logits, prefill)
 
 
 def sampled_rows(config: Config) -> int:
@@ -317,29 +331,29 @@ def _student_tokens(config: Config, lengths: Lengths) -> int:
     return int(rows * (lengths.student / (together if shares else 1) + config.max_new_tokens))
 
 
-def _gaps_bytes(shape: Shape, config: Config, size: int, lengths: Lengths) -> tuple[int, int]:
-    """Return what stays empty on a CPU's heap in an update: beside what is kept, and in a layer.
+def _gaps_bytes(before: int, kept: int) -> int:
+    """Return what stays empty on a CPU's heap while an update keeps so many bytes.
 
-    torch asks for aligned memory. glibc then looks for a hole a little larger than the one that a
-    tensor of that size has left, and takes new memory instead. Holes between tensors that are kept
-    are about a sixth of these. Where layers are computed again, they are two thirds of one layer,
-    and three quarters of what the adapters of all layers put out; measured with bench/footprint.py.
-    A GPU's allocator uses its holes.
+    before  what sampling and the teacher had there, and have freed
+    The heap never shrinks. Of what is free, half is in pieces too small for an update's tensors, as
+    measured with bench/footprint.py: from a fifth to seven tenths. A GPU's allocator uses it.
     """
-    tokens = _student_tokens(config, lengths)
-    passes = shape.passes
-    if not config.gradient_checkpointing:
-        return tokens * passes.saved // 6, 0
-    layer = passes.saved // shape.layers + passes.forward
-    return 0, tokens * (layer * 2 // 3 + shape.outputs * size * 3 // 4)
+    return max(before // 2, before - kept)
 
 
-def loss_rows(shape: Shape, config: Config, *, on_cpu: bool) -> int:
+def loss_rows(shape: Shape, config: Config, lengths: Lengths, *, on_cpu: bool) -> int:
     """Return the rows of logits that exist at a time in the loss, whoever chose them."""
-    compiled = _is_compiled(shape, config)
-    return chunk_rows(
-        config.chunk_tokens, compiled=compiled, device_type="cpu" if on_cpu else "cuda"
+    rows = chunk_rows(
+        config.chunk_tokens,
+        compiled=_is_compiled(shape, config),
+        device_type="cpu" if on_cpu else "cuda",
     )
+    return min(rows, _loss_tokens(config, lengths))
+
+
+def _loss_tokens(config: Config, lengths: Lengths) -> int:
+    """Return the completion tokens of a micro-batch."""
+    return int(_micro_rows(config, lengths) * config.max_new_tokens)
 
 
 def _is_compiled(shape: Shape, config: Config) -> bool:
@@ -351,18 +365,16 @@ def _is_compiled(shape: Shape, config: Config) -> bool:
     return compiling_pays(config.chunk_tokens, shape.vocabulary)
 
 
-def _chunk_bytes(shape: Shape, config: Config, size: int, *, on_cpu: bool) -> int:
-    """Return the bytes of the logits that exist at a time in the loss, on a CPU with its holes."""
-    logits = loss_rows(shape, config, on_cpu=on_cpu) * shape.vocabulary
+def _chunk_bytes(shape: Shape, config: Config, size: int, lengths: Lengths, *, on_cpu: bool) -> int:
+    """Return the bytes of the logits that exist at a time in the loss."""
+    logits = loss_rows(shape, config, lengths, on_cpu=on_cpu) * shape.vocabulary
     if config.method in ("grpo", "egrsd"):
         return logits * (size + 4 * FP32)
-    # All are of one size, and on a CPU a hole that one of them leaves does not take the next.
-    halves = 3 if on_cpu else 2
     if not _is_compiled(shape, config):
-        return logits * (2 * size + 7 * FP32) * halves // 2
+        return logits * (2 * size + 7 * FP32)
     # What the clip does to the gradient is found without the compiler, in chunks of its own.
     is_asked = config.clip_mode != "none" and config.cosine_every > 0
-    eager = chunk_rows(config.chunk_tokens) * shape.vocabulary
-    cosine = eager * (2 * size + 10 * FP32) * halves // 2 if is_asked else 0
+    rows = min(chunk_rows(config.chunk_tokens), _loss_tokens(config, lengths))
+    cosine = rows * shape.vocabulary * (2 * size + 9 * FP32) if is_asked else 0
     # Student's and teacher's; compiled code keeps nothing else whole.
     return max(cosine, 2 * logits * size)

@@ -15,6 +15,8 @@ from contextlib import suppress
 
 # How many small chunks of each size glibc keeps apart for a thread.
 KEPT_APART = "glibc.malloc.tcache_count"
+# From so many bytes on, freed memory goes back to the system. glibc goes no higher by itself.
+RETURNED_BYTES = 2**25
 
 
 def restart_with_joined_holes() -> None:
@@ -36,13 +38,14 @@ def keep_freed_memory() -> None:
     """Tell malloc to keep freed memory for the next request, and to join it at once.
 
     By default each large tensor goes back to the system and costs a page fault per 4 KiB when it
-    returns: LOG.md has what that costs.
+    returns: LOG.md has what that costs. The largest ones, such as logits, still go back: a hole of
+    theirs would be filled with smaller ones before the next is asked for.
     """
     if _has_glibc():
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: never by mmap, whose memory always goes back
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-        libc.mallopt(1, 0)  # M_MXFAST: no small chunks kept apart, for all threads
+        libc.mallopt(-3, RETURNED_BYTES)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        libc.mallopt(1, 0)  # M_MXFAST: no small chunks are kept apart, for all threads
 
 
 def _has_glibc() -> bool:

@@ -104,6 +104,11 @@ class KeptPrompts:
         model.base_model(input_ids=ids_1P, past_key_values=cache, use_cache=True)
         read: list[Any] = cache.layers
         layers = [tensor for layer in read for tensor in (layer.keys, layer.values)]
+        # In one piece: small ones would stand between the holes that larger tensors leave.
+        pieces = torch.cat([tensor.flatten() for tensor in layers]).split(
+            [tensor.numel() for tensor in layers]
+        )
+        layers = [piece.view_as(tensor) for piece, tensor in zip(pieces, layers, strict=True)]
         size = sum(tensor.nbytes for tensor in layers)
         if self.bytes + size <= KEPT_BYTES:
             self.kept[ids] = layers

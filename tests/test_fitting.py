@@ -64,7 +64,7 @@ def test_a_budget_of_positions_is_halved_with_the_rows(qwen):
     ],
 )
 def test_a_chunk_is_halved_from_the_rows_that_it_has(qwen, changes, on_cpu, halved):
-    small = {"micro_batch": 1, "sample_rows": 1, "max_new_tokens": 8, "cosine_every": 0}
+    small = {"micro_batch": 1, "sample_rows": 1, "max_new_tokens": 2048, "cosine_every": 0}
     config = Config(**{**small, **changes})
     # So wide a vocabulary that a chunk of it outweighs all else in the update.
     wide = replace(read_shape(qwen, config, torch.bfloat16), vocabulary=10**7)
