@@ -124,11 +124,3 @@ def test_the_holes_of_freed_tensors_take_the_next_ones(tmp_path):
     """glibc as it is takes a third more for the same passes."""
     as_it_is = float(run(tmp_path, HEAP, tunables=f"{heap.KEPT_APART}=7"))
     assert float(run(tmp_path, HEAP)) < 0.85 * as_it_is
-
-
-@pytest.mark.parametrize("program", ["copsd.py", "eval.py", "compare.py"])
-def test_every_program_starts_anew_before_anything_else(program):
-    text = (ROOT / program).read_text(encoding="utf-8")
-    block = text.partition('if __name__ == "__main__":')[2]
-    statements = [line.strip() for line in block.splitlines() if line.strip()[:1] not in ("", "#")]
-    assert statements[:2] == ["from parts import heap, stops", "heap.restart_with_joined_holes()"]
