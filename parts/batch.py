@@ -239,13 +239,14 @@ class Batch:
         start = DynamicCache()
         if begins:
             self._read([begins], start)
+        start_layers: list[Any] = start.layers
         while prompts:
             longest = len(prompts[0])
             count = max(1, most // longest)
             group = prompts[:count]
             prompts = prompts[count:]
             cache = DynamicCache()
-            for index, layer in enumerate(start.layers):
+            for index, layer in enumerate(start_layers):
                 keys = layer.keys.expand(len(group), -1, -1, -1)
                 cache.update(keys, layer.values.expand(len(group), -1, -1, -1), index)
             # Pads stand behind the prompt, where causal attention hides them from its tokens: no

@@ -85,7 +85,7 @@ def test_without_a_number_a_chunk_has_the_rows_that_the_loss_takes_by_itself(qwe
     assert chunk(**clips) == chunk(on_cpu=True, **clips) == 256 * of_cosine
     assert chunk(**clips, chunk_tokens=1024) == 1024 * of_cosine
     # No chunk has more rows than a micro-batch has tokens.
-    few = {"micro_batch": 2, "max_new_tokens": 40}
+    few: dict = {"micro_batch": 2, "max_new_tokens": 40}
     assert chunk(**few) == 80 * compiled and chunk(**clips, **few) == 80 * of_cosine
     # What is to be compiled does not hang on the rows that compiled code would have.
     small = replace(shape, vocabulary=2**13)
